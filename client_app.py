@@ -1,0 +1,198 @@
+"""The device: reads the config and its own data, tunes the small model, answers. Everything else is in ``fedpt_flwr``.
+
+``query`` introduces the device (its number, the size of its shard, the code it runs); ``train`` does one round. A
+device that cannot take part answers with the sentence that says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from logging import INFO
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import log
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_config
+from fedpt_flwr.data import tokenize_examples
+from fedpt_flwr.errors import DeviceError, FedPTError, ModelError
+from fedpt_flwr.models import cpu_threads, fingerprint, load_causal_lm, load_tokenizer, make_tunable, set_arrays
+from fedpt_flwr.models import tunable_arrays as arrays_of
+from fedpt_flwr.prompts import Example
+from fedpt_flwr.records import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    DeviceCard,
+    check_arrays,
+    check_code,
+    code_hash,
+    refusal,
+    to_array_record,
+    to_tensors,
+)
+from fedpt_flwr.sources import device_shard, local_shard
+from fedpt_flwr.training import device_seed, round_learning_rate, train_locally
+
+app = ClientApp()
+transformers_logging.disable_progress_bar()  # a log is no place for it
+
+Handler = Callable[[Message, Context], Message]
+
+
+def declines(handler: Handler) -> Handler:
+    """Answer with the sentence of an error that a user can mend, instead of a traceback."""
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except FedPTError as error:
+            log(INFO, "This device declines: %s", error)
+            return Message(content=refusal(str(error)), reply_to=message)
+
+    return answer
+
+
+@app.query()
+@declines
+def introduce(message: Message, context: Context) -> Message:
+    """Say which device this is, how many examples it has, and which code it runs."""
+    config = parse_run_config(context.run_config)
+    own_code = code_hash(Path(__file__))
+    _check_code(message, own_code)
+    shard = load_shard(config, context)
+    groups = {} if config.data.partitioner == "node-local" else Counter(example.group for example in shard)
+    card = DeviceCard(
+        device=device_number(context),
+        num_examples=len(shard),
+        groups={name: count for name, count in groups.items() if name},
+        code_hash=own_code,
+    )
+    return Message(content=card.to_content(), reply_to=message)
+
+
+@app.train()
+@declines
+def train(message: Message, context: Context) -> Message:
+    """Tune the small model on this device's shard for one round."""
+    config = parse_run_config(context.run_config)
+    _check_code(message, code_hash(Path(__file__)))
+    told = message.content.config_records[CONFIG]
+    server_round, device = int(str(told["server-round"])), device_number(context)
+    with cpu_threads(config.threads.device):
+        model, stored = load_small_model(config.model, config.tuning, config.seed)
+        _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
+        received = message.content.array_records[ARRAYS]
+        place = f"device {device}, round {server_round}, what the server sent"
+        set_arrays(model, to_tensors(check_arrays(received, to_array_record(arrays_of(model)), place=place)))
+        tokenizer = load_tokenizer(config.model.small)
+        examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
+        if report.num_dropped or report.num_answers_cut:
+            log(INFO, "Device %d: %s", device, report)
+        result = train_locally(
+            model,
+            examples,
+            config.train,
+            learning_rate=round_learning_rate(config.train, server_round, config.num_server_rounds),
+            fedprox_mu=float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu,
+            pad_id=int(tokenizer.pad_token_id or 0),
+            seed=device_seed(config.seed, server_round, device),
+        )
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "device": device,
+        "server-round": server_round,
+        "num-examples": len(examples),
+        "train-loss": result.loss,
+        "train-loss-last": result.loss_last,
+        "num-steps": result.num_steps,
+        "num-examples-seen": result.num_examples_seen,
+        "num-tokens": result.num_tokens,
+        "num-answer-tokens": result.num_answer_tokens,
+        "seconds": result.seconds,
+        "flops": result.flops,
+        "state-bytes": result.state_bytes,
+    }
+    if result.peak_memory_bytes is not None:
+        metrics["peak-memory-bytes"] = result.peak_memory_bytes
+    content = RecordDict({ARRAYS: to_array_record(arrays_of(model)), METRICS: MetricRecord(metrics)})
+    return Message(content=content, reply_to=message)
+
+
+def device_number(context: Context) -> int:
+    """This device's stable number: ``partition-id`` of its node config, else ``device-id``.
+
+    Raises:
+        DeviceError: There is none.
+    """
+    for key in ("partition-id", "device-id"):
+        number = context.node_config.get(key)
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
+            return number
+    raise DeviceError(
+        "a device needs a number, a whole one from 0",
+        value=dict(context.node_config),
+        place=f"node {context.node_id}",
+        remedy="start its SuperNode with --node-config 'device-id=0', another number for each",
+    )
+
+
+def load_shard(config: RunConfig, context: Context) -> list[Example]:
+    """This device's examples: its own file or folder, or its part of the run's training data.
+
+    Raises:
+        DeviceError: The node config lacks what says where they are.
+        DataError: They cannot be read.
+    """
+    device = device_number(context)
+    if config.data.partitioner == "node-local":
+        path = context.node_config.get("data-path")
+        if not isinstance(path, str) or not path:
+            raise DeviceError(
+                "with data.partitioner='node-local' a device needs the path of its data",
+                place=f"device {device}",
+                remedy="start its SuperNode with --node-config 'data-path=\"/absolute/path.jsonl\"'",
+            )
+        return local_shard(config.data, path)
+    num_devices = context.node_config.get("num-partitions")
+    if not isinstance(num_devices, int) or not device < num_devices:
+        raise DeviceError(
+            "a device needs num-partitions, more than its own number",
+            value=num_devices,
+            place=f"device {device}",
+            remedy="start its SuperNode with --node-config 'partition-id=0 num-partitions=8'",
+        )
+    return device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def load_small_model(model: ModelConfig, tuning: TuningConfig, seed: int) -> tuple[PreTrainedModel | PeftModel, str]:
+    """The small model ready to be tuned, and the fingerprint of what this device has stored.
+
+    One process keeps one: every round overwrites all that tuning changes.
+    """
+    small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
+    stored = fingerprint(small)
+    return make_tunable(small, tuning, seed=seed), stored
+
+
+def _check_fingerprint(expected: str, stored: str, config: RunConfig) -> None:
+    if expected and stored != expected:
+        raise ModelError(
+            "server and device must have the same small model; their weights differ",
+            value=config.model.small,
+            place="model.small",
+            remedy="copy the server's folder to the device, or name a fixed version",
+        )
+
+
+def _check_code(message: Message, own_code: str) -> None:
+    expected = message.content.config_records.get(CONFIG, ConfigRecord()).get("code-hash", "")
+    if expected:
+        check_code(str(expected), own_code)

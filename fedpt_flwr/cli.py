@@ -1,0 +1,368 @@
+"""``fedpt``: what one does with runs once they are there, and before one starts.
+
+Heavy imports are inside the commands, so that ``fedpt --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedpt_flwr.errors import ConfigError, FedPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedpt_flwr.config import RunConfig
+    from fedpt_flwr.proxy import ProxyModel
+
+app = typer.Typer(
+    name="fedpt",
+    help="Federated proxy-tuning: devices tune a small LM, and it steers a frozen large one.\n\n"
+    'Make a run with `flwr run . --stream --federation-config "num-supernodes=8 client-resources-num-cpus=1"`, '
+    "then look at it with the commands below.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+Run = Annotated[
+    str, typer.Argument(metavar="[RUN]", help="A run id, a unique beginning of one, a folder, or `latest`.")
+]
+RunOption = Annotated[str, typer.Option("--run", help="A run id, a unique beginning of one, a folder, or `latest`.")]
+Alpha = Annotated[float | None, typer.Option(help="Strength of the shift; by default the run's. 0: the large model.")]
+Plausibility = Annotated[
+    float | None, typer.Option(help="Mask of tokens that the tuned model finds implausible; by default the run's.")
+]
+Large = Annotated[str | None, typer.Option(help="Where the large model lies now, if not where the run found it.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
+
+
+def main() -> None:
+    """Entry point of the console script: an error that a user can mend is one sentence, and exit status 1."""
+    try:
+        app()
+    except FedPTError as error:
+        _err.print(f"fedpt: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The prompt; `\\n` is a line break, `-` reads standard input. Or use --example."),
+    ] = None,
+    run: RunOption = "latest",
+    example: Annotated[int | None, typer.Option(min=1, help="Take the prompt of this test item, from 1.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show large, tuned and proxy side by side.")] = False,
+    model: Annotated[str, typer.Option(help="Who answers: `proxy`, `large`, `tuned`, `untuned`.")] = "proxy",
+    alpha: Alpha = None,
+    plausibility: Plausibility = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, by default the run's.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
+    large: Large = None,
+    device: Device = "auto",
+) -> None:
+    """Write one answer with a run's proxy-tuned model.
+
+    In the demo world: `fedpt generate --example 1 --compare`, or write a prompt of your own the way the devices do.
+    """
+    import torch
+
+    if (prompt is None) == (example is None):
+        raise ConfigError("give either a prompt or --example", remedy="see fedpt generate --help")
+    folder, config = _open_run(run)
+    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
+    answer = None
+    if example is not None:
+        prompt, answer = _test_item(config, example)
+    text = sys.stdin.read() if prompt == "-" else str(prompt).replace("\\n", "\n")
+    models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
+    if model not in models:
+        raise ConfigError("must be proxy, large, tuned or untuned", value=model, place="--model")
+    limit = max_new_tokens or config.scoring.max_new_tokens
+    ids = _prompt_ids(text, tokenizer, proxy, limit)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+
+    def write(name: str, streamer: Any = None) -> str:
+        with torch.inference_mode(), proxy.without_adapter() if _is_shared(proxy, name) else _nothing():
+            speaker = models[name] if models[name] is not None else proxy.tuned
+            output = speaker.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limit,
+                eos_token_id=proxy.generation_config.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=streamer,
+                **sampling,
+            )
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+    if not compare:
+        from transformers import TextStreamer
+
+        write(model, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        if answer is not None:
+            _err.print(f"right answer: {answer}", markup=False, highlight=False, style="dim")
+        return
+    table = Table(show_lines=True)
+    table.add_column("model")
+    table.add_column("answer", overflow="fold")
+    table.add_row("prompt", _plain(text.rstrip("\n")))
+    for name in ("large", "tuned", "proxy"):
+        table.add_row(name, _plain(write(name)))
+    if answer is not None:
+        table.add_row("right answer", _plain(answer))
+    _out.print(table)
+
+
+@app.command()
+def score(
+    run: Run = "latest",
+    items: Annotated[int, typer.Option(min=0, help="Test items to score; 0: all.")] = 0,
+    alpha: Alpha = None,
+    plausibility: Plausibility = None,
+    validation: Annotated[bool, typer.Option("--validation", help="Score the validation items instead.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    large: Large = None,
+    device: Device = "auto",
+) -> None:
+    """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
+    from fedpt_flwr.evaluation import Evaluator, longest_item
+    from fedpt_flwr.runs import write_json
+    from fedpt_flwr.scoring import render_table, results_table, verdict
+    from fedpt_flwr.sources import held_out_items, public_texts
+
+    folder, config = _open_run(run)
+    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
+    which = "validation" if validation else "test"
+    chosen = held_out_items(config.data, which, seed=config.seed).first(items)
+    public = public_texts(config.data) if config.scoring.few_shot else []
+    evaluator = Evaluator(chosen, tokenizer, config, place=f"data.{which}", max_length=longest_item(proxy, config))
+    with _progress() as progress:
+        scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
+    results = scores.to_json()
+    _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
+    _out.print(verdict(results), markup=False, highlight=False)
+    if json_file is not None:
+        write_json(json_file.absolute(), results)
+
+
+@app.command("check-config")
+def check_config(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
+    ] = None,
+    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of all keys instead, for docs/run-config.md.")
+    ] = False,
+) -> None:
+    """Say everything that is wrong with a run config, without a run.
+
+    Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders and
+    vocabularies, and the data. Weights are not loaded.
+    """
+    from fedpt_flwr.config import settings_markdown
+
+    if markdown:
+        sys.stdout.write(settings_markdown())
+        return
+    flat = _flat_config(app_dir, overrides)
+    problems = _config_problems(flat)
+    if problems:
+        raise ConfigError.of(problems)
+    _out.print(f"The run config is fine: {len(flat)} keys.", highlight=False)
+
+
+@app.command("demo-world")
+def demo_world(
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another world.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to make; by default demo-world-SEED in this folder.")] = None,
+) -> None:
+    """Make a demo world: texts, tokenizer, and a pair of small LMs pre-trained on them.
+
+    Takes some minutes on one CPU core. The folder gets a run-config.toml; tune on it with
+    `flwr run . --run-config FOLDER/run-config.toml`.
+    """
+    from fedpt_flwr.demo_world import make_demo_world
+
+    folder = (out or Path(f"demo-world-{seed}")).absolute()
+    with _progress() as progress:
+        make_demo_world(folder, seed, progress=progress)
+    _out.print(f"The world of seed {seed} is in {folder}", highlight=False, soft_wrap=True)
+    _out.print(f"Tune on it with: flwr run . --stream --run-config {folder / 'run-config.toml'}", soft_wrap=True)
+
+
+# --- what the commands share --------------------------------------------------------------------------------------
+
+
+def _open_run(name: str) -> tuple[Path, RunConfig]:
+    from fedpt_flwr.config import parse_run_config
+    from fedpt_flwr.runs import find_run, read_json
+
+    folder = find_run(name)
+    return folder, parse_run_config(read_json(folder / "config.json")["run_config"])
+
+
+def _load_proxy(
+    folder: Path, large: str | None, device: str, alpha: float | None, plausibility: float | None
+) -> tuple[ProxyModel, PreTrainedTokenizerBase]:
+    from transformers import logging as transformers_logging
+
+    from fedpt_flwr.models import load_tokenizer, pick_device
+    from fedpt_flwr.proxy import ProxyModel
+
+    transformers_logging.disable_progress_bar()
+    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)))
+    if alpha is not None:
+        proxy.alpha = alpha
+    if plausibility is not None:
+        proxy.plausibility = plausibility
+    return proxy, load_tokenizer(str((folder / "proxy").resolve()))
+
+
+def _test_item(config: RunConfig, number: int) -> tuple[str, str]:
+    from fedpt_flwr.sources import held_out_items
+
+    items = held_out_items(config.data, "test", seed=config.seed).examples
+    if number > len(items):
+        raise ConfigError(f"the run has {len(items)} test items", value=number, place="--example")
+    return items[number - 1].prompt, items[number - 1].answer
+
+
+def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, proxy: ProxyModel, limit: int) -> Any:
+    import torch
+
+    from fedpt_flwr.data import tokenize_prompts
+
+    if not text:
+        raise ConfigError("the prompt must not be empty")
+    room = (proxy.config.max_position_embeddings or 1 << 30) - limit
+    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.large.device)
+
+
+def _is_shared(proxy: ProxyModel, name: str) -> bool:
+    """Whether this is the untuned model, and it is the tuned one with its adapter switched off."""
+    return name == "untuned" and proxy.untuned is None
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
+    import tomllib
+
+    from click import ClickException
+    from flwr.common.config import flatten_dict, parse_config_args
+
+    path = app_dir / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", place=str(path.absolute()), remedy="name the app's folder with --app"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"is not valid TOML ({error})", place=str(path.absolute())) from error
+    defaults = project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})
+    try:
+        given = parse_config_args(overrides)
+    except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
+        message = error.message if isinstance(error, ClickException) else str(error)
+        raise ConfigError(f"cannot be read ({message})", value=overrides, place="--run-config") from error
+    return dict(flatten_dict(defaults)) | dict(given)
+
+
+def _config_problems(flat: dict[str, Any]) -> list[FedPTError]:
+    """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
+    from fedpt_flwr.config import parse_run_config
+    from fedpt_flwr.models import check_vocabularies, load_tokenizer
+    from fedpt_flwr.sources import device_shard, held_out_items, public_texts
+    from fedpt_flwr.strategy import make_inner_strategy
+
+    try:
+        config = parse_run_config(flat)
+    except ConfigError as error:
+        return [part for part in error.problems if isinstance(part, FedPTError)] or [error]
+    problems: list[FedPTError] = []
+
+    @contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except FedPTError as error:
+            if str(error) not in map(str, problems):
+                problems.append(error)
+
+    tokenizers = []
+    for ref in (config.model.large, config.model.small):
+        with collecting():
+            tokenizers.append(load_tokenizer(ref))
+    if len(tokenizers) == 2:
+        with collecting():
+            check_vocabularies(tokenizers[0], tokenizers[1])
+    with collecting():
+        make_inner_strategy(config.strategy)
+    if config.data.partitioner != "node-local":
+        with collecting():
+            device_shard(config.data, device=0, num_devices=1, seed=config.seed)
+    for which in ("validation", "test"):
+        with collecting():
+            held_out_items(config.data, which, seed=config.seed)
+    with collecting():
+        public_texts(config.data)
+    return problems
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback ``(what, done, total)``: a bar on a terminal, a line when something begins elsewhere."""
+    if _err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_err, transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield show
+        return
+    begun: set[str] = set()
+
+    def say(what: str, done: int, total: int) -> None:  # noqa: ARG001
+        if what not in begun:
+            begun.add(what)
+            _err.print(f"{what} ({total})", markup=False, highlight=False)
+
+    yield say
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""The run config: flat keys as Flower carries them, parsed once into frozen dataclasses.
+
+Every key of ``[tool.flwr.app.config]`` is one field below: section ``train``, field ``batch_size`` is the key
+``train.batch-size``. ``parse_run_config`` checks names, types, ranges and contradictions and reports everything that is
+wrong at once. What depends on files, models or Flower (does the folder exist? is there such a strategy?) is checked by
+the modules that know them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedpt_flwr.errors import ConfigError, FedPTError
+
+Scalar = bool | int | float | str
+
+# A value that is meant as a path: begins like one, is deeper than `owner/name`, or ends like a data file.
+_PATH_LIKE = re.compile(r"^[.~]|^[^:]*/[^:]*/|\.(jsonl|json|csv|tsv|parquet|txt)$")
+
+
+def _setting(
+    default: Scalar, doc: str, rule: str = "", holds: Callable[[Any], bool] | None = None, *, path: bool = False
+) -> Any:
+    """A field of a settings class: its default, what it means, and the rule that its value must obey."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule, "holds": holds, "path": path})
+
+
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return "must be one of " + ", ".join(names), lambda value: value in names
+
+
+def _at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
+    return f"must be at least {low}", lambda value: value >= low
+
+
+_POSITIVE = ("must be greater than 0", lambda value: value > 0)
+_NOT_EMPTY = ("must not be empty", lambda value: value.strip() != "")
+_FRACTION = ("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
+_DTYPE = _one_of("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The two language models."""
+
+    small: str = _setting(
+        "demo:small",
+        "Small LM that the devices tune: `demo:small`, a hub id, or the absolute path of a folder. Every device loads "
+        "the same one.",
+        *_NOT_EMPTY,
+        path=True,
+    )
+    large: str = _setting(
+        "demo:large",
+        "Large LM, loaded by the server alone: `demo:large`, a hub id, or the absolute path of a folder.",
+        *_NOT_EMPTY,
+        path=True,
+    )
+    small_dtype: str = _setting("float32", "Floating-point type of the small LM's weights.", *_DTYPE)
+    large_dtype: str = _setting("float32", "Floating-point type of the large LM's weights.", *_DTYPE)
+    device: str = _setting(
+        "auto",
+        "Where models compute, on server and devices: `auto` (CUDA if there is any, else CPU), `cpu`, `cuda`, "
+        "`cuda:1`, `mps`.",
+        "must be auto, cpu, cuda, cuda:<number> or mps",
+        lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value) is not None,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TuningConfig:
+    """Which weights of the small LM are tuned, sent and aggregated."""
+
+    mode: str = _setting(
+        "full", "`full`: all weights of the small LM. `lora`: an adapter only.", *_one_of("full", "lora")
+    )
+    lora_rank: int = _setting(8, "Rank of the adapter's matrices.", *_at_least(1))
+    lora_alpha: float = _setting(16.0, "Scale of the adapter: its product is multiplied by alpha / rank.", *_POSITIVE)
+    lora_dropout: float = _setting(
+        0.0, "Dropout before the adapter.", "must be at least 0 and below 1", lambda value: 0 <= value < 1
+    )
+    lora_targets: str = _setting(
+        "all-linear",
+        "Modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
+        *_NOT_EMPTY,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What one device does in one round."""
+
+    epochs: int = _setting(0, "Passes over the device's shard per round; 0: no such limit.", *_at_least(0))
+    max_steps: int = _setting(
+        20, "Optimizer steps per round, counted after accumulation; 0: no such limit.", *_at_least(0)
+    )
+    batch_size: int = _setting(16, "Examples per forward pass.", *_at_least(1))
+    accumulation_steps: int = _setting(1, "Forward passes per optimizer step.", *_at_least(1))
+    learning_rate: float = _setting(0.0015, "AdamW's learning rate in round 1.", *_POSITIVE)
+    learning_rate_end: float = _setting(
+        0.2,
+        "Learning rate of the last round as a fraction of the first round's.",
+        "must be at least 0 and at most 1",
+        lambda value: 0 <= value <= 1,
+    )
+    schedule: str = _setting(
+        "linear", "Course of the learning rate over the rounds.", *_one_of("constant", "linear", "cosine")
+    )
+    weight_decay: float = _setting(0.0, "AdamW's weight decay.", *_at_least(0))
+    beta2: float = _setting(
+        0.99, "AdamW's second-moment decay.", "must be at least 0 and below 1", lambda value: 0 <= value < 1
+    )
+    max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this norm; 0: never.", *_at_least(0))
+    max_length: int = _setting(
+        256, "Tokens of prompt and answer together; longer prompts lose their beginning.", *_at_least(2)
+    )
+    mixed_precision: str = _setting(
+        "no", "Forward and backward passes in a shorter type (accelerate).", *_one_of("no", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass to save memory.")
+    fedprox_mu: float = _setting(
+        0.0,
+        "FedProx: strength of the pull towards the weights that the round began with (adds mu/2 times the squared "
+        "distance to the loss).",
+        *_at_least(0),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Texts: the devices' private shards, and what the server scores on."""
+
+    train: str = _setting(
+        "demo:train",
+        "The devices' examples: `demo:train`, a hub id (`owner/name` or `owner/name:config`), or the absolute path of "
+        "a JSONL, JSON, CSV, TSV, Parquet or text file, or of a folder of them. Unused with `node-local`.",
+        path=True,
+    )
+    train_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    validation: str = _setting(
+        "demo:validation",
+        "The server's validation examples, scored after every round; empty: `data.holdout-fraction` of `data.train`, "
+        "which no device gets.",
+        path=True,
+    )
+    validation_split: str = _setting("validation", "Split of a hub data set.", *_NOT_EMPTY)
+    test: str = _setting(
+        "demo:test",
+        "The server's test examples, scored once, at the end; empty: another `data.holdout-fraction` of `data.train`.",
+        path=True,
+    )
+    test_split: str = _setting("test", "Split of a hub data set.", *_NOT_EMPTY)
+    public: str = _setting(
+        "demo:public",
+        "Public texts of the server; examples for the row `large_few_shot`. Empty: that row is absent.",
+        path=True,
+    )
+    public_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    template: str = _setting(
+        "> {request}\n[{unit}]\n",
+        "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted.",
+        *_NOT_EMPTY,
+    )
+    answer_field: str = _setting("answer", "Field that holds the answer to learn.", *_NOT_EMPTY)
+    answer_pattern: str = _setting(
+        "",
+        "Regular expression for the part of an answer that counts for exact match (last match, first group), such as "
+        "`#### (.+)`; empty: the whole answer.",
+    )
+    public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
+    group_field: str = _setting("kind", "Field that groups examples for `natural` and `dirichlet`.")
+    value_field: str = _setting(
+        "value", "Field whose value a good answer contains (metric contains_value); empty or absent: not measured."
+    )
+    name_field: str = _setting(
+        "field",
+        "Field that names what is asked for: answers of the form `name = value` (metric right_field); empty or absent: "
+        "not measured.",
+    )
+    partitioner: str = _setting(
+        "natural",
+        "How `data.train` is dealt out: `natural` (whole groups), `dirichlet` (skewed mixtures of groups), `iid`, or "
+        "`node-local`: each device reads the file or folder that its node config names as `data-path`.",
+        *_one_of("natural", "dirichlet", "iid", "node-local"),
+    )
+    dirichlet_alpha: float = _setting(0.5, "Concentration; smaller means more skewed.", *_POSITIVE)
+    holdout_fraction: float = _setting(
+        0.1,
+        "Share of `data.train` kept back where there is no validation or test file.",
+        "must be greater than 0 and below 0.5",
+        lambda value: 0 < value < 0.5,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyConfig:
+    """The Flower strategy that aggregates the devices' weights."""
+
+    name: str = _setting(
+        "FedAvg", "Name of a class of `flwr.serverapp.strategy`, such as FedAvg, FedAdam, FedMedian.", *_NOT_EMPTY
+    )
+    arguments: str = _setting(
+        "",
+        "Its keyword arguments as `name = value` separated by commas, such as `eta = 0.01, tau = 0.001`.",
+    )
+
+    def parsed_arguments(self) -> dict[str, Any]:
+        """The arguments as a dictionary.
+
+        Raises:
+            ConfigError: They are not a list of ``name = value``.
+        """
+        try:
+            arguments: dict[str, Any] = tomllib.loads(f"arguments = {{ {self.arguments} }}")["arguments"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                "must be `name = value` pairs separated by commas",
+                value=self.arguments,
+                place="strategy.arguments",
+                remedy=f"for example 'eta = 0.01, tau = 0.001' ({error})",
+            ) from error
+        return {name.replace("-", "_"): value for name, value in arguments.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyConfig:
+    """How strongly the small LM's change steers the large LM."""
+
+    alpha: float = _setting(
+        1.0,
+        "Strength of the shift in `large + alpha * (tuned - untuned)`; 1 as published, 0 leaves the large LM alone.",
+        "must be a finite number",
+        math.isfinite,
+    )
+    plausibility: float = _setting(
+        0.0,
+        "Keep only tokens with at least this share of the tuned LM's largest probability; 0: keep all.",
+        "must be at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringConfig:
+    """What the server measures, and on how much."""
+
+    num_items: int = _setting(0, "Test examples scored at the end; 0: all.", *_at_least(0))
+    round_items: int = _setting(
+        48, "Validation examples scored after every round; 0: rounds are not scored.", *_at_least(0)
+    )
+    max_new_tokens: int = _setting(32, "Longest answer that is generated, in tokens.", *_at_least(1))
+    batch_size: int = _setting(64, "Examples scored at once.", *_at_least(1))
+    few_shot: int = _setting(
+        8, "Public examples in the prompt of the row `large_few_shot`; 0: no such row.", *_at_least(0)
+    )
+    loss_alpha: float = _setting(
+        1.0,
+        "Alpha at which the proxy's loss is computed, always without mask.",
+        "must be a finite number",
+        math.isfinite,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadsConfig:
+    """CPU threads; part of the config because sums over more threads round differently."""
+
+    device: int = _setting(1, "Threads of a device's training.", *_at_least(1))
+    server: int = _setting(2, "Threads of the server's models.", *_at_least(1))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is told; what two runs must share to give the same result."""
+
+    num_server_rounds: int = _setting(8, "Rounds.", *_at_least(1))
+    fraction_train: float = _setting(1.0, "Share of the devices that train in a round.", *_FRACTION)
+    min_devices: int = _setting(2, "Devices that must be there before a round begins.", *_at_least(1))
+    min_replies: int = _setting(1, "Usable replies that a round needs.", *_at_least(1))
+    max_failed_rounds: int = _setting(
+        0, "Rounds in a row that may lack replies (the model stays as it was); one more ends the run.", *_at_least(0)
+    )
+    round_timeout_s: float = _setting(
+        3600.0, "Seconds that a round waits for its devices; later replies are lost.", *_POSITIVE
+    )
+    wait_timeout_s: float = _setting(120.0, "Seconds that a round waits for enough devices to connect.", *_POSITIVE)
+    output_dir: str = _setting(
+        "",
+        "Absolute path of the folder that holds the runs; empty: `$FEDPT_HOME/runs`, or `~/.fedpt/runs`.",
+        path=True,
+    )
+    keep_rounds: int = _setting(3, "Checkpoints kept; 0: all.", *_at_least(0))
+    seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
+    proxy: ProxyConfig = dataclasses.field(default_factory=ProxyConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    threads: ThreadsConfig = dataclasses.field(default_factory=ThreadsConfig)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One key of the run config, for documentation and for checks.
+
+    Attributes:
+        key: Dotted kebab-case name, as typed in ``pyproject.toml`` and after ``-c``.
+        kind: Python type of the value.
+        default: Value where the key is not given.
+        doc: What it means.
+        rule: What a value must obey, or empty.
+        holds: The rule as a function, or None.
+        path: True if the value may be a path, which then must be absolute.
+    """
+
+    key: str
+    kind: type
+    default: Any
+    doc: str
+    rule: str
+    holds: Callable[[Any], bool] | None
+    path: bool
+
+
+def settings() -> dict[str, Setting]:
+    """Every key of the run config, in the order of the classes above."""
+    found: dict[str, Setting] = {}
+
+    def collect(cls: type, prefix: str) -> None:
+        kinds = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            key = prefix + field.name.replace("_", "-")
+            if dataclasses.is_dataclass(kinds[field.name]):
+                collect(kinds[field.name], f"{key}.")
+            else:
+                found[key] = Setting(key=key, kind=kinds[field.name], default=field.default, **field.metadata)
+
+    collect(RunConfig, "")
+    return found
+
+
+def parse_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
+    """Turn flat keys into a :class:`RunConfig`; absent keys take their default.
+
+    Args:
+        flat: What Flower's ``context.run_config`` holds: dotted kebab-case keys.
+
+    Raises:
+        ConfigError: Names every key that is unknown, ill-typed, out of range or in contradiction with another.
+    """
+    known = settings()
+    problems: list[FedPTError] = [
+        ConfigError("is not a key of this app", place=key, remedy=_nearest(key, known))
+        for key in flat
+        if key not in known
+    ]
+    values: dict[str, Any] = {}
+    for key, setting in known.items():
+        value = _unescaped(key, flat.get(key, setting.default))
+        problem = _problem(setting, value)
+        if problem is not None:
+            problems.append(problem)
+            value = setting.default
+        values[key] = float(value) if setting.kind is float else value
+    config: RunConfig = _build(RunConfig, "", values)
+    problems += _contradictions(config, {str(problem.place) for problem in problems})
+    if problems:
+        raise ConfigError.of(problems)
+    return config
+
+
+def flat_values(config: RunConfig) -> dict[str, Scalar]:
+    """A config as the flat keys that give it: the inverse of :func:`parse_run_config`."""
+
+    def walk(part: Any, prefix: str) -> dict[str, Scalar]:
+        found: dict[str, Scalar] = {}
+        for field in dataclasses.fields(part):
+            key, value = prefix + field.name.replace("_", "-"), getattr(part, field.name)
+            found |= walk(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+        return found
+
+    return walk(config, "")
+
+
+def settings_markdown() -> str:
+    """The table of all keys, for ``docs/run-config.md``."""
+    lines: list[str] = []
+    section = None
+    for setting in settings().values():
+        head = setting.key.split(".")[0] if "." in setting.key else "the run"
+        if head != section:
+            lines += ["", f"## {head}", "", "| key | default | meaning | rule |", "| --- | --- | --- | --- |"]
+            section = head
+        default = repr(setting.default) if setting.kind is str else str(setting.default).lower()
+        doc = setting.doc.replace("|", "\\|")
+        lines.append(f"| `{setting.key}` | `{default}` | {doc} | {setting.rule} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _nearest(key: str, known: Mapping[str, Setting]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else "all keys are in docs/run-config.md"
+
+
+def _unescaped(key: str, value: Any) -> Any:
+    # `-c "data.template='a\nb'"` reaches us with a backslash and an n: TOML keeps them in single quotes.
+    return value.replace("\\n", "\n") if key.endswith("template") and isinstance(value, str) else value
+
+
+def _problem(setting: Setting, value: Any) -> ConfigError | None:
+    kind = setting.kind
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        return ConfigError(f"must be {name}", value=value, place=setting.key)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ConfigError("must be a finite number", value=value, place=setting.key)
+    if setting.holds is not None and not setting.holds(value):
+        return ConfigError(setting.rule, value=value, place=setting.key)
+    if setting.path and _PATH_LIKE.search(value) and not Path(value).is_absolute():
+        full = Path(value).expanduser().resolve()
+        return ConfigError(
+            "must be an absolute path, because Flower's processes run in other folders",
+            value=value,
+            place=setting.key,
+            remedy=f"type {setting.key}='{full}'",
+        )
+    return None
+
+
+def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    kinds = get_type_hints(cls)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        key = prefix + field.name.replace("_", "-")
+        nested = dataclasses.is_dataclass(kinds[field.name])
+        arguments[field.name] = _build(kinds[field.name], f"{key}.", values) if nested else values[key]
+    return cls(**arguments)
+
+
+def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
+    """Keys that are fine one by one and not together; keys that are wrong already are left out."""
+    found: list[FedPTError] = []
+
+    def refuse(place: str, rule: str, value: Any, remedy: str) -> None:
+        if not wrong & set(place.split(" and ")):
+            found.append(ConfigError(rule, value=value, place=place, remedy=remedy))
+
+    if config.train.epochs == 0 and config.train.max_steps == 0:
+        refuse("train.epochs and train.max-steps", "must not both be 0", 0, "say how long a device trains in a round")
+    if config.min_replies > config.min_devices:
+        refuse(
+            "min-replies and min-devices",
+            "min-replies must not exceed min-devices",
+            f"{config.min_replies} > {config.min_devices}",
+            f"raise min-devices to {config.min_replies}",
+        )
+    if config.data.partitioner in ("natural", "dirichlet") and not config.data.group_field:
+        refuse(
+            "data.group-field and data.partitioner",
+            f"the partitioner {config.data.partitioner} needs a group field",
+            "",
+            "set data.group-field, or data.partitioner='iid'",
+        )
+    if config.data.partitioner == "node-local":
+        for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test)):
+            if not value:
+                refuse(
+                    f"{key} and data.partitioner",
+                    "cannot be held out of data.train, because with node-local data the server has none of it",
+                    value,
+                    f"set {key} to a file of the server",
+                )
+    elif not config.data.train:
+        refuse("data.train", "must not be empty", "", "name a data set, or set data.partitioner='node-local'")
+    try:
+        arguments = config.strategy.parsed_arguments()
+    except ConfigError as error:
+        found.append(error)
+    else:
+        if config.train.fedprox_mu > 0 and "proximal_mu" in arguments:
+            refuse(
+                "train.fedprox-mu and strategy.arguments",
+                "FedProx's mu is given twice",
+                f"{config.train.fedprox_mu} and {arguments['proximal_mu']}",
+                "give it in one place",
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Metrics as modules that ``evaluate.load(<path>)`` loads without a network."""

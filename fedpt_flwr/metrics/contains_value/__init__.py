@@ -1,0 +1,1 @@
+"""The metric ``contains_value``."""

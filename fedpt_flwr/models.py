@@ -1,0 +1,326 @@
+"""Language models and tokenizers: find, load, place, compare; and the weights that tuning changes.
+
+A model is named by a reference: ``demo:small`` and ``demo:large`` are the checkpoints that the project carries,
+anything else is a hub id or the absolute path of a folder in the hub's layout. Nothing here knows rounds, devices or
+Flower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedpt_flwr.config import TuningConfig
+from fedpt_flwr.errors import ModelError, VocabularyMismatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLES_PER_TENSOR = 512
+
+
+def resolve_model(ref: str) -> str:
+    """The folder or hub id that a reference means.
+
+    Args:
+        ref: ``demo:small``, ``demo:large``, an absolute folder, or a hub id.
+
+    Raises:
+        ModelError: There is no such demo model, or no such folder.
+    """
+    if ref.startswith("demo:"):
+        return str(_demo_folder(ref))
+    folder = Path(ref).expanduser()
+    if folder.is_absolute():
+        if not folder.is_dir():
+            raise ModelError(
+                "a model's path must be a folder that exists",
+                value=ref,
+                remedy="check the path on the machine that loads it",
+            )
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                "a model's folder must hold config.json and the weights, as save_pretrained writes them", value=ref
+            )
+        return str(folder)
+    return ref
+
+
+def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: It cannot be loaded, or has no end-of-text token.
+    """
+    source = resolve_model(ref)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("tokenizer", ref, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "a tokenizer must have an end-of-text token, or answers would never end",
+            value=ref,
+            remedy="set eos_token in its tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """Load a causal LM, frozen and in evaluation mode.
+
+    Args:
+        ref: See :func:`resolve_model`.
+        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: Torch device, or ``auto``.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    source = resolve_model(ref)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_DTYPES[dtype], use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _cannot_load("model", ref, error) from error
+    model.requires_grad_(False)
+    return model.eval().to(pick_device(device))
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the LoRA adapter of a folder on a base model, frozen and in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no adapter that fits the base.
+    """
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load("adapter", str(folder), error) from error
+    return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that a config means: ``auto`` is CUDA where there is any, else the CPU.
+
+    Raises:
+        ModelError: That device is not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices",
+            value=name,
+            place="model.device",
+            remedy="use auto",
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("this machine has no MPS device", value=name, place="model.device", remedy="use auto")
+    return device
+
+
+def check_vocabularies(
+    large: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, sizes: Mapping[str, int] | None = None
+) -> int:
+    """Make sure that one token id means the same text to both models.
+
+    Args:
+        large: The large model's tokenizer.
+        small: The small model's tokenizer.
+        sizes: Rows of each model's output layer, by name. More than the vocabulary's is padding, and fine.
+
+    Returns:
+        The number of ids that are real tokens.
+
+    Raises:
+        VocabularyMismatch: Says how many entries differ and shows the first ones.
+    """
+    ours, theirs = large.get_vocab(), small.get_vocab()
+    if ours != theirs:
+        differing = sorted(
+            (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+            key=lambda token: (min(ours.get(token, 1 << 60), theirs.get(token, 1 << 60)), token),
+        )
+        shown = ", ".join(f"{token!r} ({ours.get(token)} / {theirs.get(token)})" for token in differing[:3])
+        raise VocabularyMismatch(
+            f"large and small model must share one vocabulary; {len(differing)} of {len(ours)} / {len(theirs)} entries "
+            f"differ, the first as (id in large / in small): {shown}",
+            place="model.large and model.small",
+            remedy="choose two models of one family",
+        )
+    vocab_size: int = max(ours.values()) + 1
+    for name, size in (sizes or {}).items():
+        if size < vocab_size:
+            raise VocabularyMismatch(
+                f"the {name} model scores {size} ids, fewer than the tokenizer's {vocab_size}",
+                place=f"model.{name}",
+                remedy="use the tokenizer that belongs to the model",
+            )
+    return vocab_size
+
+
+def output_size(model: PreTrainedModel) -> int:
+    """Rows of the model's output layer: the vocabulary with its padding."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest text in tokens that the model was made for, or None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> PreTrainedModel | PeftModel:
+    """Choose the weights that tuning changes: all of them, or a new LoRA adapter.
+
+    Args:
+        model: The small model; it is changed in place.
+        config: What to tune.
+        seed: Seed of the adapter's first weights.
+
+    Returns:
+        The model, or the adapter around it, with ``requires_grad`` set.
+
+    Raises:
+        ModelError: The adapter's target modules are not in the model.
+    """
+    if config.mode == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | list[str] = config.lora_targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=config.lora_rank,
+                    lora_alpha=config.lora_alpha,
+                    lora_dropout=config.lora_dropout,
+                    target_modules=targets,
+                    fan_in_fan_out=_has_conv1d(model),
+                    task_type="CAUSAL_LM",
+                ),
+            )
+        except ValueError as error:
+            linear = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_linear(part)})
+            raise ModelError(
+                "lora targets must be modules of the small model",
+                value=config.lora_targets,
+                place="tuning.lora-targets",
+                remedy=f"it has {', '.join(linear)}",
+            ) from error
+
+
+def tunable_arrays(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """The weights that tuning changes, by name, as float32 on the CPU; tied weights appear once."""
+    return {
+        name: weight.detach().to("cpu", torch.float32, copy=True)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+@torch.no_grad()
+def set_arrays(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor]) -> None:
+    """Overwrite weights by name, in place; the others stay.
+
+    Args:
+        model: The model.
+        arrays: Tensors with the names and shapes of :func:`tunable_arrays`.
+
+    Raises:
+        ModelError: The model has no weight of that name and shape.
+    """
+    weights = dict(model.named_parameters())
+    for name, values in arrays.items():
+        if name not in weights or weights[name].shape != values.shape:
+            found = tuple(weights[name].shape) if name in weights else "no such weight"
+            raise ModelError(
+                f"array {name} of shape {tuple(values.shape)} must fit the small model",
+                value=found,
+                remedy="use the same model.small and tuning settings everywhere",
+            )
+    for name, values in arrays.items():
+        weights[name].copy_(values)
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Compute with this many CPU threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short hash of a model's weights as loaded: names, shapes, types and values at fixed places.
+
+    It reads a few hundred values of each tensor, so it takes the same time for a model of any size; it tells models
+    apart, and is no protection against somebody who wants to deceive.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        values = flat[::step].to("cpu", torch.float32).contiguous()
+        digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _demo_folder(ref: str) -> Path:
+    name = ref.removeprefix("demo:")
+    try:
+        root = Path(str(importlib.resources.files("fedpt_demo_world")))
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            "the package fedpt_demo_world is not installed here",
+            value=ref,
+            remedy="install the project with pip (`pip install -e .`), on every machine that runs a part of it",
+        ) from error
+    if name not in ("small", "large") or not (root / name / "config.json").is_file():
+        raise ModelError("the demo world has the models demo:small and demo:large", value=ref)
+    return root / name
+
+
+def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0][:300]
+    return ModelError(
+        f"the {what} cannot be loaded ({type(error).__name__}: {reason})",
+        value=ref,
+        remedy="give an absolute folder with config.json, *.safetensors and tokenizer files, or a hub id that this "
+        "machine can reach",
+    )
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _has_conv1d(model: torch.nn.Module) -> bool:
+    return any(type(part).__name__ == "Conv1D" for part in model.modules())

@@ -1,0 +1,791 @@
+"""The proxy-tuned large model, as an ordinary causal LM of transformers.
+
+:class:`ProxyModel` runs a large and two small models side by side and returns their combined scores (``logits.py`` has
+the formula), so everything that works on a causal LM works on it: ``generate()`` with sampling, beams, streamers and
+assistants, teacher-forced scoring, evaluation harnesses. Importing this module registers it with ``AutoConfig`` and
+``AutoModelForCausalLM``.
+
+Each of the three models keeps its own key-value cache. :class:`ProxyCache` presents them as one, because generation
+edits the cache between two forward passes: beams reorder it, and assisted generation crops it. (A LogitsProcessor that
+hides the small models has no part in those edits, and then gives wrong tokens without any error.)
+
+On disk a proxy is a small folder: the tuned small model, and references to the two others, which are never copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fedpt_flwr.errors import ModelError
+from fedpt_flwr.logits import (
+    check_alpha,
+    check_plausibility,
+    combine_logits,
+    common_vocab_size,
+    plausible_tokens,
+)
+from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+_TUNED_FOLDER = "tuned"
+_DTYPES = ("float32", "bfloat16", "float16")
+# What AutoModelForCausalLM hands on from its own work, or what only matters for files on a hub.
+_AUTO_ARGUMENTS = frozenset(
+    {
+        "_from_auto",
+        "adapter_kwargs",
+        "cache_dir",
+        "code_revision",
+        "force_download",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    }
+)
+
+
+class ProxyConfig(PreTrainedConfig):
+    """What a proxy folder's ``config.json`` holds."""
+
+    model_type = "fedpt_proxy"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and form that transformers reads)
+
+    alpha: float = 1.0
+    """Strength of the shift."""
+    plausibility: float = 0.0
+    """Mask threshold in [0, 1); 0 is off."""
+    large: dict[str, str] = field(default_factory=dict)
+    """The large model's ``ref``, ``fingerprint`` and ``dtype``; empty until saved."""
+    untuned: dict[str, str] = field(default_factory=dict)
+    """The same of the small model before tuning."""
+    tuned: dict[str, str] = field(default_factory=dict)
+    """``form`` (``full`` or ``adapter``) and ``dtype`` of the folder ``tuned``."""
+    vocab_size: int = 0
+    """Width of the scores, padding included: the large model's."""
+    real_vocab_size: int = 0
+    """Number of ids that are tokens; scores of later ids are -inf."""
+    max_position_embeddings: int | None = None
+    """The longest text in tokens that all three models take; None if none of them says."""
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+
+
+class ProxyCache(Cache):
+    """Three key-value caches that are edited as one.
+
+    ``layers`` holds the layers of all three, the large model's first, so what the base class does to each layer (crop,
+    reorder, select rows) reaches every model.
+
+    Args:
+        caches: One cache per model, in the order large, tuned, untuned, with all their layers already there.
+    """
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
+        self.caches = tuple(caches)
+
+
+class ProxyModel(PreTrainedModel, GenerationMixin):
+    """A frozen large LM, steered at decoding time by what tuning changed in a small one.
+
+    The three models stay where they are: they may be on different devices and have different dtypes. **They are
+    frozen and put in evaluation mode in place**; to go on tuning the small model, give the proxy a copy of it.
+
+    ``generate()`` and ``forward()`` take ``alpha`` and ``plausibility`` as keywords too, for one call, either as a
+    number or as a tensor with one value per row of the batch.
+
+    Args:
+        large: The large model.
+        tuned: The tuned small model, plain or with a PEFT adapter.
+        untuned: The small model before tuning. None (or the very model inside ``tuned``) means that ``tuned`` is an
+            adapter on the untuned model: its weights are then used twice, once with the adapter switched off.
+        alpha: Strength of the shift.
+        plausibility: Threshold in [0, 1) of the mask over the tuned model's probabilities; 0 is off.
+        vocab_size: Number of ids that are real tokens; None takes it from ``tokenizer``, or else requires that all
+            three models score the same number of ids.
+        tokenizer: The tokenizer of all three: its end-of-text and padding ids are used by ``generate()`` next to those
+            of the large model's generation config.
+
+    Attributes:
+        large: The large model.
+        tuned: The tuned small model.
+        untuned: The small model before tuning, or None where ``tuned`` without its adapter is that model.
+
+    Raises:
+        VocabularyMismatch: The models score different numbers of ids and nothing says how many are real.
+        ModelError: ``alpha`` or ``plausibility`` is out of range, or the pair of small models makes no sense.
+    """
+
+    config_class = ProxyConfig
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        large: PreTrainedModel,
+        tuned: PreTrainedModel | PeftModel,
+        untuned: PreTrainedModel | None = None,
+        alpha: float = 1.0,
+        plausibility: float = 0.0,
+        *,
+        vocab_size: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        check_alpha(alpha)
+        check_plausibility(plausibility)
+        if untuned is not None and untuned is _base_model(tuned) and _is_adapted(tuned):
+            untuned = None
+        _check_pair(tuned, untuned)
+        if vocab_size is None and tokenizer is not None:
+            vocab_size = max(tokenizer.get_vocab().values()) + 1
+        width = output_size(large)
+        tuned_width = output_size(tuned)
+        untuned_width = tuned_width if untuned is None else output_size(untuned)
+        models = [model for model in (large, tuned, untuned) if model is not None]
+        generation_config = _generation_config(large, tokenizer)
+        super().__init__(
+            ProxyConfig(
+                alpha=float(alpha),
+                plausibility=float(plausibility),
+                vocab_size=width,
+                real_vocab_size=common_vocab_size(width, tuned_width, untuned_width, vocab_size=vocab_size),
+                max_position_embeddings=_shortest_context(models),
+                bos_token_id=generation_config.bos_token_id,
+                eos_token_id=generation_config.eos_token_id,
+                pad_token_id=generation_config.pad_token_id,
+            )
+        )
+        # post_init is left out on purpose: it would initialise weights that are already there.
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.loss_type = "ForCausalLM"
+        self.generation_config = generation_config
+        self.large = large
+        self.tuned = tuned
+        self.untuned = untuned
+        self.requires_grad_(False)
+        self.eval()
+        # For without_adapter(): peft's disable_adapter() walks the whole model at every call, a hundred times as long,
+        # and makes the adapter trainable again.
+        self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if _is_adapter(part)]
+        self._accepted = [frozenset(inspect.signature(_base_model(model).forward).parameters) for model in models]
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the shift; may be set at any time."""
+        return float(self.config.alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        check_alpha(value)
+        self.config.alpha = float(value)
+
+    @property
+    def plausibility(self) -> float:
+        """Threshold of the mask in [0, 1), 0 is off; may be set at any time."""
+        return float(self.config.plausibility)
+
+    @plausibility.setter
+    def plausibility(self, value: float) -> None:
+        check_plausibility(value)
+        self.config.plausibility = float(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ProxyCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        alpha: float | Tensor | None = None,
+        plausibility: float | Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Score the next token at every position.
+
+        Args:
+            input_ids: ``(batch, seq)``, int64; with a cache, the new tokens only.
+            attention_mask: ``(batch, cached + seq)``, 1 for tokens and 0 for padding; None means no padding.
+            position_ids: ``(batch, seq)``, int64, or None for consecutive positions.
+            past_key_values: What :meth:`new_cache` or an earlier call returned; extended in place.
+            labels: ``(batch, seq)``, int64, the same ids as ``input_ids`` with -100 where no loss is wanted; they are
+                shifted inside.
+            use_cache: Whether to return a cache; None follows the config.
+            logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
+            alpha: Strength for this call; None takes :attr:`alpha`.
+            plausibility: Mask threshold for this call; None takes :attr:`plausibility`.
+            return_dict: False returns a tuple.
+            **kwargs: Other arguments of transformers models; refused, unless None or False.
+
+        Returns:
+            ``logits``: ``(batch, kept, vocab)``, float32, on the large model's device; ``loss``: mean nats per label,
+            always of the scores without the mask, or None without labels; ``past_key_values``: the cache or None.
+
+        Raises:
+            ModelError: An argument cannot be used with a proxy.
+        """
+        _refuse(kwargs)
+        if input_ids is None:
+            raise ModelError(
+                "a proxy reads input_ids: its models have different embeddings", value="inputs_embeds or nothing"
+            )
+        if past_key_values is not None and not isinstance(past_key_values, ProxyCache):
+            raise ModelError(
+                "past_key_values of a proxy must be a ProxyCache",
+                value=type(past_key_values).__name__,
+                remedy="start from proxy.new_cache()",
+            )
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ModelError("labels need the scores of every position", remedy="leave logits_to_keep out")
+        alpha = self.alpha if alpha is None else alpha
+        plausibility = self.plausibility if plausibility is None else plausibility
+        check_alpha(alpha)
+        check_plausibility(plausibility)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        caches = (None, None, None) if past_key_values is None else past_key_values.caches
+        large, tuned, untuned = (
+            _score(part, inputs, cache, logits_to_keep=logits_to_keep, use_cache=bool(use_cache))
+            for part, cache in zip(self._parts(), caches, strict=True)
+        )
+
+        vocab_size = self.config.real_vocab_size
+        scores = combine_logits(large, tuned, untuned, alpha=alpha, vocab_size=vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=scores, labels=labels, vocab_size=scores.shape[-1])
+        if isinstance(plausibility, Tensor) or plausibility != 0:  # only now: losses are those of all tokens
+            kept = plausible_tokens(tuned[..., :vocab_size], plausibility=plausibility)
+            scores[..., :vocab_size].masked_fill_(~kept.to(scores.device), -torch.inf)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=scores, past_key_values=past_key_values if use_cache else None
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def new_cache(self) -> ProxyCache:
+        """An empty cache for this proxy's three models."""
+        untuned = self.tuned if self.untuned is None else self.untuned
+        return ProxyCache(
+            [DynamicCache(config=_base_model(model).config) for model in (self.large, self.tuned, untuned)]
+        )
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Make ``tuned`` the untuned model for a while, where one copy of the small weights serves as both.
+
+        It is a switch in the model itself, so no other thread may use ``tuned`` meanwhile.
+        """
+        for layer in self._adapter_layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._adapter_layers:
+                layer._disable_adapters = False
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        large_ref: str | None = None,
+        untuned_ref: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Write the proxy folder: ``config.json``, the tuned small model in ``tuned/``, and a tokenizer if given.
+
+        The large and the untuned model are not copied but referred to, each with a fingerprint of its weights that is
+        checked on loading. ``config.json`` is written last: a folder without one is not complete.
+
+        Args:
+            save_directory: The folder; made if missing, overwritten if it holds a proxy.
+            large_ref: ``demo:large``, a hub id or a folder. None keeps what the proxy was loaded with, or what
+                transformers remembers of the model.
+            untuned_ref: The same for the small model before tuning.
+            tokenizer: Saved into the folder, so that ``AutoTokenizer.from_pretrained`` finds it there.
+
+        Raises:
+            ModelError: It is unknown where a model came from, or an adapter does not belong to the untuned model.
+        """
+        folder = Path(save_directory)
+        config = self.config
+        small = _base_model(self.tuned if self.untuned is None else self.untuned)
+        large_ref = _reference("large", large_ref, config.large, self.large)
+        untuned_ref = _reference("untuned", untuned_ref, config.untuned, small)
+        untuned_fingerprint = fingerprint(_Unadapted(self.tuned) if self.untuned is None else self.untuned)
+        if _is_adapted(self.tuned) and fingerprint(_Unadapted(self.tuned)) != untuned_fingerprint:
+            raise ModelError(
+                "an adapter can be saved only if it sits on the untuned model's weights",
+                value=untuned_ref,
+                place=str(folder),
+                remedy="merge the adapter into the tuned model (merge_and_unload) before making the proxy",
+            )
+
+        (folder / "config.json").unlink(missing_ok=True)
+        # Removed, not overwritten: the weights in memory may be mapped from these very files.
+        shutil.rmtree(folder / _TUNED_FOLDER, ignore_errors=True)
+        (folder / _TUNED_FOLDER).mkdir(parents=True)
+        if _is_adapted(self.tuned):
+            _save_adapter(self.tuned, folder / _TUNED_FOLDER, base_ref=untuned_ref)
+        else:
+            self.tuned.save_pretrained(folder / _TUNED_FOLDER)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        config.large = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
+        config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
+        config.tuned = {"form": "adapter" if _is_adapted(self.tuned) else "full", "dtype": _dtype_name(self.tuned)}
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        large: str | Path | PreTrainedModel | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        config: ProxyConfig | None = None,
+        **kwargs: Any,
+    ) -> ProxyModel:
+        """Load a proxy and the models that it refers to.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run, or the proxy folder in it.
+            large: Where the large model is on this machine, or the model itself, if not where the folder says.
+            device: Torch device of the models that are loaded, or ``auto``; None is that of ``large`` if it is loaded
+                already, else the CPU.
+            dtype: Dtype to convert all three models to; None leaves them as they were when the proxy was saved.
+            config: Settings to use instead of the folder's ``config.json``.
+            **kwargs: What ``AutoModelForCausalLM`` hands on: ``device_map`` with one device is understood, arguments
+                about hub files are ignored, others are refused.
+
+        Raises:
+            ModelError: The folder is missing, damaged or no proxy; a model cannot be loaded, or is not the one that
+                the proxy was made with.
+        """
+        device_map = kwargs.pop("device_map", None)
+        if device is None and device_map is None and isinstance(large, nn.Module):
+            device = str(large.device)
+        device = _one_device(device, device_map)
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        convert_to = None if dtype in (None, "auto") else getattr(torch, _known_dtype(dtype, place="dtype"))
+        _refuse({name: value for name, value in kwargs.items() if name not in _AUTO_ARGUMENTS})
+        folder = _proxy_folder(Path(pretrained_model_name_or_path))
+        config = _checked(_read_config(folder) if config is None else config, folder)
+
+        if isinstance(large, nn.Module):
+            large_model = large
+            if _dtype_name(large_model) != config.large["dtype"]:
+                _log.warning("the large model is not compared with the proxy's: it has another dtype")
+            else:
+                _check_fingerprint("large", large_model, config.large, folder)
+        else:
+            if large is not None:
+                config.large = {**config.large, "ref": _absolute(str(large))}
+            large_model = _load("large", config.large, device, folder)
+        untuned: PreTrainedModel | None = _load("untuned", config.untuned, device, folder)
+        tuned: PreTrainedModel | PeftModel
+        if config.tuned["form"] == "adapter":
+            tuned, untuned = _load_tuned(folder, config.tuned, device, base=untuned), None
+        else:
+            tuned = _load_tuned(folder, config.tuned, device, base=None)
+
+        model = cls(large_model, tuned, untuned, config.alpha, config.plausibility, vocab_size=config.real_vocab_size)
+        for name in ("large", "untuned", "tuned", "bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(config, name))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.generation_config, name, getattr(config, name))
+        model.config.name_or_path = str(folder)
+        model.name_or_path = str(folder)
+        if convert_to is not None:
+            model.to(convert_to)
+        return model
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give ``generate()`` a composite cache where it would make a plain one."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ModelError(
+                "a proxy decodes with dynamic caches",
+                value=generation_config.cache_implementation,
+                place="cache_implementation",
+                remedy="leave it out",
+            )
+        model_kwargs["past_key_values"] = self.new_cache()
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    def _parts(self) -> Iterator[_Part]:
+        """Large, tuned and untuned, each with the context in which it is that."""
+        yield _Part(self.large, self._accepted[0], nullcontext())
+        yield _Part(self.tuned, self._accepted[1], nullcontext())
+        if self.untuned is None:
+            yield _Part(self.tuned, self._accepted[1], self.without_adapter())
+        else:
+            yield _Part(self.untuned, self._accepted[2], nullcontext())
+
+
+class _Part(NamedTuple):
+    """One of the three models, ready to be called."""
+
+    model: PreTrainedModel | PeftModel
+    accepted: frozenset[str]
+    """Names of the arguments that its forward pass takes."""
+    context: AbstractContextManager[None]
+    """Where it must be called."""
+
+
+def _score(
+    part: _Part,
+    inputs: Mapping[str, Tensor | None],
+    cache: Cache | None,
+    *,
+    logits_to_keep: int | Tensor,
+    use_cache: bool,
+) -> Tensor:
+    """One model's scores, ``(batch, kept, width)``, in its own dtype and on its own device."""
+    device = part.model.device
+    arguments: dict[str, Any] = {
+        name: value.to(device) for name, value in inputs.items() if value is not None and name in part.accepted
+    }
+    if isinstance(logits_to_keep, Tensor):
+        logits_to_keep = logits_to_keep.to(device)
+    slices_itself = "logits_to_keep" in part.accepted
+    if slices_itself:
+        arguments["logits_to_keep"] = logits_to_keep
+    with part.context:
+        logits: Tensor = part.model(**arguments, past_key_values=cache, use_cache=use_cache, return_dict=True).logits
+    if slices_itself:
+        return logits
+    return logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+
+
+def _check_pair(tuned: PreTrainedModel | PeftModel, untuned: PreTrainedModel | None) -> None:
+    if untuned is None and not _is_adapted(tuned):
+        raise ModelError(
+            "the untuned model may be left out only if the tuned one carries a PEFT adapter",
+            value=type(tuned).__name__,
+            remedy="pass the small model as it was before tuning",
+        )
+    if _is_adapted(tuned):
+        if untuned is tuned:
+            raise ModelError(
+                "tuned and untuned must differ, but are the same adapted model",
+                remedy="leave untuned out: the proxy then switches the adapter off for it",
+            )
+        if tuned.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                "a tuned model's adapter must change its layers, not its prompt",
+                value=str(tuned.active_peft_config.peft_type),
+                remedy="tune with LoRA, or fully",
+            )
+
+
+def _generation_config(large: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """The large model's defaults; decoding also ends where the tokenizer says that a text does."""
+    config = copy.deepcopy(large.generation_config)
+    config.cache_implementation = None
+    ends = config.eos_token_id if config.eos_token_id is not None else []
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+    if ends:
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        if config.pad_token_id is None:
+            config.pad_token_id = ends[0]
+    return config
+
+
+def _shortest_context(models: Sequence[PreTrainedModel | PeftModel]) -> int | None:
+    lengths = [getattr(_base_model(model).config, "max_position_embeddings", None) for model in models]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that ask for something which a proxy cannot do."""
+    asked = sorted(name for name, value in arguments.items() if value is not None and value is not False)
+    if asked:
+        raise ModelError(
+            "a proxy does not take these arguments", value=asked, remedy="ask its parts: proxy.large, proxy.tuned"
+        )
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _is_adapter(part: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def _base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if _is_adapted(model) else model
+
+
+class _Unadapted(nn.Module):
+    """The weights below an adapter, under the names that they have without it: what ``fingerprint`` needs to see."""
+
+    def __init__(self, adapted: PeftModel) -> None:
+        super().__init__()
+        self.base = _base_model(adapted)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter that is not the adapter's."""
+        wrappers = {name for name, part in self.base.named_modules() if _is_adapter(part)}
+        for name, weight in self.base.named_parameters(*args, **kwargs):
+            path = name.split(".")
+            depth = next((i for i in range(len(path), 0, -1) if ".".join(path[:i]) in wrappers), None)
+            if depth is None:
+                yield name, weight
+            elif path[depth] in ("base_layer", "original_module"):
+                yield ".".join(path[:depth] + path[depth + 1 :]), weight
+
+
+def _save_adapter(model: PeftModel, folder: Path, *, base_ref: str) -> None:
+    """Write the active adapter. peft's own method adds a model card, names this machine's paths and may ask the hub."""
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapter
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.base_model_name_or_path = base_ref
+    config.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Cloned, because safetensors refuses tensors that share memory.
+    weights = {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in weights.items()}
+    save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _reference(role: str, given: str | None, stored: Mapping[str, str], model: PreTrainedModel) -> str:
+    """Where a model can be found again: as told, as loaded, or as transformers remembers."""
+    ref = given or stored.get("ref") or getattr(model, "name_or_path", "")
+    if not ref:
+        raise ModelError(
+            f"it is unknown where the {role} model came from, so the proxy could not be loaded again",
+            place="save_pretrained",
+            remedy=f"pass {role}_ref: demo:{'large' if role == 'large' else 'small'}, a hub id or a folder",
+        )
+    return _absolute(ref)
+
+
+def _absolute(ref: str) -> str:
+    """A reference that means the same in every working directory."""
+    if ref.startswith("demo:"):
+        return ref
+    path = Path(ref).expanduser()
+    return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
+
+
+def _proxy_folder(path: Path) -> Path:
+    """The folder that holds the proxy's files; a run's link is followed once, since a running server may swap it."""
+    path = path.expanduser()
+    if not path.is_dir():
+        raise ModelError(
+            "a proxy is loaded from a folder that exists",
+            value=str(path),
+            remedy="pass a run's folder, or the proxy in it",
+        )
+    folder = path / "proxy" if (path / "proxy").is_dir() else path
+    folder = folder.resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "a proxy's folder must hold config.json",
+            value=str(path),
+            remedy="pass the folder of a run that has completed a round, or its proxy",
+        )
+    return folder
+
+
+def _read_config(folder: Path) -> ProxyConfig:
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config.json of a proxy must be readable JSON ({error})", place=str(file), remedy="copy the folder again"
+        ) from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type != ProxyConfig.model_type:
+        raise ModelError(
+            f"config.json of a proxy must have model_type {ProxyConfig.model_type!r}",
+            value=model_type,
+            place=str(file),
+            remedy="pass the folder of a run or of a proxy; other models are loaded with AutoModelForCausalLM",
+        )
+    config: ProxyConfig = ProxyConfig.from_dict(content)
+    return config
+
+
+def _checked(config: ProxyConfig, folder: Path) -> ProxyConfig:
+    """The config, if it says all that loading needs."""
+    place = str(folder / "config.json")
+    try:
+        check_alpha(config.alpha)
+        check_plausibility(config.plausibility)
+    except ModelError as error:
+        error.place = place
+        raise
+    wanted = {
+        "large": ("ref", "fingerprint", "dtype"),
+        "untuned": ("ref", "fingerprint", "dtype"),
+        "tuned": ("form", "dtype"),
+    }
+    for name, keys in wanted.items():
+        entry = getattr(config, name)
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in keys):
+            raise ModelError(
+                f"config.json of a proxy must say {', '.join(keys)} of {name}",
+                value=entry,
+                place=place,
+                remedy="write the folder again with save_pretrained",
+            )
+        _known_dtype(entry["dtype"], place=place)
+    if config.tuned["form"] not in ("full", "adapter"):
+        raise ModelError("the form of a tuned model must be full or adapter", value=config.tuned["form"], place=place)
+    if not isinstance(config.real_vocab_size, int) or config.real_vocab_size < 1:
+        raise ModelError("real_vocab_size must be a positive number", value=config.real_vocab_size, place=place)
+    return config
+
+
+def _load(role: str, entry: Mapping[str, str], device: str, folder: Path) -> PreTrainedModel:
+    """Load a model that the proxy refers to, and make sure that it is the one."""
+    remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
+    try:
+        model = load_causal_lm(entry["ref"], dtype=entry["dtype"], device=device)
+    except (ModelError, SafetensorError) as error:
+        raise ModelError(
+            f"the {role} model of the proxy cannot be loaded: {error}", place=str(folder), remedy=remedy
+        ) from error
+    _check_fingerprint(role, model, entry, folder)
+    return model
+
+
+def _check_fingerprint(role: str, model: PreTrainedModel, entry: Mapping[str, str], folder: Path) -> None:
+    found = fingerprint(model)
+    if found != entry["fingerprint"]:
+        elsewhere = "pass large=PATH with the original" if role == "large" else "bring the original back"
+        raise ModelError(
+            f"the {role} model {entry['ref']} is not the one that this proxy was made with "
+            f"(fingerprint {entry['fingerprint']})",
+            value=found,
+            place=str(folder),
+            remedy=f"{elsewhere}, or train again with this one",
+        )
+
+
+def _load_tuned(
+    folder: Path, entry: Mapping[str, str], device: str, *, base: PreTrainedModel | None
+) -> PreTrainedModel | PeftModel:
+    """Load the folder's own weights: a full model, or an adapter put on ``base``."""
+    tuned = folder / _TUNED_FOLDER
+    files = (
+        ("config.json", "model*.safetensors") if base is None else ("adapter_config.json", "adapter_model.safetensors")
+    )
+    for pattern in files:
+        if not any(tuned.glob(pattern)):
+            raise ModelError(
+                "a proxy's folder must hold the tuned small model",
+                value=f"no {_TUNED_FOLDER}/{pattern}",
+                place=str(folder),
+                remedy="copy the whole folder",
+            )
+    try:
+        if base is None:
+            return load_causal_lm(str(tuned), dtype=entry["dtype"], device=device)
+        return load_adapter(base, tuned)
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of the tuned small model are damaged ({error})",
+            place=str(tuned),
+            remedy="copy the folder again",
+        ) from error
+
+
+def _one_device(device: str | torch.device | None, device_map: Any) -> str:
+    """The device that ``device`` or ``device_map`` means; models that are split over devices are loaded by hand."""
+    if device is None and isinstance(device_map, dict) and len(device_map) == 1:
+        device_map = next(iter(device_map.values()))
+    wanted = device if device is not None else device_map
+    if wanted is None:
+        return "cpu"
+    if isinstance(wanted, int):
+        return f"cuda:{wanted}"
+    if not isinstance(wanted, str | torch.device):
+        raise ModelError(
+            "a proxy is loaded onto one device",
+            value=wanted,
+            place="device_map",
+            remedy="load the three models as you like and call ProxyModel(large, tuned, untuned)",
+        )
+    return str(wanted)
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(_base_model(model).dtype).removeprefix("torch.")
+
+
+def _known_dtype(dtype: str | torch.dtype, *, place: str | None = None) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ModelError(f"a model's dtype must be one of {', '.join(_DTYPES)}", value=name, place=place)
+    return name
+
+
+AutoConfig.register(ProxyConfig.model_type, ProxyConfig, exist_ok=True)
+AutoModelForCausalLM.register(ProxyConfig, ProxyModel, exist_ok=True)

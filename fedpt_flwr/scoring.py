@@ -1,0 +1,1020 @@
+"""How good are the large, untuned, tuned and proxy models on a test set, and how sure can one be of it?
+
+Two views of every model, on the same items, prompts and token budget:
+
+- its loss on the right answers, teacher-forced, in nats per answer token. Losses are always computed without the
+  plausibility mask, which gives some right answers the probability 0;
+- the answers that it writes by itself, greedily, judged by the metrics of ``fedpt_flwr.metrics``. An answer from which
+  nothing can be extracted counts as wrong, and the share of those is reported.
+
+The 95 % intervals are Wilson's for shares (Wilson 1927) and the percentile bootstrap over items for losses; two models
+are compared by the paired bootstrap, which resamples the items that both answered (Koehn 2004). They say how far
+another draw of test items could move a number, not another seed of training.
+
+Nothing here knows Flower, files or run folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts
+from fedpt_flwr.errors import DataError, ModelError
+from fedpt_flwr.logits import combine_logits
+from fedpt_flwr.models import max_positions
+from fedpt_flwr.prompts import Example, extract_answer
+from fedpt_flwr.proxy import ProxyModel
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
+_log = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+Interval = tuple[float, float]
+
+MODELS = ("large", "untuned", "tuned", "proxy")
+"""The rows that a :class:`ProxyModel` gives by itself."""
+
+FEW_SHOT = "large_few_shot"
+"""The row of the large model with public texts in its prompt."""
+
+SHARES = ("exact_match", "contains_value", "right_field", "invalid_rate")
+"""Quantities that are shares of the items, with Wilson intervals."""
+
+_MAX_SCORES = 2**26  # scores that one model may return at once: 256 MiB of float32
+_MAX_SCORES_IN_FLOAT32 = 2**24  # scores that are turned into losses at once: 64 MiB, and a few copies of it
+_RESAMPLES = 10_000
+_RESAMPLED_AT_ONCE = 2**17  # item counts; larger blocks leave the processor's cache and are slower
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+_FEW_SHOT_POOL = 1000  # public texts that are tokenised to choose from
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLosses:
+    """What the right answers cost a model, item by item.
+
+    Attributes:
+        nats: Sum over the answer's tokens of minus the natural logarithm of their probability, ``(items,)``.
+        tokens: Number of those tokens, ``(items,)``. The first token of an item without prompt has nothing to be
+            predicted from and is not counted.
+    """
+
+    nats: FloatArray
+    tokens: IntArray
+
+    @classmethod
+    def none_yet(cls, items: int) -> AnswerLosses:
+        """Zeros, to add to."""
+        return cls(np.zeros(items), np.zeros(items, dtype=np.int64))
+
+    def add(self, items: IntArray, nats: FloatArray) -> None:
+        """Adds the losses of some tokens to the items that they belong to, in place."""
+        np.add.at(self.nats, items, nats)
+        np.add.at(self.tokens, items, 1)
+
+    @property
+    def mean(self) -> float:
+        """Nats per answer token over all items; NaN if there are no tokens."""
+        total = int(self.tokens.sum())
+        return float(self.nats.sum()) / total if total else math.nan
+
+
+def answer_losses(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_id: int,
+    batch_size: int = 32,
+    vocab_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AnswerLosses:
+    """Teacher-forced loss of one model on every item.
+
+    Args:
+        model: Any causal LM; a :class:`ProxyModel` is scored as it decodes, with its mask if it has one.
+        examples: The items.
+        pad_id: Token that fills up shorter items; which one makes no difference.
+        batch_size: Items in a forward pass at most; fewer where the vocabulary is large.
+        vocab_size: Only the first so many scores are tokens; None: all that the model returns.
+        on_progress: Called with the number of items done and of all items.
+
+    Returns:
+        Losses in the order of ``examples``.
+    """
+    losses = AnswerLosses.none_yet(len(examples))
+    batches = _forward(
+        [lambda: contextlib.nullcontext(model)],
+        examples,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        on_progress=on_progress,
+    )
+    for items, targets, (scores,) in batches:
+        losses.add(items, _nats(scores, targets))
+    return losses
+
+
+def proxy_losses(
+    proxy: ProxyModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    alpha: float,
+    pad_id: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, AnswerLosses]:
+    """Teacher-forced losses of a proxy and its parts: four rows for three forward passes.
+
+    Args:
+        proxy: Holds the large, tuned and untuned model. Its own alpha and mask are not used. All four rows are scored
+            over the tokens that the proxy takes for real.
+        examples: The items.
+        alpha: Strength of the shift at which the proxy is scored.
+        pad_id: Token that fills up shorter items; which one makes no difference.
+        batch_size: Items in a forward pass at most; fewer where the vocabulary is large.
+        on_progress: Called with the number of items done and of all items.
+
+    Returns:
+        Losses by the names of :data:`MODELS`, each in the order of ``examples``.
+    """
+    losses = {name: AnswerLosses.none_yet(len(examples)) for name in MODELS}
+    batches = _forward(
+        [
+            lambda: contextlib.nullcontext(proxy.large),
+            lambda: contextlib.nullcontext(proxy.tuned),
+            lambda: _untuned(proxy),
+        ],
+        examples,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        vocab_size=proxy.config.real_vocab_size,
+        on_progress=on_progress,
+    )
+    for items, targets, (large, tuned, untuned) in batches:
+        losses["large"].add(items, _nats(large, targets))
+        losses["tuned"].add(items, _nats(tuned, targets))
+        losses["untuned"].add(items, _nats(untuned, targets))
+        losses["proxy"].add(items, _nats(combine_logits(large, tuned, untuned, alpha=alpha), targets))
+    return losses
+
+
+_Opener = Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]
+"""Gives a model for as long as its context lasts: the untuned one may be the tuned one without its adapter."""
+
+
+@contextlib.contextmanager
+def _untuned(proxy: ProxyModel) -> Iterator[PreTrainedModel]:
+    if proxy.untuned is not None:
+        yield proxy.untuned
+    else:
+        with proxy.without_adapter():
+            yield proxy.tuned
+
+
+def _forward(
+    openers: Sequence[_Opener],
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_id: int,
+    batch_size: int,
+    vocab_size: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[IntArray, Tensor, list[Tensor]]]:
+    """Runs every model on every item, and keeps the scores of answer tokens alone.
+
+    Yields:
+        For some answer tokens at a time: the index of the item that each belongs to, ``(tokens,)``; the tokens,
+        ``(tokens,)``; and for each model its scores of them, ``(tokens, vocab)``, all on one device.
+    """
+    with _opened(openers[0]) as model:
+        width = int(model.config.get_text_config(decoder=True).vocab_size)
+    done = 0
+    for batch in _plan_batches(examples, batch_size=batch_size, max_positions=max(1, _MAX_SCORES // width)):
+        padded = collate([examples[index] for index in batch], pad_id, side="right")
+        # Position t predicts token t + 1: the last token is only predicted, and what comes before the first answer
+        # predicts nothing that counts.
+        start = min(_first_scored(examples[index]) for index in batch)
+        targets = padded["labels"][:, start:]
+        counted = targets != IGNORED_LABEL
+        scores: list[Tensor] = []
+        for opener in openers:
+            with _opened(opener) as model:
+                last = _last_scores(model, padded, positions=targets.shape[1])
+            scores.append(last[counted.to(last.device)][:, :vocab_size].to(scores[0].device if scores else last.device))
+        items = np.asarray(batch, dtype=np.int64)[counted.nonzero()[:, 0].numpy()]
+        token_ids = targets[counted].to(scores[0].device)
+        step = max(1, _MAX_SCORES_IN_FLOAT32 // scores[0].shape[-1])
+        for first in range(0, len(items), step):
+            rows = slice(first, first + step)
+            yield items[rows], token_ids[rows], [score[rows] for score in scores]
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(examples))
+
+
+def _plan_batches(examples: Sequence[TokenizedExample], *, batch_size: int, max_positions: int) -> Iterator[list[int]]:
+    """Deals items of similar length into batches, the longest first, so that memory runs out at once or never.
+
+    Args:
+        examples: The items; those without a token to score are left out.
+        batch_size: Items in a batch at most.
+        max_positions: Scored positions of a batch at most, padding included, unless one item alone has more.
+    """
+    order = sorted(
+        (index for index, example in enumerate(examples) if _length(example) > _first_scored(example)),
+        key=lambda index: (_length(examples[index]), len(examples[index].prompt_ids)),
+        reverse=True,
+    )
+    batch: list[int] = []
+    start = 0
+    for index in order:
+        begins = _first_scored(examples[index])
+        if batch:
+            positions = (len(batch) + 1) * (_length(examples[batch[0]]) - min(start, begins))
+            if len(batch) == batch_size or positions > max_positions:
+                yield batch
+                batch = []
+        start = min(start, begins) if batch else begins
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _length(example: TokenizedExample) -> int:
+    return len(example.prompt_ids) + len(example.answer_ids)
+
+
+def _first_scored(example: TokenizedExample) -> int:
+    return max(1, len(example.prompt_ids))
+
+
+def _last_scores(model: PreTrainedModel, padded: Mapping[str, Tensor], *, positions: int) -> Tensor:
+    """Scores at the last positions of a batch but the very last, ``(batch, positions, vocab)``."""
+    inputs = {name: padded[name][:, :-1].to(model.device) for name in ("input_ids", "attention_mask")}
+    # Decoder-only LMs of transformers 5 take `logits_to_keep`; one of another origin may ignore it, hence the slice.
+    scores: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    return scores[:, -positions:]
+
+
+def _nats(scores: Tensor, targets: Tensor) -> FloatArray:
+    """Minus the logarithm of the targets' probabilities, ``(tokens,)``."""
+    scores = scores.float()
+    nats = scores.logsumexp(-1) - scores.gather(-1, targets[:, None])[:, 0]
+    return nats.double().cpu().numpy()
+
+
+@contextlib.contextmanager
+def _opened(opener: _Opener) -> Iterator[PreTrainedModel]:
+    """A model without dropout and gradients; its mode is put back afterwards."""
+    with opener() as model, torch.no_grad():
+        was_training = model.training
+        model.train(False)
+        try:
+            yield model
+        finally:
+            model.train(was_training)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """What a model writes after each prompt, greedily and by its own ``generate()``.
+
+    A model's repetition penalty and the like are switched off, so that all models decode alike.
+
+    Args:
+        model: Any causal LM, a :class:`ProxyModel` included.
+        prompts: Token ids, each prompt with at least one.
+        tokenizer: Decodes, and names the token that ends an answer.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts that are answered at the same time.
+        on_progress: Called with the number of prompts answered and of all prompts.
+
+    Returns:
+        The answers' text without special tokens, in the order of ``prompts``. Prompts of similar length share a
+        batch; up to rounding in floating point, an answer does not depend on the others in it.
+
+    Raises:
+        DataError: A prompt is empty or leaves no room for an answer in the model's context.
+    """
+    _check_room(prompts, max_new_tokens=max_new_tokens, context=max_positions(model))
+    end_ids = _end_ids(model, tokenizer)
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    answers = [""] * len(prompts)
+    with _opened(lambda: contextlib.nullcontext(model)):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            padded = collate_prompts([list(prompts[index]) for index in batch], pad_id)
+            sequences = model.generate(
+                **{name: tensor.to(model.device) for name, tensor in padded.items()},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                pad_token_id=pad_id,
+                eos_token_id=end_ids,
+            )
+            written = sequences[:, padded["input_ids"].shape[1] :].tolist()
+            for index, token_ids in zip(batch, written, strict=True):
+                answers[index] = _decode(_until_end(token_ids, end_ids), tokenizer)
+            if on_progress is not None:
+                on_progress(first + len(batch), len(prompts))
+    return answers
+
+
+def _check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int | None) -> None:
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError("a prompt must have at least one token", place=f"item {index}")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise DataError(
+                f"prompt and answer together must fit into the model's {context} tokens",
+                value=f"{len(prompt)} + {max_new_tokens}",
+                place=f"item {index}",
+                remedy="shorten the prompts or lower the number of new tokens",
+            )
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, then those that the model itself stops at."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = configured if isinstance(configured, list) else [configured]
+    ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
+    if not ends:
+        raise ModelError("the tokenizer must have a token that ends an answer", remedy="set tokenizer.eos_token to one")
+    return ends
+
+
+def _until_end(token_ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    ends = [position for position, token in enumerate(token_ids) if token in end_ids]
+    return token_ids[: ends[0]] if ends else token_ids
+
+
+def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    # The clean-up of spaces would rewrite answers such as "jute ;ok" that a right answer must equal.
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def few_shot_prompt(
+    prompt_ids: Sequence[int],
+    public_ids: Sequence[Sequence[int]],
+    *,
+    shots: int,
+    max_prompt_tokens: int,
+    generator: np.random.Generator,
+    bos_token_id: int | None = None,
+) -> tuple[list[int], int]:
+    """Puts public texts before a prompt: as many as fit, up to ``shots``.
+
+    Args:
+        prompt_ids: The prompt's tokens, which stay as they are in every other row.
+        public_ids: Tokens of the texts to choose from, each with the blank line that ends it.
+        shots: Texts to take at most.
+        max_prompt_tokens: Length of the result at most.
+        generator: Decides which texts, and their order.
+        bos_token_id: If the prompt begins with this token, so does the result, and only there.
+
+    Returns:
+        The longer prompt and the number of texts in it, which is 0 where none fits.
+    """
+    begins_with_bos = bos_token_id is not None and list(prompt_ids[:1]) == [bos_token_id]
+    begin, rest = (list(prompt_ids[:1]), list(prompt_ids[1:])) if begins_with_bos else ([], list(prompt_ids))
+    room = max_prompt_tokens - len(prompt_ids)
+    taken: list[int] = []
+    used = 0
+    for index in generator.permutation(len(public_ids)):
+        if used == shots:
+            break
+        text = public_ids[index]
+        if len(text) <= room:
+            taken += text
+            room -= len(text)
+            used += 1
+    return begin + taken + rest, used
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def load_metric(name: str) -> EvaluationModule:
+    """One of the package's own metrics, by ``evaluate.load`` and without a network.
+
+    ``evaluate`` copies a metric to a cache in the home folder and imports the copy. Where nothing can be written there,
+    the metric is imported from where it lies.
+
+    Args:
+        name: A folder of ``fedpt_flwr.metrics``: ``exact_match``, ``contains_value`` or ``right_field``.
+    """
+    import evaluate  # takes two seconds, for which only those wait who judge answers
+
+    path = Path(__file__).parent / "metrics" / name / f"{name}.py"
+    # The folder for intermediate files must exist when a metric is made; kept in memory, it writes none.
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return evaluate.load(str(path), keep_in_memory=True, cache_dir=folder)
+        except OSError:
+            module = importlib.import_module(f"fedpt_flwr.metrics.{name}.{name}")
+            metric_class = next(
+                value
+                for value in vars(module).values()
+                if isinstance(value, type) and issubclass(value, evaluate.EvaluationModule)
+            )
+            return metric_class(keep_in_memory=True, cache_dir=folder)
+
+
+def judge_answers(
+    answers: Sequence[str],
+    references: Sequence[str],
+    *,
+    answer_pattern: str = "",
+    values: Sequence[str] | None = None,
+    fields: Sequence[str] | None = None,
+) -> dict[str, IntArray]:
+    """Marks every answer with 0 or 1.
+
+    Args:
+        answers: What a model wrote.
+        references: The right answers.
+        answer_pattern: Regular expression for the part of an answer that counts; empty: the whole answer.
+        values: The value that a right answer holds, for ``contains_value``; None: not judged.
+        fields: What a right answer of the form ``field = value`` names, for ``right_field``; None: not judged.
+
+    Returns:
+        ``exact_match``, ``invalid_rate`` (1: nothing can be extracted, so the answer is wrong), and where asked for
+        ``contains_value`` and ``right_field``, each ``(items,)``.
+    """
+
+    def marks(metric: str, wanted: Sequence[str], **options: str) -> IntArray:
+        result = load_metric(metric).compute(predictions=list(answers), references=list(wanted), **options)
+        return np.asarray(result["scores"], dtype=np.int64)
+
+    judged = {"exact_match": marks("exact_match", references, answer_pattern=answer_pattern)}
+    if values is not None:
+        judged["contains_value"] = marks("contains_value", values)
+    if fields is not None:
+        judged["right_field"] = marks("right_field", fields)
+    invalid = [not extract_answer(answer, answer_pattern) for answer in answers]
+    return judged | {"invalid_rate": np.asarray(invalid, dtype=np.int64)}
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes: int, n: int) -> Interval:
+    """95 % interval of a share (Wilson 1927), good for small n and for shares near 0 and 1.
+
+    Args:
+        successes: Items that count, 0 to ``n``.
+        n: Items, at least 1.
+    """
+    share, z2 = successes / n, _Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At both ends the formula gives 0 and 1 exactly, but for rounding.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def bootstrap_sums(columns: FloatArray, *, seed: int, resamples: int = _RESAMPLES) -> FloatArray:
+    """Sums over items drawn with replacement, as often as there are items.
+
+    Args:
+        columns: ``(items, quantities)``. All quantities of an item are drawn together, so ratios and differences of
+            the sums are paired.
+        seed: The same seed and number of items give the same draws.
+        resamples: Repetitions.
+
+    Returns:
+        ``(resamples, quantities)``, float64.
+    """
+    generator = np.random.default_rng(seed)
+    items = len(columns)
+    at_once = max(1, _RESAMPLED_AT_ONCE // items)
+    sums = []
+    for first in range(0, resamples, at_once):
+        count = min(at_once, resamples - first)
+        drawn = generator.integers(0, items, (count, items), dtype=np.int32)
+        drawn += np.arange(count, dtype=np.int32)[:, None] * items
+        times_drawn = np.bincount(drawn.ravel(), minlength=count * items).reshape(count, items)
+        sums.append(times_drawn.astype(np.float64) @ columns)
+    return np.concatenate(sums)
+
+
+def bootstrap_ratio(numerators: FloatArray, denominators: FloatArray, *, seed: int) -> Interval:
+    """95 % percentile interval of ``sum(numerators) / sum(denominators)`` over items.
+
+    Args:
+        numerators: ``(items,)``, finite.
+        denominators: ``(items,)``; items where it is 0 are left out, and at least one is not.
+        seed: Of the draws.
+    """
+    present = denominators > 0
+    sums = bootstrap_sums(np.stack([numerators[present], denominators[present]], axis=1), seed=seed)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    first: npt.ArrayLike, second: npt.ArrayLike, seed: int, *, tokens: npt.ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """How much more the first model has than the second, per item or per token, on the same items.
+
+    Args:
+        first: One number per item of the first model: 0 or 1 for right answers, or the item's nats.
+        second: The same of the second model.
+        seed: Of the draws.
+        tokens: Answer tokens per item, for a difference per token; None: per item.
+
+    Returns:
+        The difference ``first - second`` and its 95 % percentile interval.
+    """
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    weights = np.ones_like(difference) if tokens is None else np.asarray(tokens, dtype=np.float64)
+    low, high = bootstrap_ratio(difference, weights, seed=seed)
+    return float(difference.sum() / weights.sum()), low, high
+
+
+def gap_closed(
+    proxy: float | None, large: float | None, reference: float | None, *, higher_is_better: bool = True
+) -> float | None:
+    """Share of the way from the large model to a reference that the proxy goes: 1 is all of it, 0 none.
+
+    Args:
+        proxy: A metric of the proxy.
+        large: The same metric of the untuned large model.
+        reference: The same metric of the reference, such as the large model tuned by the devices themselves.
+        higher_is_better: False for losses.
+
+    Returns:
+        The share, or None where it has no meaning: a number is missing, or the reference is no better than the large.
+    """
+    if proxy is None or large is None or reference is None or not all(map(math.isfinite, (proxy, large, reference))):
+        return None
+    gap = reference - large
+    if (gap if higher_is_better else -gap) <= 0:
+        return None
+    return (proxy - large) / gap
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one model did on every item, in the order of the items.
+
+    Attributes:
+        losses: Its losses on the right answers, or None if they were not computed.
+        answers: What it wrote, or None if nothing was generated.
+        judged: 0 or 1 for every answer, by metric; see :func:`judge_answers`.
+        shots: Public texts in each prompt, or None for a prompt without any.
+    """
+
+    losses: AnswerLosses | None = None
+    answers: list[str] | None = None
+    judged: Mapping[str, IntArray] = field(default_factory=dict)
+    shots: IntArray | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model's line of the results table; what was not measured is None.
+
+    Attributes:
+        n: Items.
+        loss: Nats per answer token.
+        perplexity: ``exp(loss)``.
+        exact_match: Share of answers that are right.
+        contains_value: Share of answers that hold the right value, whatever else they hold.
+        right_field: Share of answers that name what was asked for.
+        invalid_rate: Share of answers from which nothing could be extracted; they are wrong in all other shares.
+        shots: Mean number of public texts in the prompts.
+        ci95: 95 % interval of each of the above but ``n`` and ``shots``, by name.
+    """
+
+    n: int
+    loss: float | None = None
+    perplexity: float | None = None
+    exact_match: float | None = None
+    contains_value: float | None = None
+    right_field: float | None = None
+    invalid_rate: float | None = None
+    shots: float | None = None
+    ci95: Mapping[str, Interval] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row for ``results.json``; holds neither null, NaN nor infinity."""
+        names = ("loss", "perplexity", *SHARES, "shots")
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return values | {"n": self.n, "ci95": {name: list(interval) for name, interval in self.ci95.items()}}
+
+
+def make_row(measurement: Measurement, *, n: int, seed: int) -> Row:
+    """Sums up one model's items.
+
+    Args:
+        measurement: What it did.
+        n: Number of items.
+        seed: Of the bootstrap.
+
+    Returns:
+        The row. A loss that is not finite, such as that of a model whose training diverged, is logged and left out.
+    """
+    values: dict[str, float] = {}
+    ci95: dict[str, Interval] = {}
+    losses = measurement.losses
+    if losses is not None and losses.tokens.any():
+        if np.isfinite(losses.nats).all():
+            values["loss"] = losses.mean
+            ci95["loss"] = bootstrap_ratio(losses.nats, losses.tokens.astype(np.float64), seed=seed)
+            if max(values["loss"], *ci95["loss"]) < math.log(np.finfo(np.float64).max):
+                values["perplexity"] = math.exp(values["loss"])
+                ci95["perplexity"] = (math.exp(ci95["loss"][0]), math.exp(ci95["loss"][1]))
+        else:
+            infinite = int((~np.isfinite(losses.nats)).sum())
+            _log.warning("the loss of %d of %d items is not a finite number, so the row has none", infinite, n)
+    for name, marks in measurement.judged.items():
+        values[name] = float(marks.mean())
+        ci95[name] = wilson_interval(int(marks.sum()), len(marks))
+    if measurement.shots is not None:
+        values["shots"] = float(measurement.shots.mean())
+    return Row(n=n, ci95=ci95, **values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Everything that :func:`score_models` found.
+
+    Attributes:
+        rows: A row for each model.
+        differences: ``proxy_minus_tuned`` and ``proxy_minus_large`` in exact match, and the same with ``_loss`` at the
+            end in nats per answer token: the value and its paired 95 % interval.
+        records: For each item its prompt, right answer, group, and what each model made of it; fit for JSON.
+        measurements: The items' numbers by row, to be handed to a later call as ``known``.
+        alpha: Strength of the shift in the proxy's answers.
+        plausibility: Mask in the proxy's answers.
+        loss_alpha: Strength of the shift in the proxy's loss.
+        seed: Of the bootstrap and of the few-shot prompts.
+    """
+
+    rows: dict[str, Row]
+    differences: dict[str, tuple[float, float, float]]
+    records: list[dict[str, Any]]
+    measurements: dict[str, Measurement]
+    alpha: float
+    plausibility: float
+    loss_alpha: float
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of ``results.json`` that comes from scoring."""
+        return {
+            "rows": {name: row.to_json() for name, row in self.rows.items()},
+            **{name: {"value": value, "ci95": [low, high]} for name, (value, low, high) in self.differences.items()},
+            "alpha": self.alpha,
+            "plausibility": self.plausibility,
+            "loss_alpha": self.loss_alpha,
+            "seed": self.seed,
+        }
+
+
+def score_models(
+    proxy: ProxyModel,
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    seed: int,
+    rows: Sequence[str] = MODELS,
+    generate: bool = True,
+    loss_alpha: float = 1.0,
+    batch_size: int = 32,
+    answer_pattern: str = "",
+    values: Sequence[str] | None = None,
+    fields: Sequence[str] | None = None,
+    public_texts: Sequence[str] = (),
+    shots: int = 0,
+    known: Mapping[str, Measurement] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Scores:
+    """Scores the proxy and its three parts on the same items.
+
+    For a look between rounds, ask for ``rows=("tuned", "proxy")`` on some of the items, and hand over what an earlier
+    call found for the models that never change as ``known``.
+
+    Args:
+        proxy: The proxy-tuned model; its alpha and mask decide its answers.
+        examples: The items as text.
+        tokenized: The same items as tokens.
+        tokenizer: The one that made ``tokenized``.
+        max_new_tokens: Longest answer, in tokens.
+        seed: Of the bootstrap and of the few-shot prompts.
+        rows: Which of :data:`MODELS`.
+        generate: Whether models write answers; False leaves the losses.
+        loss_alpha: Strength of the shift in the proxy's loss, which is computed without the mask.
+        batch_size: Items at once.
+        answer_pattern: See :func:`judge_answers`.
+        values: See :func:`judge_answers`.
+        fields: See :func:`judge_answers`.
+        public_texts: Texts to choose from for the row ``large_few_shot``.
+        shots: Texts in front of each of its prompts, as far as they fit; 0: no such row.
+        known: Measurements of the same items by row, taken as they are instead of being made again.
+        on_progress: Called with what is being done, the number of items done and of all items.
+
+    Raises:
+        DataError: There are no items, or the texts and tokens or the known measurements are not of the same items.
+    """
+    _check_items(examples, tokenized, known or {})
+
+    def progress(what: str) -> Callable[[int, int], None] | None:
+        return None if on_progress is None else lambda done, total: on_progress(what, done, total)
+
+    def measure(name: str, opener: _Opener, items: Sequence[TokenizedExample], losses: AnswerLosses) -> Measurement:
+        if not generate:
+            return Measurement(losses=losses)
+        with opener() as model:
+            answers = generate_answers(
+                model,
+                [item.prompt_ids for item in items],
+                tokenizer=tokenizer,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_progress=progress(f"answers of {name}"),
+            )
+        references = [example.answer for example in examples]
+        judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
+        return Measurement(losses=losses, answers=answers, judged=judged)
+
+    pad_id = tokenizer.pad_token_id or 0
+    measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
+    missing = [name for name in rows if name not in measurements]
+    if missing:
+        openers: dict[str, _Opener] = {
+            "large": lambda: contextlib.nullcontext(proxy.large),
+            "untuned": lambda: _untuned(proxy),
+            "tuned": lambda: contextlib.nullcontext(proxy.tuned),
+            "proxy": lambda: contextlib.nullcontext(proxy),
+        }
+        losses = proxy_losses(
+            proxy,
+            tokenized,
+            alpha=loss_alpha,
+            pad_id=pad_id,
+            batch_size=batch_size,
+            on_progress=progress("losses"),
+        )
+        measurements |= {name: measure(name, openers[name], tokenized, losses[name]) for name in missing}
+
+    if shots > 0 and public_texts and FEW_SHOT not in measurements:
+        longest = max(len(item.answer_ids) for item in tokenized)
+        prompts, used = _few_shot_items(
+            tokenized,
+            public_texts,
+            tokenizer=tokenizer,
+            shots=shots,
+            room=(max_positions(proxy.large) or 2**31) - max(max_new_tokens, longest),
+            seed=seed,
+        )
+        few_shot_losses = answer_losses(
+            proxy.large,
+            prompts,
+            pad_id=pad_id,
+            batch_size=batch_size,
+            vocab_size=proxy.config.real_vocab_size,
+            on_progress=progress(f"losses of {FEW_SHOT}"),
+        )
+        measured = measure(FEW_SHOT, lambda: contextlib.nullcontext(proxy.large), prompts, few_shot_losses)
+        measurements[FEW_SHOT] = replace(measured, shots=used)
+
+    names = [name for name in (*MODELS, FEW_SHOT) if name in measurements]
+    measurements = {name: measurements[name] for name in names}
+    return Scores(
+        rows={name: make_row(measurements[name], n=len(examples), seed=seed) for name in names},
+        differences=compare_measurements(measurements, seed=seed),
+        records=make_records(examples, measurements),
+        measurements=measurements,
+        alpha=proxy.alpha,
+        plausibility=proxy.plausibility,
+        loss_alpha=loss_alpha,
+        seed=seed,
+    )
+
+
+def _check_items(
+    examples: Sequence[Example], tokenized: Sequence[TokenizedExample], known: Mapping[str, Measurement]
+) -> None:
+    if not examples:
+        raise DataError("there must be at least one item to score", remedy="look at the test data")
+    if len(examples) != len(tokenized):
+        raise DataError("every item must be there as text and as tokens", value=(len(examples), len(tokenized)))
+    for name, measurement in known.items():
+        counts = [len(marks) for marks in measurement.judged.values()]
+        if measurement.losses is not None:
+            counts.append(len(measurement.losses.nats))
+        if any(count != len(examples) for count in counts):
+            raise DataError(
+                f"what is known of a model must be of the same {len(examples)} items", value=counts, place=name
+            )
+
+
+def _few_shot_items(
+    tokenized: Sequence[TokenizedExample],
+    public_texts: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    shots: int,
+    room: int,
+    seed: int,
+) -> tuple[list[TokenizedExample], IntArray]:
+    """The items with public texts before their prompts, different ones for each, and how many."""
+    generator = np.random.default_rng(seed)
+    pool = generator.permutation(len(public_texts))[:_FEW_SHOT_POOL]
+    texts = [public_texts[index].strip() + "\n\n" for index in pool]
+    public_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    items, used = [], []
+    for item in tokenized:
+        prompt_ids, count = few_shot_prompt(
+            item.prompt_ids,
+            public_ids,
+            shots=shots,
+            max_prompt_tokens=room,
+            generator=generator,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        items.append(TokenizedExample(prompt_ids, item.answer_ids))
+        used.append(count)
+    return items, np.asarray(used, dtype=np.int64)
+
+
+def compare_measurements(
+    measurements: Mapping[str, Measurement], *, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """The proxy against the tuned and the large model, item by item.
+
+    Args:
+        measurements: By row; what is not there, or was not measured, is not compared.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``proxy_minus_<row>`` (exact match) and ``proxy_minus_<row>_loss`` (nats per answer token): the difference and
+        its paired 95 % interval.
+    """
+    found: dict[str, tuple[float, float, float]] = {}
+    for other in ("tuned", "large"):
+        if "proxy" not in measurements or other not in measurements:
+            continue
+        proxy, rival = measurements["proxy"], measurements[other]
+        if "exact_match" in proxy.judged and "exact_match" in rival.judged:
+            found[f"proxy_minus_{other}"] = paired_bootstrap(
+                proxy.judged["exact_match"], rival.judged["exact_match"], seed
+            )
+        ours, theirs = proxy.losses, rival.losses
+        if ours is None or theirs is None or not ours.tokens.any():
+            continue
+        if np.isfinite(ours.nats).all() and np.isfinite(theirs.nats).all():
+            found[f"proxy_minus_{other}_loss"] = paired_bootstrap(ours.nats, theirs.nats, seed, tokens=ours.tokens)
+    return found
+
+
+def make_records(examples: Sequence[Example], measurements: Mapping[str, Measurement]) -> list[dict[str, Any]]:
+    """For each item what every model made of it, fit for JSON.
+
+    Returns:
+        ``{"prompt", "reference", "group", "models": {row: {"answer", "exact_match", ..., "loss"}}}``, where the marks
+        are 0 or 1 and ``loss`` is in nats per token of this item's answer; what was not measured is not there.
+    """
+    records = []
+    for index, example in enumerate(examples):
+        models: dict[str, dict[str, Any]] = {}
+        for name, measurement in measurements.items():
+            seen = models[name] = {}
+            if measurement.answers is not None:
+                seen["answer"] = measurement.answers[index]
+            for metric, marks in measurement.judged.items():
+                seen["invalid" if metric == "invalid_rate" else metric] = int(marks[index])
+            losses = measurement.losses
+            if losses is not None and losses.tokens[index] and math.isfinite(losses.nats[index]):
+                seen["loss"] = float(losses.nats[index]) / int(losses.tokens[index])
+        records.append(
+            {"prompt": example.prompt, "reference": example.answer, "group": example.group, "models": models}
+        )
+    return records
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+_COLUMNS = {
+    "exact_match": "exact match %",
+    "contains_value": "contains value %",
+    "right_field": "right field %",
+    "invalid_rate": "invalid %",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "shots": "shots",
+}
+
+
+def results_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """The results as cells of text, the head first.
+
+    Args:
+        results: What ``results.json`` holds: :meth:`Scores.to_json`, or with more rows.
+
+    Returns:
+        A list of cells for the head and each row. Shares are in per cent, losses in nats per answer token, both with
+        their 95 % intervals in brackets. A column that no row has is left out, a cell without a value is ``-``.
+    """
+    rows: Mapping[str, Mapping[str, Any]] = results["rows"]
+    columns = [name for name in _COLUMNS if any(name in row for row in rows.values())]
+    table = [["model", "items", *(_COLUMNS[name] for name in columns)]]
+    for model, row in rows.items():
+        interval = row.get("ci95", {})
+        cells = [_cell(name, row.get(name), interval.get(name)) for name in columns]
+        table.append([model, str(row["n"]), *cells])
+    return table
+
+
+def _cell(name: str, value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    write = _percent if name in SHARES else "{:.1f}".format if name == "shots" else "{:.4g}".format
+    return write(value) + (f" [{write(interval[0])}, {write(interval[1])}]" if interval is not None else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def render_table(table: Sequence[Sequence[str]]) -> str:
+    """Cells as lines of plain ASCII text, in columns; for logs and terminals."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """Says plainly whether the proxy beats, ties with or loses to the tuned small model and the large one.
+
+    By the paired 95 % interval of the difference in exact match, or in loss where nothing was generated: it beats or
+    loses where the interval leaves out 0.
+
+    Args:
+        results: What ``results.json`` holds.
+    """
+    sentences = [_compare(results, other, name) for other, name in (("tuned", "tuned small"), ("large", "large"))]
+    return " ".join(sentence for sentence in sentences if sentence) or "No verdict: the proxy was not compared."
+
+
+def _compare(results: Mapping[str, Any], other: str, name: str) -> str:
+    by_exact_match = f"proxy_minus_{other}" in results
+    key = f"proxy_minus_{other}" if by_exact_match else f"proxy_minus_{other}_loss"
+    if key not in results:
+        return ""
+    difference, (low, high) = results[key]["value"], results[key]["ci95"]
+    better, worse = (low > 0, high < 0) if by_exact_match else (high < 0, low > 0)
+    outcome = "BEATS" if better else "LOSES TO" if worse else "TIES WITH"
+    rows = results["rows"]
+    if by_exact_match:
+        ours, theirs = (f"{_percent(rows[row]['exact_match'])} %" for row in ("proxy", other))
+        numbers = (
+            f"exact match {ours} against {theirs}, difference {100 * difference:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+        )
+    else:
+        ours, theirs = (f"{rows[row]['loss']:.4g}" for row in ("proxy", other))
+        numbers = (
+            f"loss {ours} against {theirs} nats per answer token, difference {difference:+.4g} "
+            f"(95 % interval {low:+.4g} to {high:+.4g}"
+        )
+    return f"The proxy {outcome} the {name} model: {numbers}, {rows['proxy']['n']} items, paired)."

@@ -1,0 +1,149 @@
+"""The data of a run as its config names it: a device's shard, the server's held-out items, public texts.
+
+Server and devices call the same functions with the same config, so they agree on what is held out of the training data
+and on who owns what without sending any of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpt_flwr.config import DataConfig
+from fedpt_flwr.data import load_examples, read_records, split_holdout
+from fedpt_flwr.errors import DataError
+from fedpt_flwr.partition import partition
+from fedpt_flwr.prompts import Example, Template
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """Examples to score on.
+
+    Attributes:
+        examples: Prompts and right answers.
+        values: What a good answer contains, one per example; None if the records do not say.
+        fields: What is asked for, one per example; None if the records do not say.
+    """
+
+    examples: list[Example]
+    values: list[str] | None
+    fields: list[str] | None
+
+    def first(self, number: int) -> Items:
+        """The first items, or all of them where ``number`` is 0."""
+        end = number or None
+        return Items(
+            examples=self.examples[:end],
+            values=self.values and self.values[:end],
+            fields=self.fields and self.fields[:end],
+        )
+
+
+def device_shard(data: DataConfig, *, device: int, num_devices: int, seed: int) -> list[Example]:
+    """One device's examples out of ``data.train``; the same for the same config, seed and number of devices.
+
+    Raises:
+        DataError: The source cannot be read, or cannot be dealt out to so many devices.
+    """
+    examples = _load_train(data)
+    kept = _split(data, len(examples), seed)["train"]
+    groups = [examples[index].group for index in kept]
+    shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
+    return [examples[kept[index]] for index in shards[device]]
+
+
+def local_shard(data: DataConfig, path: str) -> list[Example]:
+    """The examples of a device that has data of its own.
+
+    Args:
+        data: Says how a record becomes an example.
+        path: Absolute path of the device's file or folder.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return load_examples(path, template=data.template, answer_field=data.answer_field)
+
+
+def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
+    """The server's validation or test items.
+
+    Args:
+        data: Names their source; an empty one means a part of ``data.train`` that no device gets.
+        which: ``validation`` or ``test``.
+        seed: Of the run.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    source, split = getattr(data, which), getattr(data, f"{which}_split")
+    if source:
+        examples = load_examples(source, split=split, template=data.template, answer_field=data.answer_field)
+        records: Sequence[Mapping[str, Any]] = read_records(source, split=split)
+    else:
+        everything = _load_train(data)
+        chosen = _split(data, len(everything), seed)[which]
+        examples = [everything[index] for index in chosen]
+        every_record = read_records(data.train, split=data.train_split)
+        records = [every_record[index] for index in chosen]
+    return Items(examples=examples, values=_column(records, data.value_field), fields=_column(records, data.name_field))
+
+
+def public_texts(data: DataConfig) -> list[str]:
+    """The server's public texts; none where ``data.public`` is empty.
+
+    Raises:
+        DataError: The source cannot be read, or lacks a field of the template.
+    """
+    if not data.public:
+        return []
+    template = Template(data.public_template)
+    records = read_records(data.public, split=data.public_split)
+    texts = []
+    for number, record in enumerate(records, start=1):
+        try:
+            texts.append(template.render(record))
+        except DataError as error:
+            raise DataError(
+                error.rule,
+                value=error.value,
+                place=f"{data.public}, record {number}",
+                remedy="see data.public-template",
+            ) from error
+    return texts
+
+
+def _split(data: DataConfig, num_examples: int, seed: int) -> dict[str, list[int]]:
+    """Indices of the training data by purpose; whatever has a source of its own takes none."""
+    kept = list(range(num_examples))
+    parts: dict[str, list[int]] = {}
+    for which in ("test", "validation"):
+        parts[which] = []
+        if not getattr(data, which):
+            share = data.holdout_fraction * num_examples / len(kept)
+            rest, held_out = split_holdout(len(kept), share, seed)
+            parts[which] = [kept[index] for index in held_out]
+            kept = [kept[index] for index in rest]
+    return {"train": kept, **parts}
+
+
+def _load_train(data: DataConfig) -> Sequence[Example]:
+    group_field = data.group_field if data.partitioner in ("natural", "dirichlet") else ""
+    return _load(data.train, data.train_split, data.template, data.answer_field, group_field)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(source: str, split: str, template: str, answer_field: str, group_field: str) -> Sequence[Example]:
+    # In a simulation one process plays many devices in turn, all with the same source.
+    return tuple(
+        load_examples(source, split=split, template=template, answer_field=answer_field, group_field=group_field)
+    )
+
+
+def _column(records: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
+    if not name or not all(record.get(name) not in (None, "") for record in records):
+        return None
+    return [str(record[name]) for record in records]

@@ -1,0 +1,493 @@
+"""``FedPT``: a Flower strategy around another one, for devices that fail and messages that cannot be trusted.
+
+The inner strategy decides how updates become one model. Around it, this one makes a run reproducible (devices have
+stable numbers, sampling and the order of replies depend on the seed alone), checks every reply before it is used, says
+what it refused, waits no longer than told, and hands each round's outcome to a callback: that is where the server
+writes its checkpoint, scores, and distils.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower_strategies
+from flwr.serverapp.strategy import Strategy
+
+from fedpt_flwr.config import StrategyConfig
+from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError
+from fedpt_flwr.records import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    DeviceCard,
+    check_arrays,
+    check_code,
+    check_metrics,
+    message_bytes,
+    refusal_reason,
+)
+
+INNER_STRATEGIES = (
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+)
+"""Flower's strategies that average arrays and can be named in ``strategy.name``."""
+
+_OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+_MAX_REASONS = 5  # shown of what devices say when they all fail
+_FORWARDED_METRICS = ("num-examples", "train-loss")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRound:
+    """One device's part in one round.
+
+    Attributes:
+        device: Its stable number.
+        bytes_down: Bytes of the train message, as serialised.
+        bytes_up: Bytes of the reply, as serialised; 0 if there was none.
+        metrics: The numbers it reported; empty if its reply was refused or absent.
+        refused: Why its reply was not used, or empty.
+    """
+
+    device: int
+    bytes_down: int
+    bytes_up: int
+    metrics: Mapping[str, float]
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoundOutcome:
+    """What a round gave.
+
+    Attributes:
+        server_round: From 1.
+        arrays: The aggregated arrays, float32.
+        train_loss: Mean over the devices' examples of the training loss, nats per answer token.
+        devices: One entry per sampled device, by number.
+        seconds: From sending the arrays to having aggregated them.
+    """
+
+    server_round: int
+    arrays: ArrayRecord
+    train_loss: float
+    devices: Sequence[DeviceRound]
+    seconds: float
+
+
+AfterAggregate = Callable[[RoundOutcome], ArrayRecord | None]
+"""Called with every round's outcome; returns the arrays that the next round begins with, None for the aggregated."""
+
+
+def make_inner_strategy(config: StrategyConfig) -> Strategy:
+    """Build the Flower strategy that a config names; FedPT does the sampling, so it takes every device it is shown.
+
+    Raises:
+        ConfigError: There is no such strategy, or it does not take these arguments.
+    """
+    if config.name not in INNER_STRATEGIES:
+        raise ConfigError("must be one of " + ", ".join(INNER_STRATEGIES), value=config.name, place="strategy.name")
+    cls = getattr(flower_strategies, config.name)
+    accepted = sorted(set(inspect.signature(cls).parameters) - {*_OURS, "self"} - set(_record_keys(cls)))
+    arguments = config.parsed_arguments()
+    for name in arguments:
+        if name not in accepted:
+            ours = name in _OURS
+            raise ConfigError(
+                f"{config.name} takes no argument {name} here" if not ours else f"{name} is set by this app",
+                place="strategy.arguments",
+                remedy="use fraction-train, min-devices and min-replies" if ours else f"it takes {', '.join(accepted)}",
+            )
+    if config.name == "FedProx" and "proximal_mu" not in arguments:
+        arguments["proximal_mu"] = 0.0
+    # Flower warns that evaluation on devices is off; here that is meant.
+    flower_log = logging.getLogger("flwr")
+    flower_log.disabled = True
+    try:
+        strategy: Strategy = cls(
+            fraction_train=1.0,
+            fraction_evaluate=0.0,
+            min_train_nodes=1,
+            min_evaluate_nodes=0,
+            min_available_nodes=1,
+            **arguments,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.name} refuses its arguments ({error})", place="strategy.arguments") from error
+    finally:
+        flower_log.disabled = False
+    return strategy
+
+
+def _record_keys(cls: type) -> list[str]:
+    names = inspect.signature(cls).parameters
+    return [name for name in names if name.endswith(("_key", "_fn"))]
+
+
+class _SelectedNodes(Grid):
+    """A view of a grid that shows the nodes of one round only, so that the inner strategy samples exactly these."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._node_ids)
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self._grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+class FedPT(Strategy):
+    """Wraps a Flower strategy for federated proxy-tuning.
+
+    Args:
+        inner: The strategy that aggregates. It must not sample: give it ``fraction_train=1.0`` and minimum numbers of
+            nodes of 1, as :func:`make_inner_strategy` does.
+        after_aggregate: Called with every round's outcome.
+        seed: Seed of the sampling.
+        fraction_train: Share of the devices that have examples that train in a round.
+        min_devices: Devices that must be connected before a round begins.
+        min_replies: Usable replies that a round needs.
+        max_failed_rounds: Rounds in a row that may lack replies; the arrays stay as they were.
+        wait_timeout_s: Seconds to wait for devices to connect, and for their answer to the first question.
+        code_hash: Devices that run other code are refused; empty: any code is accepted.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        after_aggregate: AfterAggregate | None = None,
+        *,
+        seed: int = 0,
+        fraction_train: float = 1.0,
+        min_devices: int = 1,
+        min_replies: int = 1,
+        max_failed_rounds: int = 0,
+        wait_timeout_s: float = 120.0,
+        code_hash: str = "",
+    ) -> None:
+        self.inner = inner
+        self.after_aggregate = after_aggregate
+        self.seed = seed
+        self.fraction_train = fraction_train
+        self.min_devices = min_devices
+        self.min_replies = min_replies
+        self.max_failed_rounds = max_failed_rounds
+        self.wait_timeout_s = wait_timeout_s
+        self.code_hash = code_hash
+        self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
+        self._declined: dict[int, str] = {}
+        self._sent: dict[int, Message] = {}  # this round's messages by device number
+        self._sent_at = 0.0
+        self._failed_rounds = 0
+
+    def summary(self) -> None:
+        """Log what is set."""
+        log(
+            INFO,
+            "\t├──> FedPT: at least %d devices, %.0f %% of them a round, at least %d replies, around %s:",
+            self.min_devices,
+            100 * self.fraction_train,
+            self.min_replies,
+            type(self.inner).__name__,
+        )
+        self.inner.summary()
+
+    # --- before a round -------------------------------------------------------------------------------------------
+
+    def meet_devices(self, grid: Grid) -> dict[int, DeviceCard]:
+        """Wait until enough devices are connected and have said who they are.
+
+        Returns:
+            The connected devices' cards by Flower's node id.
+
+        Raises:
+            RoundError: Too few within the deadline, or two devices have one number; says who declined and why.
+        """
+        deadline = time.monotonic() + self.wait_timeout_s
+        reported = -1
+        while True:
+            connected = sorted(grid.get_node_ids())
+            self._declined = {node: why for node, why in self._declined.items() if node in connected}
+            unknown = [node for node in connected if node not in self.devices and node not in self._declined]
+            if unknown:
+                self._ask(grid, unknown, max(1.0, deadline - time.monotonic()))
+            present = {node: self.devices[node] for node in connected if node in self.devices}
+            self._check_unique(present)
+            usable = sum(card.num_examples > 0 for card in present.values())
+            if usable >= self.min_devices:
+                return present
+            everyone_answered = all(node in self.devices or node in self._declined for node in connected)
+            if time.monotonic() >= deadline or (everyone_answered and self._declined and not usable):
+                raise self._too_few_devices(usable, present)
+            if usable != reported:
+                log(INFO, "Waiting for devices: %d of %d are there", usable, self.min_devices)
+                reported = usable
+            time.sleep(1.0)
+
+    def _ask(self, grid: Grid, nodes: Sequence[int], timeout_s: float) -> None:
+        question = RecordDict({CONFIG: ConfigRecord({"code-hash": self.code_hash})})
+        messages = [Message(content=question, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
+        asked = {message.metadata.dst_node_id: message for message in messages}
+        self._declined |= dict.fromkeys(nodes, "the device did not answer in time")  # until it does
+        for reply in grid.send_and_receive(messages, timeout=timeout_s):
+            node = _sender(reply, asked)
+            if node is None:
+                continue
+            try:
+                content = _content(reply)
+                card = DeviceCard.from_content(content, place=f"node {node}")
+                if self.code_hash:
+                    check_code(self.code_hash, card.code_hash)
+            except (ReplyError, DeviceError) as error:
+                if str(error) not in self._declined.values():
+                    log(WARNING, "A device cannot take part: %s", error)
+                self._declined[node] = str(error)
+                continue
+            self.devices[node] = card
+            del self._declined[node]
+            if card.num_examples == 0:
+                log(WARNING, "Device %d has no examples and is left out", card.device)
+
+    def _check_unique(self, present: Mapping[int, DeviceCard]) -> None:
+        seen: dict[int, int] = {}
+        for node, card in present.items():
+            if card.device in seen:
+                raise RoundError(
+                    f"device numbers must be unique, but nodes {seen[card.device]} and {node} both say {card.device}",
+                    remedy="give each SuperNode its own partition-id or device-id in --node-config",
+                )
+            seen[card.device] = node
+
+    def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard]) -> RoundError:
+        there = ", ".join(str(card.device) for card in present.values()) or "none"
+        reasons = list(dict.fromkeys(self._declined.values()))
+        return RoundError(
+            f"at least {self.min_devices} devices with examples must be there within {self.wait_timeout_s:g} s; "
+            f"{usable} are (connected: {there})",
+            place="min-devices",
+            remedy="see why they decline" if reasons else "start more devices, or lower min-devices",
+            problems=reasons[:_MAX_REASONS],
+        )
+
+    def log_shards(self) -> None:
+        """Log the table of shards: device, number of examples, groups."""
+        cards = sorted(self.devices.values(), key=lambda card: card.device)
+        log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
+        for card in cards:
+            groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
+            shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
+            more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
+            log(INFO, "\tdevice %3d  %7d examples  %s%s", card.device, card.num_examples, shown, more)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample devices by (seed, round) over their sorted numbers and let the inner strategy address them."""
+        first = not self.devices
+        present = self.meet_devices(grid)
+        if first:
+            self.log_shards()
+        node_of = {card.device: node for node, card in present.items() if card.num_examples > 0}
+        sampled = sample_devices(
+            list(node_of), self.fraction_train, self.min_replies, seed=self.seed, server_round=server_round
+        )
+        log(INFO, "Round %d: devices %s train", server_round, ", ".join(map(str, sampled)))
+        config = ConfigRecord({**config, "server-round": server_round, "code-hash": self.code_hash})
+        messages = self.inner.configure_train(
+            server_round, arrays, config, _SelectedNodes(grid, [node_of[device] for device in sampled])
+        )
+        device_of = {node: device for device, node in node_of.items()}
+        self._sent = {device_of[message.metadata.dst_node_id]: message for message in messages}
+        self._sent = dict(sorted(self._sent.items()))
+        self._sent_at = time.monotonic()
+        return list(self._sent.values())
+
+    # --- after a round --------------------------------------------------------------------------------------------
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check replies, sort them by device number, let the inner strategy aggregate, call ``after_aggregate``.
+
+        Raises:
+            RoundError: Too few usable replies, in more rounds in a row than allowed.
+        """
+        usable, devices = self._check_replies(server_round, replies)
+        refused = [part for part in devices if part.refused]
+        for part in refused:
+            log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
+        arrays, train_loss = None, float("nan")
+        if len(usable) >= self.min_replies:
+            arrays, metrics = self.inner.aggregate_train(server_round, usable)
+            if metrics is not None:
+                train_loss = float(np.asarray(metrics["train-loss"]).item())
+        arrays = None if arrays is None else _as_float32(arrays)
+        if arrays is None:
+            self._fail(server_round, len(usable), refused)
+            return None, None
+        self._failed_rounds = 0
+        outcome = RoundOutcome(
+            server_round=server_round,
+            arrays=arrays,
+            train_loss=train_loss,
+            devices=devices,
+            seconds=time.monotonic() - self._sent_at,
+        )
+        following = self.after_aggregate(outcome) if self.after_aggregate else None
+        summary = MetricRecord({"train-loss": train_loss, "num-replies": len(usable)})
+        return (following if following is not None else arrays), summary
+
+    def _check_replies(self, server_round: int, replies: Iterable[Message]) -> tuple[list[Message], list[DeviceRound]]:
+        """Usable replies and one entry for every sampled device, both by device number."""
+        received: dict[int, Message] = {}
+        for reply in replies:
+            device = _sender(reply, self._sent)
+            if device is None:
+                log(WARNING, "Round %d: a reply to no message of this round is left out", server_round)
+            else:
+                received[device] = reply
+        usable: list[Message] = []
+        devices: list[DeviceRound] = []
+        for device, sent in self._sent.items():
+            down = message_bytes(sent.content)
+            place = f"device {device}, round {server_round}"
+            metrics: dict[str, float] = {}
+            up, reason = 0, ""
+            try:
+                if device not in received:
+                    raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
+                reply = received[device]
+                content = _content(reply)
+                up = message_bytes(content)
+                if set(content.array_records) != {ARRAYS}:
+                    raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
+                arrays = check_arrays(content.array_records[ARRAYS], sent.content.array_records[ARRAYS], place=place)
+                metrics = check_metrics(content, server_round=server_round, place=place)
+                forwarded = MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})
+                reply.content = RecordDict({ARRAYS: arrays, METRICS: forwarded})
+                usable.append(reply)
+            except (ReplyError, DeviceError) as error:
+                metrics, reason = {}, str(error)
+            devices.append(DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason))
+        return usable, devices
+
+    def _fail(self, server_round: int, num_usable: int, refused: Sequence[DeviceRound]) -> None:
+        self._failed_rounds += 1
+        error = RoundError(
+            f"round {server_round} needs {self.min_replies} usable replies of {len(self._sent)} devices and has "
+            f"{num_usable}",
+            place="min-replies",
+            remedy="checkpoints of earlier rounds are kept",
+            problems=list(dict.fromkeys(part.refused for part in refused))[:_MAX_REASONS],
+        )
+        if self._failed_rounds > self.max_failed_rounds:
+            raise error
+        log(WARNING, "%s; the model stays as it was (%d of %d such rounds in a row are allowed)",
+            error, self._failed_rounds, self.max_failed_rounds)  # fmt: skip
+
+    # --- evaluation on devices is the inner strategy's business ---------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the inner strategy does."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the inner strategy does, unless nobody was asked."""
+        replies = list(replies)
+        return self.inner.aggregate_evaluate(server_round, replies) if replies else None
+
+
+def sample_devices(
+    devices: Sequence[int], fraction: float, at_least: int, *, seed: int, server_round: int
+) -> list[int]:
+    """Draw the devices of a round; depends on the numbers, the seed and the round alone.
+
+    Args:
+        devices: Numbers of the devices that have examples, in any order.
+        fraction: Share to draw, rounded down.
+        at_least: Never fewer than this, as long as there are so many.
+        seed: Of the run.
+        server_round: From 1.
+
+    Returns:
+        The drawn numbers, sorted.
+    """
+    count = min(len(devices), max(1, at_least, int(len(devices) * fraction + 1e-9)))
+    # random.Random takes text seeds through SHA-512, the same on every machine.
+    return sorted(random.Random(f"{seed}/{server_round}").sample(sorted(devices), count))
+
+
+def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
+    """What a strategy made of the updates (some compute in float64), or None if it is not finite."""
+    values = {name: array.numpy().astype(np.float32, copy=False) for name, array in arrays.items()}
+    if not all(np.isfinite(part).all() for part in values.values()):
+        return None
+    return ArrayRecord({name: Array(part) for name, part in values.items()})
+
+
+def _sender(reply: Message, sent: Mapping[int, Message]) -> int | None:
+    """Which of the messages sent, by key, a reply answers: an error made by the SuperLink names no node."""
+    for key, message in sent.items():
+        if reply.metadata.reply_to_message_id == message.metadata.message_id:
+            return key
+    return None
+
+
+def _content(reply: Message) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        DeviceError: The device failed, or declined.
+    """
+    if reply.has_error():
+        raise DeviceError(f"the device failed: {_last_line(reply.error.reason)}")
+    reason = refusal_reason(reply.content)
+    if reason is not None:
+        raise DeviceError(reason)
+    return reply.content
+
+
+def _last_line(reason: str | None) -> str:
+    """The part of a remote traceback that says what happened."""
+    lines = [line.strip() for line in (reason or "no reason given").replace("\\n", "\n").splitlines() if line.strip()]
+    return lines[-1][:500]

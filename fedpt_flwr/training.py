@@ -1,0 +1,253 @@
+"""Local training: what one device does with the small model in one round.
+
+Answer tokens only, AdamW begun anew each round, batches drawn by a generator that depends on (seed, round, device) and
+on nothing else, so that a result is the same however many devices share a process. Knows no messages and no Flower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpt_flwr.config import TrainConfig
+from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, batches, collate
+from fedpt_flwr.errors import DataError, DeviceError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LocalResult:
+    """What one round on one device measured; the weights are in the model.
+
+    Attributes:
+        loss: Mean over the steps of nats per answer token.
+        loss_last: The same for the last step alone.
+        num_steps: Optimizer steps.
+        num_examples_seen: Examples that went through the model, repeats counted.
+        num_tokens: Tokens that went through the model, padding not counted.
+        num_answer_tokens: Tokens that had a loss.
+        seconds: Time of the steps.
+        flops: Floating-point operations, counted from the sizes of the weights; see :func:`count_flops`.
+        state_bytes: Bytes of weights, gradients and optimizer state.
+        peak_memory_bytes: Peak of the process's memory over the task (CUDA: of the allocator); None if the system
+            does not tell.
+    """
+
+    loss: float
+    loss_last: float
+    num_steps: int
+    num_examples_seen: int
+    num_tokens: int
+    num_answer_tokens: int
+    seconds: float
+    flops: float
+    state_bytes: int
+    peak_memory_bytes: int | None
+
+
+def round_learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:
+    """The learning rate of a round: the schedule runs over the rounds, not within one.
+
+    Args:
+        config: Gives the first rate, the last as a fraction of it, and the course between them.
+        server_round: From 1.
+        num_rounds: Rounds of the run.
+    """
+    progress = min(1.0, (server_round - 1) / (num_rounds - 1)) if num_rounds > 1 else 0.0
+    falling = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    factor = falling[config.schedule]
+    return config.learning_rate * (config.learning_rate_end + (1.0 - config.learning_rate_end) * factor)
+
+
+def device_seed(seed: int, server_round: int, device: int) -> int:
+    """The seed of one device's randomness in one round."""
+    return int(np.random.SeedSequence([seed, server_round, device]).generate_state(1, np.uint32)[0])
+
+
+def num_steps(config: TrainConfig, num_examples: int) -> int:
+    """Optimizer steps of a round: the epochs or the bound, whichever ends first."""
+    per_epoch = math.ceil(math.ceil(num_examples / config.batch_size) / config.accumulation_steps)
+    limits = [config.epochs * per_epoch, config.max_steps]
+    return min(limit for limit in limits if limit > 0)
+
+
+def train_locally(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[TokenizedExample],
+    config: TrainConfig,
+    *,
+    learning_rate: float,
+    fedprox_mu: float,
+    pad_id: int,
+    seed: int,
+) -> LocalResult:
+    """Tune a model in place on one device's shard.
+
+    Args:
+        model: The small model with the round's weights; what has ``requires_grad`` is tuned, where the model lies.
+        examples: The shard.
+        config: Steps, batches and optimizer.
+        learning_rate: Of this round.
+        fedprox_mu: FedProx's pull towards the weights that the round began with (Li et al. 2020, arXiv:1812.06127).
+        pad_id: Id that fills up batches.
+        seed: Of batches and dropout.
+
+    Returns:
+        Losses and costs.
+
+    Raises:
+        DataError: The shard is empty.
+        DeviceError: The loss is not a finite number.
+    """
+    if not examples:
+        raise DataError("a device needs at least one example to train on")
+    device = next(model.parameters()).device
+    memory = _PeakMemory(device)
+    accelerator = _accelerator(config, device)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    begun_with = [weight.detach().clone() for weight in weights] if fedprox_mu > 0 else []
+    optimizer = torch.optim.AdamW(
+        weights,
+        lr=learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    steps = num_steps(config, len(examples))
+    draws = batches(len(examples), config.batch_size, steps * config.accumulation_steps, np.random.default_rng(seed))
+    losses: list[float] = []
+    seen = tokens = answer_tokens = state_bytes = 0
+    started = time.perf_counter()
+    model.train()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+        try:
+            for _ in range(steps):
+                step = [
+                    collate([examples[index] for index in next(draws)], pad_id)
+                    for _ in range(config.accumulation_steps)
+                ]
+                count = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in step)
+                total = 0.0
+                for batch in step:
+                    seen += len(batch["input_ids"])
+                    tokens += int(batch["attention_mask"].sum())
+                    loss = _answer_loss(prepared, {name: part.to(device) for name, part in batch.items()}) / count
+                    accelerator.backward(loss)
+                    total += loss.item()
+                if not math.isfinite(total):
+                    raise DeviceError(
+                        f"the training loss became {total} after {len(losses)} steps",
+                        remedy="lower train.learning-rate, or train.max-grad-norm",
+                    )
+                for weight, start in zip(weights, begun_with, strict=False):
+                    if weight.grad is not None:
+                        weight.grad.add_(weight.detach() - start, alpha=fedprox_mu)
+                if config.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(weights, config.max_grad_norm)
+                prepared_optimizer.step()
+                if not losses:
+                    state_bytes = _state_bytes(model, weights, optimizer)
+                prepared_optimizer.zero_grad()
+                losses.append(total)
+                answer_tokens += count
+        finally:
+            accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            model.eval()
+    return LocalResult(
+        loss=sum(losses) / len(losses),
+        loss_last=losses[-1],
+        num_steps=steps,
+        num_examples_seen=seen,
+        num_tokens=tokens,
+        num_answer_tokens=answer_tokens,
+        seconds=time.perf_counter() - started,
+        flops=count_flops(model, tokens),
+        state_bytes=state_bytes,
+        peak_memory_bytes=memory.peak_bytes(),
+    )
+
+
+def count_flops(model: torch.nn.Module, num_tokens: int) -> float:
+    """Operations of training on a number of tokens, from the sizes of the weight matrices.
+
+    Two per weight and token forward, two for the gradients that go down, two for the gradients of the weights that are
+    tuned; attention over the context is not counted (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    """
+    forward = tuned = 0
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    for weight in model.parameters():
+        if weight.dim() < 2 or (id(weight) in embeddings and not _is_tied(model, weight)):
+            continue
+        forward += weight.numel()
+        tuned += weight.numel() if weight.requires_grad else 0
+    return float(num_tokens) * (2 * forward + 2 * forward + 2 * tuned)
+
+
+def _is_tied(model: torch.nn.Module, weight: Tensor) -> bool:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return output is not None and output.weight is weight
+
+
+def _answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of nats over the answer tokens of a batch."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    counted = targets != IGNORED_LABEL
+    return F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="sum")
+
+
+def _accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
+    # Accelerate keeps one state per process; devices with other settings may share it in a simulation.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        mixed_precision=config.mixed_precision, cpu=device.type == "cpu", device_placement=False, log_with=None
+    )
+
+
+def _state_bytes(model: torch.nn.Module, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    tensors = [*model.parameters(), *(weight.grad for weight in weights if weight.grad is not None)]
+    tensors += [part for state in optimizer.state.values() for part in state.values() if isinstance(part, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _PeakMemory:
+    """Peak memory since its creation: CUDA's allocator, or the process's resident memory on Linux."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            with suppress(OSError):  # where that is not allowed, it is the peak of the whole process
+                reset.write_text("5", encoding="ascii")  # 5: forget the peak so far
+
+    def peak_bytes(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        status = Path("/proc/self/status")
+        if status.exists():
+            for line in status.read_text(encoding="ascii").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return None
