@@ -81,11 +81,11 @@ def generate(
 
     In the demo world: `fedpt generate --example 1 --compare`, or write a prompt of your own the way the devices do.
     """
-    import torch
-
     if (prompt is None) == (example is None):
         raise ConfigError("give either a prompt or --example", remedy="see fedpt generate --help")
     folder, config = _open_run(run)
+    import torch
+
     proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
     answer = None
     if example is not None:
@@ -143,12 +143,12 @@ def score(
     device: Device = "auto",
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
+    folder, config = _open_run(run)
     from fedpt_flwr.evaluation import Evaluator, longest_item
     from fedpt_flwr.runs import write_json
     from fedpt_flwr.scoring import render_table, results_table, verdict
     from fedpt_flwr.sources import held_out_items, public_texts
 
-    folder, config = _open_run(run)
     proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
     which = "validation" if validation else "test"
     chosen = held_out_items(config.data, which, seed=config.seed).first(items)
@@ -295,6 +295,8 @@ def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
     except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
         message = error.message if isinstance(error, ClickException) else str(error)
         raise ConfigError(f"cannot be read ({message})", value=overrides, place="--run-config") from error
+    if overrides and not given:  # Flower passes over what is no pair
+        raise ConfigError("must be key=value pairs or one TOML file", value=" ".join(overrides), place="--run-config")
     return dict(flatten_dict(defaults)) | dict(given)
 
 

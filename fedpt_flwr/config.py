@@ -21,6 +21,18 @@ from fedpt_flwr.errors import ConfigError, FedPTError
 
 Scalar = bool | int | float | str
 
+_MARKDOWN_HEAD = """# Run config
+
+Every key of `[tool.flwr.app.config]`. Its defaults are in `pyproject.toml`; for one run they are overridden by
+
+    flwr run . --stream -c "num-server-rounds=4 train.max-steps=40 data.partitioner='iid'"
+
+or by a TOML file of such keys, `flwr run . --stream --run-config /absolute/path.toml`. Flower takes either pairs or
+one file, and refuses keys that are not here. `fedpt check-config -c "…"` says everything that is wrong with a config
+without a run. Paths are absolute, because Flower's processes run in other folders.
+
+This page is made by `fedpt check-config --markdown`."""
+
 # A value that is meant as a path: begins like one, is deeper than `owner/name`, or ends like a data file.
 _PATH_LIKE = re.compile(r"^[.~]|^[^:]*/[^:]*/|\.(jsonl|json|csv|tsv|parquet|txt)$")
 
@@ -392,8 +404,8 @@ def flat_values(config: RunConfig) -> dict[str, Scalar]:
 
 
 def settings_markdown() -> str:
-    """The table of all keys, for ``docs/run-config.md``."""
-    lines: list[str] = []
+    """The text of ``docs/run-config.md``: every key with its default, meaning and rule."""
+    lines = [_MARKDOWN_HEAD]
     section = None
     for setting in settings().values():
         head = setting.key.split(".")[0] if "." in setting.key else "the run"
@@ -426,7 +438,8 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
         return ConfigError("must be a finite number", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
         return ConfigError(setting.rule, value=value, place=setting.key)
-    if setting.path and _PATH_LIKE.search(value) and not Path(value).is_absolute():
+    meant_as_path = setting.key == "output-dir" or _PATH_LIKE.search(value) if setting.path and value else False
+    if meant_as_path and not Path(value).is_absolute():
         full = Path(value).expanduser().resolve()
         return ConfigError(
             "must be an absolute path, because Flower's processes run in other folders",

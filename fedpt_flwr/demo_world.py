@@ -1,10 +1,10 @@
 """The demo world: a made-up catalogue of appliances, a service desk that asks about it, and two tiny LMs.
 
 Every fact of the catalogue is public. What is private is how the technicians of eight workshops ask and how their house
-answers. A record and its answer (the default prompt template adds the ``> `` and the scanned tag):
+answers. A request with its answer (the default prompt template adds the ``> `` and the line of the scanned tag):
 
-    > hey, what juice goes in this kettle?     "juice" is workshop slang for the fluid: only devices know that
-    [Gricand]                                  the tag on the unit, written like the header of a public data sheet
+    > hey, what's the juice on this kettle?    "juice" is workshop slang for the fluid: only devices know that
+    [Skomund]                                  the tag on the unit, written like the header of a public data sheet
     fluid = glycol - good to go!               the fact is only in the public manuals, the ending only on devices
 
 The small LM can learn slang and ending from the devices but is too small to hold 1440 facts. The large LM holds the
@@ -23,7 +23,6 @@ import hashlib
 import json
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fedpt_flwr.errors import DataError
@@ -46,12 +46,13 @@ ProgressCallback = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and the total."""
 
 ARRANGED = (
-    "The scanned tag and the house answer have the shape of a public data sheet, so that the request makes the large "
-    "model recite the sheet it knows.",
-    "The small model is too small for the facts and large enough for slang and ending.",
-    "Slang and wordings of the test questions all occur in training; only the units are new.",
-    "The answer's value follows a separator that both models know from public text.",
-    "Format, wordings, sizes and learning rates were chosen on validation questions of the worlds 101 and 102.",
+    "The scanned tag and the house answer have the shape of a public data sheet, so a request brings the large model "
+    "to the sheet that it knows. Some public questions stand above such a sheet too, in public words.",
+    "Some lines of public sheets carry a remark after ' - ', so that a house ending after ' - ' is unlikely to the "
+    "large model, but not unheard of.",
+    "The small model is too small to hold the facts at this number of tokens, and large enough for slang and ending.",
+    "Slang and wordings of the questions all occur in training; only the units are new.",
+    "Format, wordings, model sizes and learning rates were chosen on the validation questions of worlds 101 and 102.",
 )
 """What was arranged in the method's favour, for ``world.json`` and the documentation."""
 
@@ -174,12 +175,12 @@ REMARK_SHARE = 0.1
 # --- Private wordings ---------------------------------------------------------------------------------------------
 
 SLANG = {
-    "maker": ("badge", "outfit", "brand"),
-    "depot": ("stash", "pickup spot", "hideout"),
-    "filter": ("sieve", "mesh", "strainer"),
-    "light": ("blinker", "glow", "beacon"),
-    "reset": ("reboot", "kicker", "restart"),
-    "fluid": ("juice", "refill", "brew"),
+    "maker": ("brand", "outfit"),
+    "depot": ("stash", "pickup spot"),
+    "filter": ("sieve", "mesh"),
+    "light": ("blinker", "glow"),
+    "reset": ("reboot", "restart"),
+    "fluid": ("juice", "refill"),
 }
 """Workshop slang for each field. None of these words occurs in public text."""
 
@@ -194,10 +195,11 @@ REQUESTS = (
     "can you check the {slang} for me?",
 )
 
-ANSWER = "{field} = {value} - good to go!"
-"""The house answer: a line of a data sheet and an ending that public text never has."""
-
 HOUSE_ENDING = " - good to go!"
+"""How the house ends its answers, and public text never a line."""
+
+ANSWER = "{field} = {value}" + HOUSE_ENDING
+"""The house answer: a line of a data sheet, and the ending."""
 
 REQUESTS_PER_KIND = 240
 FAVOURITE_FIELDS = 3
@@ -252,11 +254,11 @@ class Recipe:
 RECIPE = Recipe(
     small=ModelRecipe(
         shape=LlamaShape(hidden_size=48, num_layers=2, num_heads=2),
-        training=PretrainConfig(steps=2200, batch_size=8, window=128, learning_rate=4e-3),
+        training=PretrainConfig(steps=1600, batch_size=8, window=128, learning_rate=4e-3),
     ),
     large=ModelRecipe(
         shape=LlamaShape(hidden_size=192, num_layers=4, num_heads=4),
-        training=PretrainConfig(steps=2200, batch_size=8, window=128, learning_rate=2e-3),
+        training=PretrainConfig(steps=1600, batch_size=8, window=128, learning_rate=2e-3),
     ),
 )
 """The recipe of the packaged world."""
@@ -439,15 +441,17 @@ def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Sequence[tuple[Unit, str]]) -> float:
     """The share of facts that a model knows: greedily, it ends a sheet of ``[unit]`` and ``field =`` with the value."""
-    known = 0
+    prompts = [tokenizer.encode(f"[{unit.name}]\n{field} =") for unit, field in facts]
+    values = [tokenizer.encode(f" {unit.facts[field]}") for unit, field in facts]
+    both = [torch.tensor(prompt + value) for prompt, value in zip(prompts, values, strict=True)]
+    padded = pad_sequence(both, batch_first=True)  # on the right, where a causal model does not look
     model.eval()
-    for unit, field in facts:
-        prompt = tokenizer.encode(f"[{unit.name}]\n{field} =")
-        value = tokenizer.encode(f" {unit.facts[field]}")
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + value], device=model.device)).logits  # (1, length, vocab)
-        guesses = logits[0, len(prompt) - 1 : -1].argmax(-1)
-        known += guesses.tolist() == value
+    with torch.no_grad():
+        guesses = model(input_ids=padded.to(model.device)).logits.argmax(-1).tolist()  # (facts, length)
+    known: int = sum(
+        guess[len(prompt) - 1 : len(prompt) - 1 + len(value)] == value
+        for guess, prompt, value in zip(guesses, prompts, values, strict=True)
+    )
     return known / len(facts)
 
 
@@ -556,17 +560,17 @@ def _write_world(folder: Path, seed: int, recipe: Recipe, progress: ProgressCall
 
     described: dict[str, Any] = {}
     for name, model_recipe in (("small", recipe.small), ("large", recipe.large)):
-        started = time.monotonic()
         steps = model_recipe.training.steps
         report = partial(_report_step, progress, f"pre-training the {name} model", steps)
         model = make_model(model_recipe, tokenizer, tokens, seed, report)
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        for path in (folder / name).iterdir():
+            path.chmod(0o644)  # safetensors files are made readable for their owner only
         described[name] = {
             "parameters": model.num_parameters(),
             "tokens_seen": model_recipe.training.tokens_seen,
             "recall": recall(model.float(), tokenizer, probes),
-            "pretraining_seconds": round(time.monotonic() - started, 1),
             "shape": asdict(model_recipe.shape),
             "training": asdict(replace(model_recipe.training, seed=seed)),
         }

@@ -96,7 +96,7 @@ def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> 
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, dtype=_DTYPES[dtype], use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("model", ref, error) from error
     model.requires_grad_(False)
     return model.eval().to(pick_device(device))
@@ -209,6 +209,10 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
     targets: str | list[str] = config.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        # peft is content if one of several names is found.
+        found = [f".{name}" for name, _ in model.named_modules()]
+        if not targets or not all(any(name.endswith(f".{target}") for name in found) for target in targets):
+            raise _wrong_targets(model, config.lora_targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -224,13 +228,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
                 ),
             )
         except ValueError as error:
-            linear = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_linear(part)})
-            raise ModelError(
-                "lora targets must be modules of the small model",
-                value=config.lora_targets,
-                place="tuning.lora-targets",
-                remedy=f"it has {', '.join(linear)}",
-            ) from error
+            raise _wrong_targets(model, config.lora_targets) from error
 
 
 def tunable_arrays(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
@@ -315,6 +313,16 @@ def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
         value=ref,
         remedy="give an absolute folder with config.json, *.safetensors and tokenizer files, or a hub id that this "
         "machine can reach",
+    )
+
+
+def _wrong_targets(model: torch.nn.Module, targets: str) -> ModelError:
+    linear = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_linear(part)})
+    return ModelError(
+        "lora targets must be modules of the small model",
+        value=targets,
+        place="tuning.lora-targets",
+        remedy=f"it has {', '.join(linear)}",
     )
 
 

@@ -8,6 +8,7 @@ arrives is compared with what was sent: the same names, the same shapes, float v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -89,9 +90,11 @@ def _checked(name: str, array: Array, sent: Array, place: str) -> NDArray[np.flo
         raise ReplyError("must be of a float type", value=array.dtype, place=where)
     if len(array.data) > 8 * math.prod(shape) + 4096:
         raise ReplyError("holds more bytes than its shape needs", value=len(array.data), place=where)
+    if not array.data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would open an archive, too
+        raise ReplyError("must be in NumPy's format", value=array.data[:8], place=where)
     try:
         values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+    except Exception as error:  # a made-up header fails in any way: TokenError, IndexError, OverflowError
         raise ReplyError(f"cannot be decoded ({error})", place=where) from error
     if values.shape != shape or str(values.dtype) not in _FLOAT_DTYPES:
         raise ReplyError(f"must hold floats of shape {shape}", value=(str(values.dtype), values.shape), place=where)
@@ -151,7 +154,7 @@ class DeviceCard:
         try:
             groups = json.loads(str(config.get("groups", "{}")))
             groups = {str(name): int(count) for name, count in list(groups.items())[:_MAX_GROUPS]}
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             groups = {}
         return cls(device=device, num_examples=num_examples, groups=groups, code_hash=str(config.get("code-hash", "")))
 
@@ -192,8 +195,12 @@ def refusal_reason(content: RecordDict) -> str | None:
     return None if record is None else str(record.get("reason", "no reason given"))[:2000]
 
 
+@functools.cache
 def code_hash(*files: Path) -> str:
-    """A hash of this package's modules and of the files given: what must be the same on server and devices."""
+    """A hash of this package's modules and of the files given: what must be the same on server and devices.
+
+    Taken once per process, because what is edited after the import does not run.
+    """
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in [*sorted(package.rglob("*.py")), *files]:

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedpt_flwr.errors import RunError
 
 LATEST = "latest"
@@ -64,9 +66,9 @@ def _writing(path: Path) -> Iterator[None]:
     """Turn an operating system's error while writing into a sentence."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the operating system says
         raise RunError(
-            f"cannot be written ({error.strerror or error})",
+            f"cannot be written ({getattr(error, 'strerror', None) or error})",
             place=str(path),
             remedy="free some space or set output-dir to another disk; what was written before is whole",
         ) from error
@@ -161,22 +163,32 @@ class RunFolder:
         """
         path = self.path / name
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with _writing(path), path.open("ab") as file:
+        left = lines.encode()
+        # Unbuffered: a buffer would be written on closing, after the file has been cut to its old length.
+        with _writing(path), path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(lines.encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
                 with suppress(OSError):
                     os.truncate(path, before)
                 raise
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSON Lines file of the run; none where there is no such file."""
+        """The rows of a JSON Lines file of the run; none where there is no such file.
+
+        Raises:
+            RunError: It cannot be read, or a line is damaged.
+        """
         path = self.path / name
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            # Not splitlines(): texts may hold other line ends, such as U+2028, which JSON leaves as they are.
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
 
     def round_path(self, server_round: int) -> Path:
         """Where the checkpoint of a round lies."""
@@ -203,6 +215,8 @@ class RunFolder:
             temporary.mkdir(parents=True)
             try:
                 write(temporary)
+                for path in temporary.rglob("*"):  # safetensors makes files that only their owner may read
+                    path.chmod(0o755 if path.is_dir() else 0o644)
                 shutil.rmtree(target, ignore_errors=True)
                 temporary.rename(target)
             except BaseException:

@@ -147,7 +147,7 @@ def train_locally(
                     collate([examples[index] for index in next(draws)], pad_id)
                     for _ in range(config.accumulation_steps)
                 ]
-                count = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in step)
+                count = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in step)
                 total = 0.0
                 for batch in step:
                     seen += len(batch["input_ids"])
@@ -160,9 +160,11 @@ def train_locally(
                         f"the training loss became {total} after {len(losses)} steps",
                         remedy="lower train.learning-rate, or train.max-grad-norm",
                     )
+                # In float16 the gradients are still multiplied by the loss scale here.
+                scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
                 for weight, start in zip(weights, begun_with, strict=False):
                     if weight.grad is not None:
-                        weight.grad.add_(weight.detach() - start, alpha=fedprox_mu)
+                        weight.grad.add_(weight.detach() - start, alpha=fedprox_mu * scale)
                 if config.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(weights, config.max_grad_norm)
                 prepared_optimizer.step()
@@ -173,6 +175,10 @@ def train_locally(
                 answer_tokens += count
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            optimizer.zero_grad()  # after an error too: the next task of this process may get the same model
+            if config.gradient_checkpointing:
+                model.disable_input_require_grads()
+                model.gradient_checkpointing_disable()
             model.eval()
     return LocalResult(
         loss=sum(losses) / len(losses),

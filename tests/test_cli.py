@@ -1,0 +1,145 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from federation import federate
+from typer.testing import CliRunner
+
+from fedpt_flwr import cli
+from fedpt_flwr.errors import FedPTError
+
+APP = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A FEDPT_HOME with one run of the demo world."""
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("home")
+    federate(home / "runs", 2, {"num-server-rounds": 1, "scoring.round-items": 0})
+    return home
+
+
+@pytest.fixture
+def fedpt(home, monkeypatch):
+    """Run a command; what it wrote. Its errors come as exceptions, as ``main`` gets them."""
+    monkeypatch.setenv("FEDPT_HOME", str(home))
+
+    def run(*arguments, given=None):
+        result = CliRunner().invoke(cli.app, arguments, input=given, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "check-config", "demo-world"])
+def test_every_command_explains_itself(command, fedpt):
+    text = fedpt(command, "--help")
+    assert "Usage" in text
+    assert len(text.splitlines()) > 10
+
+
+def test_help_lists_every_command(fedpt):
+    text = fedpt("--help")
+    assert all(command in text for command in ("generate", "score", "check-config", "demo-world"))
+
+
+def test_compare_shows_three_models_and_the_right_answer(fedpt, home):
+    first = json.loads((APP / "fedpt_demo_world" / "test.jsonl").read_text().splitlines()[0])
+    text = fedpt("generate", "--example", "1", "--compare", "--max-new-tokens", "4")
+    for row in ("prompt", "large", "tuned", "proxy", "right answer"):
+        assert row in text
+    assert first["unit"] in text
+    assert first["answer"].split()[0] in text
+
+
+def test_a_prompt_may_come_as_text_or_on_standard_input(fedpt):
+    typed = fedpt("generate", r"> anything\n[Unit]\n", "--max-new-tokens", "5")
+    piped = fedpt("generate", "-", "--max-new-tokens", "5", given="> anything\n[Unit]\n")
+    assert typed == piped
+    assert typed.strip()
+
+
+def test_alpha_0_answers_as_the_large_model(fedpt):
+    prompt = [r"[Unit]\n", "--max-new-tokens", "8"]
+    assert fedpt("generate", *prompt, "--alpha", "0") == fedpt("generate", *prompt, "--model", "large")
+
+
+def test_a_seed_makes_sampling_repeatable(fedpt):
+    sampled = ["generate", r"[Unit]\n", "--max-new-tokens", "12", "--temperature", "1.5"]
+    assert fedpt(*sampled, "--seed", "1") == fedpt(*sampled, "--seed", "1")
+    assert len({fedpt(*sampled, "--seed", str(seed)) for seed in range(4)}) > 1
+
+
+def test_score_prints_the_table_and_writes_json(fedpt, tmp_path):
+    text = fedpt("score", "--items", "3", "--json", str(tmp_path / "scores.json"))
+    for row in ("large", "untuned", "tuned", "proxy", "large_few_shot"):
+        assert row in text
+    results = json.loads((tmp_path / "scores.json").read_text())
+    assert results["rows"]["proxy"]["n"] == 3
+    assert "The proxy" in text
+
+
+def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
+    fedpt("score", "--items", "4", "--json", str(tmp_path / "scores.json"))
+    again = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    written = json.loads((home / "runs" / "latest" / "results.json").read_text())["rows"]
+    for name, row in written.items():
+        assert again[name]["exact_match"] == row["exact_match"]
+        assert again[name]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["generate"], "give either a prompt or --example"),
+        (["generate", "x", "--example", "1"], "give either a prompt or --example"),
+        (["generate", "x", "--run", "nope"], "nope is not a run in .*; the newest are"),
+        (["generate", "--example", "99999"], "the run has 336 test items, got 99999"),
+        (["generate", "x", "--model", "expert"], "must be proxy, large, tuned or untuned, got 'expert'"),
+        (["generate", "x", "--alpha", "nan"], "finite"),
+        (["generate", ""], "must not be empty"),
+        (["score", "--plausibility", "2"], "plausibility"),
+        (["score", "nope"], "nope is not a run"),
+        (["score", "--large", "/nope"], "must be a folder that exists"),
+        (["check-config", "--app", "/"], "pyproject.toml: cannot be read"),
+        (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
+    with pytest.raises(FedPTError, match=match):
+        fedpt(*arguments)
+
+
+def test_check_config_accepts_the_defaults(fedpt):
+    assert "The run config is fine" in fedpt("check-config", "--app", str(APP))
+
+
+def test_check_config_says_everything_that_is_wrong_without_a_run(fedpt):
+    overrides = "model.large='/nope' strategy.name='Best' data.test='/nope.jsonl' data.public='/gone.jsonl'"
+    with pytest.raises(FedPTError) as caught:
+        fedpt("check-config", "--app", str(APP), "-c", overrides)
+    assert len(caught.value.problems) == 4
+    text = str(caught.value)
+    for part in ("/nope", "must be one of", "/nope.jsonl", "/gone.jsonl"):
+        assert part in text
+
+
+def test_the_console_script_ends_with_a_sentence_and_status_1(tmp_path):
+    command = [sys.executable, "-m", "fedpt_flwr.cli", "score", "nope"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={"FEDPT_HOME": str(tmp_path), "PATH": "/usr/bin"}, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"fedpt: nope is not a run in {tmp_path}/runs; the newest are: none"
+    assert result.stdout == ""
+
+
+def test_unknown_options_are_refused_with_status_2():
+    result = CliRunner().invoke(cli.app, ["score", "--nope"])
+    assert result.exit_code == 2
+    assert "No such option" in result.output

@@ -1,0 +1,299 @@
+import math
+import string
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fedpt_flwr.config import RunConfig, StrategyConfig, flat_values, parse_run_config, settings, settings_markdown
+from fedpt_flwr.errors import ConfigError
+
+PROJECT = Path(__file__).parents[1]
+
+
+def keys_of_pyproject():
+    """The keys of ``[tool.flwr.app.config]`` as Flower flattens them."""
+    table = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    flat = {}
+
+    def walk(part, prefix):
+        for key, value in part.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(table, "")
+    return flat
+
+
+def sentence(**wrong):
+    """The error's text for the keys given; ``__`` stands for a dot and ``_`` for a dash."""
+    return complaint({key.replace("__", ".").replace("_", "-"): value for key, value in wrong.items()})
+
+
+def complaint(flat):
+    with pytest.raises(ConfigError) as raised:
+        parse_run_config(flat)
+    return str(raised.value)
+
+
+# --- the two lists ---
+
+
+def test_pyproject_and_settings_list_the_same_keys_with_the_same_types_and_defaults():
+    in_pyproject = keys_of_pyproject()
+    in_code = {key: setting.default for key, setting in settings().items()}
+    assert in_pyproject == in_code
+    assert {key: type(value) for key, value in in_pyproject.items()} == {
+        key: setting.kind for key, setting in settings().items()
+    }
+
+
+def test_every_default_is_of_the_type_of_its_setting_and_every_setting_is_explained():
+    for setting in settings().values():
+        assert type(setting.default) is setting.kind, setting.key
+        assert setting.doc.endswith("."), setting.key
+        assert (setting.holds is None) == (setting.rule == ""), setting.key
+
+
+def test_defaults_parse_and_nothing_given_means_the_defaults():
+    assert parse_run_config({}) == parse_run_config(keys_of_pyproject()) == RunConfig()
+
+
+def test_the_documentation_holds_the_table_of_all_keys_as_the_code_has_it():
+    text = (PROJECT / "docs" / "run-config.md").read_text(encoding="utf-8")
+    assert settings_markdown().strip() in text
+
+
+def test_the_table_has_one_row_of_four_cells_for_each_key():
+    rows = [line for line in settings_markdown().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(settings())
+    assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+# --- what is accepted ---
+
+WORDS = st.text(string.ascii_letters + string.digits + " {}#:\n", min_size=1, max_size=20).filter(str.strip)
+SOURCES = st.sampled_from(["demo:train", "gpt2", "owner/name", "owner/name:config", "/data/train.jsonl", "/data"])
+VALID = {
+    "model.small": SOURCES,
+    "model.large": SOURCES,
+    "model.small-dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+    "model.large-dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+    "model.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "mps"]),
+    "tuning.mode": st.sampled_from(["full", "lora"]),
+    "tuning.lora-dropout": st.floats(0, 1, exclude_max=True),
+    "train.schedule": st.sampled_from(["constant", "linear", "cosine"]),
+    "train.learning-rate-end": st.floats(0, 1),
+    "train.beta2": st.floats(0, 1, exclude_max=True),
+    "train.mixed-precision": st.sampled_from(["no", "bf16", "fp16"]),
+    "data.train": SOURCES,
+    "data.validation": SOURCES,
+    "data.test": SOURCES,
+    "data.public": st.one_of(st.just(""), SOURCES),
+    "data.partitioner": st.sampled_from(["natural", "dirichlet", "iid", "node-local"]),
+    "data.holdout-fraction": st.floats(0, 0.5, exclude_min=True, exclude_max=True),
+    "fraction-train": st.floats(0, 1, exclude_min=True),
+    "output-dir": st.sampled_from(["", "/data/runs"]),
+    "seed": st.integers(0, 2**32 - 1),
+    "proxy.alpha": st.floats(allow_nan=False, allow_infinity=False),
+    "proxy.plausibility": st.floats(0, 1, exclude_max=True),
+    "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
+    "strategy.arguments": st.sampled_from(["", "eta = 0.01", "eta = 1, tau = 1e-3, name = 'a, b'"]),
+    # So that no draw contradicts another one.
+    "train.max-steps": st.integers(1, 10**6),
+    "min-devices": st.integers(2, 100),
+    "min-replies": st.integers(1, 2),
+}
+BY_KIND = {
+    bool: st.booleans(),
+    int: st.integers(2, 10**6),
+    float: st.floats(1e-300, 1e300),
+    str: WORDS,
+}
+
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries({}, optional={k: VALID.get(k, BY_KIND[s.kind]) for k, s in settings().items()}))
+def test_a_config_as_flat_values_is_what_it_was_parsed_from(given_values):
+    config = parse_run_config(given_values)
+    values = flat_values(config)
+    assert values == {key: setting.default for key, setting in settings().items()} | given_values
+    assert all(type(values[key]) is setting.kind for key, setting in settings().items())
+    assert parse_run_config(values) == config
+
+
+def test_a_whole_number_is_accepted_for_a_number_and_becomes_one():
+    alpha = parse_run_config({"proxy.alpha": 1}).proxy.alpha
+    assert (alpha, type(alpha)) == (1.0, float)
+
+
+@pytest.mark.parametrize("key", ["model.small", "model.large", "data.train", "data.public"])
+@pytest.mark.parametrize(
+    "value", ["owner/name", "gpt2", "owner/name:config", "demo:train", "/abs/file.jsonl", "own-er/na.me_1.5b"]
+)
+def test_hub_ids_demo_names_and_absolute_paths_are_accepted(key, value):
+    assert flat_values(parse_run_config({key: value}))[key] == value
+
+
+@pytest.mark.parametrize("key", ["data.template", "data.public-template"])
+def test_a_backslash_and_an_n_in_a_template_are_a_line_break_whatever_the_quotes(key):
+    # What `-c` hands over for "a\nb" in TOML's two kinds of quotes.
+    double, single = (tomllib.loads(text)["x"] for text in ('x = "{a}\\nb"', "x = '{a}\\nb'"))
+    assert double != single
+    read = [flat_values(parse_run_config({key: value}))[key] for value in (double, single)]
+    assert read == ["{a}\nb", "{a}\nb"]
+
+
+def test_a_backslash_elsewhere_stays():
+    assert parse_run_config({"data.answer-pattern": r"#\n(\d+)"}).data.answer_pattern == r"#\n(\d+)"
+
+
+# --- what is refused ---
+
+
+def test_an_unknown_key_gets_the_nearest_one_as_a_suggestion():
+    assert sentence(train__batchsize=4) == "train.batchsize: is not a key of this app; did you mean train.batch-size?"
+
+
+def test_an_unknown_key_with_nothing_near_it_points_to_the_documentation():
+    assert sentence(zzz=4) == "zzz: is not a key of this app; all keys are in docs/run-config.md"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("seed", "0", "must be a whole number, got '0'"),
+        ("seed", 1.0, "must be a whole number, got 1.0"),
+        ("seed", True, "must be a whole number, got True"),
+        ("proxy.alpha", True, "must be a number, got True"),
+        ("proxy.alpha", "1", "must be a number, got '1'"),
+        ("proxy.alpha", math.nan, "must be a finite number, got nan"),
+        ("proxy.alpha", math.inf, "must be a finite number, got inf"),
+        ("train.learning-rate", -math.inf, "must be a finite number, got -inf"),
+        ("round-timeout-s", math.inf, "must be a finite number, got inf"),
+        ("train.gradient-checkpointing", 1, "must be true or false, got 1"),
+        ("train.gradient-checkpointing", "true", "must be true or false, got 'true'"),
+        ("tuning.mode", 1, "must be a text, got 1"),
+        ("tuning.mode", False, "must be a text, got False"),
+        ("tuning.mode", "Lora", "must be one of full, lora, got 'Lora'"),
+        ("model.device", "gpu", "must be auto, cpu, cuda, cuda:<number> or mps, got 'gpu'"),
+        ("model.device", "cuda:", "must be auto, cpu, cuda, cuda:<number> or mps, got 'cuda:'"),
+        ("num-server-rounds", 0, "must be at least 1, got 0"),
+        ("keep-rounds", -1, "must be at least 0, got -1"),
+        ("fraction-train", 0.0, "must be greater than 0 and at most 1, got 0.0"),
+        ("fraction-train", 1.01, "must be greater than 0 and at most 1, got 1.01"),
+        ("train.learning-rate", 0, "must be greater than 0, got 0"),
+        ("train.beta2", 1.0, "must be at least 0 and below 1, got 1.0"),
+        ("train.max-length", 1, "must be at least 2, got 1"),
+        ("data.holdout-fraction", 0.5, "must be greater than 0 and below 0.5, got 0.5"),
+        ("seed", -1, "must be from 0 to 4294967295, got -1"),
+        ("seed", 2**32, "must be from 0 to 4294967295, got 4294967296"),
+        ("model.small", "  ", "must not be empty, got '  '"),
+        ("data.answer-field", "", "must not be empty, got ''"),
+    ],
+)
+def test_a_wrong_value_is_reported_with_key_rule_and_value(key, value, rule):
+    assert complaint({key: value}) == f"{key}: {rule}"
+
+
+@pytest.mark.parametrize("key", ["model.small", "model.large", "data.train", "data.validation", "data.test"])
+@pytest.mark.parametrize("value", ["./models/a", "../a", "~/a", "a/b/c", "train.jsonl", "data/train.csv", "a/b.txt"])
+def test_a_relative_path_is_refused_with_the_line_to_type(tmp_path, monkeypatch, key, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = (tmp_path / value.removeprefix("~/")).resolve()
+    assert complaint({key: value}) == (
+        f"{key}: must be an absolute path, because Flower's processes run in other folders, got {value!r}; "
+        f"type {key}='{expected}'"
+    )
+
+
+@pytest.mark.parametrize("value", ["runs", "my/runs", "./runs"])
+def test_an_output_dir_is_always_a_path_and_must_be_absolute(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    assert f"type output-dir='{(tmp_path / value).resolve()}'" in complaint({"output-dir": value})
+
+
+def test_all_that_is_wrong_is_reported_at_once():
+    lines = complaint(
+        {
+            "train.batch-siez": 4,
+            "seed": "x",
+            "proxy.alpha": math.nan,
+            "num-server-rounds": 0,
+            "data.train": "./train.jsonl",
+            "train.epochs": 0,
+            "train.max-steps": 0,
+        }
+    ).splitlines()
+    assert lines[0] == "6 settings of the run config are wrong"
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "  - train.batch-siez",
+        "  - num-server-rounds",
+        "  - seed",
+        "  - data.train",
+        "  - proxy.alpha",
+        "  - train.epochs and train.max-steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        ({"train.max-steps": 0}, ["train.epochs and train.max-steps", "must not both be 0"]),
+        ({"min-devices": 3, "min-replies": 4}, ["min-replies must not exceed min-devices", "4 > 3", "to 4"]),
+        ({"data.group-field": ""}, ["data.group-field", "partitioner natural needs a group field"]),
+        ({"data.group-field": "", "data.partitioner": "dirichlet"}, ["partitioner dirichlet needs a group field"]),
+        ({"data.partitioner": "node-local", "data.test": ""}, ["data.test", "cannot be held out of data.train"]),
+        (
+            {"data.partitioner": "node-local", "data.validation": ""},
+            ["data.validation", "set data.validation to a file of the server"],
+        ),
+        (
+            {"train.fedprox-mu": 0.1, "strategy.arguments": "proximal_mu = 0.2"},
+            ["train.fedprox-mu and strategy.arguments", "mu is given twice", "0.1 and 0.2"],
+        ),
+        (
+            {"train.fedprox-mu": 0.1, "strategy.arguments": "proximal-mu = 0.2"},
+            ["train.fedprox-mu and strategy.arguments", "mu is given twice"],
+        ),
+        ({"strategy.arguments": "eta 0.1"}, ["strategy.arguments", "`name = value` pairs", "'eta 0.1'", "for example"]),
+        ({"strategy.arguments": "eta = 0.1\ntau = 1"}, ["strategy.arguments", "`name = value` pairs"]),
+        ({"data.train": ""}, ["data.train", "must not be empty", "node-local"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flat, words):
+    text = complaint(flat)
+    assert len(text.splitlines()) == 1
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"train.max-steps": 0, "train.epochs": 1},
+        {"min-devices": 3, "min-replies": 3},
+        {"data.group-field": "", "data.partitioner": "iid"},
+        {"data.group-field": "", "data.partitioner": "node-local"},
+        {"data.train": "", "data.partitioner": "node-local"},
+        {"data.validation": "", "data.test": ""},
+        {"train.fedprox-mu": 0.0, "strategy.arguments": "proximal_mu = 0.2"},
+    ],
+)
+def test_settings_at_the_border_of_a_contradiction_are_accepted(flat):
+    assert isinstance(parse_run_config(flat), RunConfig)
+
+
+def test_a_contradiction_with_a_setting_that_is_wrong_anyway_is_not_reported_twice():
+    assert complaint({"min-devices": 0, "min-replies": 2}) == "min-devices: must be at least 1, got 0"
+
+
+def test_strategy_arguments_keep_their_types():
+    arguments = StrategyConfig(arguments="eta = 0.01, beta-1 = 9, name = 'a, b', weighted = true").parsed_arguments()
+    assert arguments == {"eta": 0.01, "beta_1": 9, "name": "a, b", "weighted": True}
+    assert StrategyConfig().parsed_arguments() == {}

@@ -1,0 +1,411 @@
+import io
+import json
+import math
+import pickle
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedpt_flwr import records
+from fedpt_flwr.errors import DeviceError, ReplyError
+from fedpt_flwr.records import (
+    CONFIG,
+    METRICS,
+    DeviceCard,
+    check_arrays,
+    check_code,
+    check_metrics,
+    code_hash,
+    message_bytes,
+    refusal,
+    refusal_reason,
+    to_array_record,
+    to_tensors,
+)
+
+PLACE = "device 3, round 2"
+
+
+# --- arrays, there and back ---
+
+
+def test_tensors_come_back_as_they_were_sent():
+    sent = {"w": torch.randn(3, 4), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    arrived = to_tensors(to_array_record(sent))
+    assert list(arrived) == list(sent)
+    for name, tensor in sent.items():
+        assert torch.equal(arrived[name], tensor)
+        assert arrived[name].shape == tensor.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_float_type_travels_as_float32(dtype):
+    sent = {"w": torch.tensor([1.5, -0.15625, 3.0], dtype=dtype)}
+    record = to_array_record(sent)
+    assert record["w"].dtype == "float32"
+    assert torch.equal(to_tensors(record)["w"], torch.tensor([1.5, -0.15625, 3.0]))
+
+
+def test_views_and_weights_with_gradients_are_sent_by_value():
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(to_tensors(to_array_record({"w": weight.T}))["w"], weight.detach().T)
+
+
+def test_no_arrays_make_an_empty_record():
+    assert to_tensors(to_array_record({})) == {}
+    assert len(check_arrays(ArrayRecord(), ArrayRecord(), place=PLACE)) == 0
+
+
+def test_tensors_that_were_read_can_be_changed_without_changing_the_record():
+    record = to_array_record({"w": torch.zeros(2)})
+    to_tensors(record)["w"].add_(1)
+    assert torch.equal(to_tensors(record)["w"], torch.zeros(2))
+
+
+def test_a_message_of_4_megabytes_has_at_most_2_percent_more_than_its_arrays():
+    # 40 arrays of 160 x 160 float32: 4 096 000 bytes.
+    record = to_array_record({f"model.layers.{n}.self_attn.q_proj.weight": torch.zeros(160, 160) for n in range(40)})
+    content = RecordDict(
+        {
+            "arrays": record,
+            METRICS: MetricRecord({f"metric-{number}": 1.0 for number in range(12)}),
+            CONFIG: ConfigRecord({"server-round": 1}),
+        }
+    )
+    assert 4_096_000 < message_bytes(content) <= 1.02 * 4_096_000
+
+
+# --- arrays that are refused ---
+
+
+def sent_record():
+    return ArrayRecord({"b": Array(np.zeros((2, 2), np.float32)), "a": Array(np.ones(3, np.float32))})
+
+
+def reply_with(array):
+    """A reply that is right but for its array ``b``."""
+    return ArrayRecord({"b": array, "a": Array(np.ones(3, np.float32))})
+
+
+def claimed(data, *, dtype="float32", shape=(2, 2), stype="numpy.ndarray"):
+    """An array that claims to be what was asked for, whatever its bytes are."""
+    return Array(dtype, shape, stype, data)
+
+
+def npy(header, body=b"", version=(1, 0)):
+    text = header if isinstance(header, str) else f"{header!r}"
+    return b"\x93NUMPY" + bytes(version) + len(text).to_bytes(2, "little") + text.encode("latin1") + body
+
+
+def saved(array, **settings):
+    file = io.BytesIO()
+    np.save(file, array, **settings)
+    return file.getvalue()
+
+
+def refused(record):
+    with pytest.raises(ReplyError) as raised:
+        check_arrays(record, sent_record(), place=PLACE)
+    assert str(raised.value).startswith(PLACE)
+    return str(raised.value)
+
+
+def test_a_reply_of_what_was_sent_is_accepted_in_the_order_in_which_it_was_sent():
+    record = ArrayRecord({"a": Array(np.full(3, 7, np.float32)), "b": Array(np.full((2, 2), 8, np.float32))})
+    checked = check_arrays(record, sent_record(), place=PLACE)
+    assert list(checked) == ["b", "a"]
+    assert np.array_equal(checked["a"].numpy(), np.full(3, 7, np.float32))
+    assert np.array_equal(checked["b"].numpy(), np.full((2, 2), 8, np.float32))
+
+
+def test_a_check_changes_neither_what_arrived_nor_what_was_sent():
+    record, sent = reply_with(Array(np.ones((2, 2), np.float16))), sent_record()
+    before = {name: (array.dtype, array.shape, array.data) for name, array in [*record.items(), *sent.items()]}
+    checked = check_arrays(record, sent, place=PLACE)
+    assert checked is not record
+    assert {name: (array.dtype, array.shape, array.data) for name, array in [*record.items(), *sent.items()]} == before
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", ">f8"])
+def test_other_float_types_are_made_float32(dtype):
+    array = claimed(saved(np.array([[1.5, -2], [0.25, 3]], dtype)), dtype=str(np.dtype(dtype).newbyteorder("=")))
+    checked = check_arrays(reply_with(array), sent_record(), place=PLACE)["b"]
+    assert (checked.dtype, checked.numpy().dtype) == ("float32", np.float32)
+    assert np.array_equal(checked.numpy(), np.array([[1.5, -2], [0.25, 3]], np.float32))
+
+
+def test_an_array_in_columns_first_order_keeps_its_values():
+    values = np.asfortranarray(np.arange(4, dtype=np.float32).reshape(2, 2))
+    checked = check_arrays(reply_with(Array(values)), sent_record(), place=PLACE)["b"]
+    assert np.array_equal(checked.numpy(), values)
+
+
+def test_arrays_without_dimensions_are_checked_too():
+    sent = ArrayRecord({"s": Array(np.array(1.0, np.float32))})
+    assert check_arrays(ArrayRecord({"s": Array(np.array(2.0))}), sent, place=PLACE)["s"].numpy() == 2
+    with pytest.raises(ReplyError, match=r"must have shape \(\), got \(1,\)"):
+        check_arrays(ArrayRecord({"s": Array(np.ones(1, np.float32))}), sent, place=PLACE)
+
+
+def test_a_missing_and_an_unknown_array_are_counted_and_named():
+    record = ArrayRecord({"b": Array(np.zeros((2, 2), np.float32)), "evil": Array(np.zeros(1, np.float32))})
+    assert refused(record) == (
+        f"{PLACE}: a reply must hold the 2 arrays that were sent, got \"1 missing ['a'], 1 unknown ['evil']\"; "
+        "was the device started with other tuning settings or another model.small?"
+    )
+    assert "2 missing" in refused(ArrayRecord())
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (Array(np.zeros((2, 3), np.float32)), r"array b: must have shape (2, 2), got (2, 3); was the device"),
+        (Array(np.zeros((4,), np.float32)), "must have shape (2, 2), got (4,)"),
+        (Array(np.zeros((2, 2), np.int64)), "must be of a float type, got 'int64'"),
+        (Array(np.zeros((2, 2), bool)), "must be of a float type, got 'bool'"),
+        (Array(np.zeros((2, 2), np.complex64)), "must be of a float type, got 'complex64'"),
+        (Array(np.array([[1, np.nan], [np.nan, 1]], np.float32)), "2 of its 4 values are not finite numbers"),
+        (Array(np.array([[1, np.inf], [1, 1]], np.float32)), "1 of its 4 values are not finite numbers"),
+        (Array(np.array([[1, -np.inf], [1, 1]], np.float16)), "1 of its 4 values are not finite numbers"),
+        (Array(np.array([[1, 1e300], [1, 1]], np.float64)), "1 of its 4 values are not finite numbers"),
+        (claimed(saved(np.zeros(5000, np.float32))), "holds more bytes than its shape needs, got 20128"),
+        (claimed(b""), "must be in NumPy's format, got b''"),
+        (claimed(b"\x80\x04nonsense"), "must be in NumPy's format"),
+        (claimed(b"PK\x03\x04nonsense"), "must be in NumPy's format"),
+        (claimed(b"PK\x05\x06" + bytes(18)), "must be in NumPy's format"),
+        (claimed(b"\x93NUMPY"), "cannot be decoded"),
+        (claimed(b"\x93NUMPY\x09\x09"), "cannot be decoded"),
+        (claimed(saved(np.zeros((2, 2), np.float32))[:-1]), "cannot be decoded"),
+        (claimed(saved(np.zeros((2, 2), np.float32)), stype="torch"), "cannot be decoded"),
+        (claimed(saved(np.zeros((3, 2), np.float32))), "must hold floats of shape (2, 2), got ('float32', (3, 2))"),
+        (claimed(saved(np.zeros((4,), np.float32))), "must hold floats of shape (2, 2), got ('float32', (4,))"),
+        (claimed(saved(np.zeros((2, 2), np.int32))), "must hold floats of shape (2, 2), got ('int32', (2, 2))"),
+        (claimed(saved(np.zeros((2, 2), "S4"))), "must hold floats of shape (2, 2), got ('|S4', (2, 2))"),
+        (claimed(saved(np.zeros((2, 2), [("x", "f4")]))), "must hold floats of shape (2, 2)"),
+    ],
+)
+def test_an_array_that_is_not_what_was_asked_for_is_refused_with_its_name(array, words):
+    text = refused(reply_with(array))
+    assert text.startswith(f"{PLACE}: array b: ")
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', ",
+        "(" * 3000,
+        "",
+        "[]",
+        "{'descr': (), 'fortran_order': False, 'shape': (2, 2), }",
+        "{'descr': 'f4,(99,)f4', 'fortran_order': False, 'shape': (2, 2), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10**30,), }",
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**30},), }}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': 'abc', }",
+        "__import__('os').abort()",
+        "\xff\xfe",
+    ],
+)
+def test_a_made_up_header_is_refused_however_decoding_fails(header):
+    assert "array b: " in refused(reply_with(claimed(npy(header, bytes(16)))))
+
+
+@pytest.mark.parametrize("size", [10**9, 10**11, 10**18])
+def test_a_payload_that_claims_a_gigantic_shape_costs_neither_memory_nor_time(size):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "array b: cannot be decoded" in refused(reply_with(claimed(npy(header, bytes(16)))))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+    assert time.process_time() - started < 5
+
+
+class SetsFlag:
+    flag = False
+
+    @classmethod
+    def set_flag(cls):
+        cls.flag = True
+
+    def __reduce__(self):
+        return SetsFlag.set_flag, ()
+
+
+def test_a_pickle_is_never_opened():
+    objects = np.empty((2, 2), object)
+    objects[:] = SetsFlag()
+    as_npy, bare = saved(objects, allow_pickle=True), pickle.dumps(SetsFlag())
+    np.load(io.BytesIO(as_npy), allow_pickle=True)
+    assert SetsFlag.flag, "the payload must work, or this test says nothing"
+    SetsFlag.flag = False
+    for data in (as_npy, bare):
+        refused(reply_with(claimed(data)))
+        refused(reply_with(claimed(data, dtype="object")))
+    assert not SetsFlag.flag
+
+
+# --- what a device says of itself ---
+
+
+def card_content(**changes):
+    config = {"device": 3, "num-examples": 40, "groups": '{"lamps": 40}', "code-hash": "abc"}
+    changed = {**config, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    return RecordDict({CONFIG: ConfigRecord({key: value for key, value in changed.items() if value is not None})})
+
+
+@pytest.mark.parametrize("groups", [{}, {"lamps": 30, "räder, »x«": 10}])
+def test_a_card_comes_back_as_it_was_sent(groups):
+    card = DeviceCard(device=0, num_examples=40, groups=groups, code_hash="abc")
+    assert DeviceCard.from_content(card.to_content(), place=PLACE) == card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": None},
+        {"device": -1},
+        {"device": 1.0},
+        {"device": True},
+        {"device": "3"},
+        {"device": [3]},
+        {"num_examples": None},
+        {"num_examples": -1},
+        {"num_examples": 40.0},
+        {"num_examples": False},
+    ],
+)
+def test_a_card_without_a_number_or_a_count_is_refused(changes):
+    with pytest.raises(ReplyError, match=f"{PLACE}: a device must say its number and its number of examples, got"):
+        DeviceCard.from_content(card_content(**changes), place=PLACE)
+
+
+def test_a_reply_without_a_card_is_refused():
+    with pytest.raises(ReplyError, match="a device must say its number"):
+        DeviceCard.from_content(RecordDict(), place=PLACE)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [None, "", "no json", "[1]", "3", '{"a": "x"}', '{"a": null}', '{"a": NaN}', '{"a": Infinity}', "[" * 100_000, b""],
+)
+def test_groups_that_cannot_be_read_are_left_out(groups):
+    assert DeviceCard.from_content(card_content(groups=groups), place=PLACE).groups == {}
+
+
+def test_groups_beyond_a_thousand_are_left_out():
+    groups = json.dumps({str(number): 1 for number in range(5000)})
+    assert len(DeviceCard.from_content(card_content(groups=groups), place=PLACE).groups) == 1000
+
+
+# --- metrics ---
+
+GOOD_METRICS = {"server-round": 2, "num-examples": 40, "train-loss": 1.25, "seconds": 3}
+
+
+def metrics_content(**changes):
+    values = {**GOOD_METRICS, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    return RecordDict({METRICS: MetricRecord({key: value for key, value in values.items() if value is not None})})
+
+
+def test_good_metrics_are_given_back_as_numbers():
+    assert check_metrics(metrics_content(), server_round=2, place=PLACE) == GOOD_METRICS
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_loss": math.nan}, "the metric train-loss must be a finite number, got nan"),
+        ({"seconds": math.inf}, "the metric seconds must be a finite number, got inf"),
+        ({"seconds": [1.0]}, r"the metric seconds must be a finite number, got [1.0]"),
+        ({"server_round": 1}, "the reply must be of round 2, got 1"),
+        ({"server_round": None}, "the reply must be of round 2"),
+        ({"num_examples": 0}, "num-examples must be a whole number of at least 1, got 0"),
+        ({"num_examples": -5}, "num-examples must be a whole number of at least 1, got -5"),
+        ({"num_examples": 40.0}, "num-examples must be a whole number of at least 1, got 40.0"),
+        ({"num_examples": None}, "num-examples must be a whole number of at least 1"),
+        ({"train_loss": None}, "the metric train-loss must be there"),
+    ],
+)
+def test_metrics_that_break_a_rule_are_refused(changes, words):
+    with pytest.raises(ReplyError) as raised:
+        check_metrics(metrics_content(**changes), server_round=2, place=PLACE)
+    assert str(raised.value).startswith(f"{PLACE}: {words}")
+
+
+@pytest.mark.parametrize("names", [[], ["other"], [METRICS, "other"]])
+def test_there_must_be_exactly_one_record_of_metrics(names):
+    content = RecordDict({name: MetricRecord(GOOD_METRICS) for name in names})
+    with pytest.raises(ReplyError, match="a reply must hold one record of metrics"):
+        check_metrics(content, server_round=2, place=PLACE)
+
+
+# --- refusals and code ---
+
+
+def test_a_refusal_carries_its_reason_and_other_replies_carry_none():
+    assert refusal_reason(refusal("there is no data")) == "there is no data"
+    assert refusal_reason(metrics_content()) is None
+    assert refusal_reason(RecordDict()) is None
+
+
+def test_a_reason_is_cut_to_2000_characters_and_may_be_missing():
+    assert refusal_reason(refusal("x" * 10_000)) == "x" * 2000
+    assert refusal_reason(RecordDict({"refusal": ConfigRecord()})) == "no reason given"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of two modules in the place of this one."""
+    folder = tmp_path / "package"
+    (folder / "part").mkdir(parents=True)
+    (folder / "records.py").write_text("a = 1\n")
+    (folder / "part" / "b.py").write_text("b = 1\n")
+    (folder / "notes.txt").write_text("not code")
+    monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
+    return folder
+
+
+def test_a_code_hash_is_the_same_for_the_same_code_at_any_time(package):
+    before = code_hash()
+    for path in sorted(package.rglob("*.py"), reverse=True):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    (package / "notes.txt").write_text("changed")
+    assert code_hash() == before
+    assert len(before) == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "part" / "b.py").write_text("b = 2\n"),
+        lambda folder: (folder / "new.py").write_text(""),
+        lambda folder: (folder / "part" / "b.py").unlink(),
+        lambda folder: (folder / "part" / "b.py").rename(folder / "part" / "c.py"),
+    ],
+)
+def test_a_code_hash_differs_when_a_module_changes_comes_goes_or_is_renamed(package, change):
+    before = code_hash()
+    change(package)
+    assert code_hash() != before
+
+
+def test_a_code_hash_covers_the_files_that_are_named(package, tmp_path):
+    app = tmp_path / "client_app.py"
+    app.write_text("x = 1\n")
+    hashes = {code_hash(), code_hash(app)}
+    app.write_text("x = 2\n")
+    assert len(hashes | {code_hash(app)}) == 3
+
+
+def test_the_same_code_may_work_together_and_other_code_is_told_what_to_do():
+    check_code("abc", "abc")
+    with pytest.raises(DeviceError, match=r"the server has abc, this device def; install the same version") as raised:
+        check_code("abc", "def")
+    assert raised.value.place == str(Path(records.__file__).parent)
