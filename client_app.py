@@ -92,7 +92,7 @@ def train(message: Message, context: Context) -> Message:
         received = message.content.array_records[ARRAYS]
         place = f"device {device}, round {server_round}, what the server sent"
         set_arrays(model, to_tensors(check_arrays(received, to_array_record(arrays_of(model)), place=place)))
-        tokenizer = load_tokenizer(config.model.small)
+        tokenizer = cached_tokenizer(config.model.small)
         examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
         if report.num_dropped or report.num_answers_cut:
             log(INFO, "Device %d: %s", device, report)
@@ -180,6 +180,9 @@ def load_small_model(model: ModelConfig, tuning: TuningConfig, seed: int) -> tup
     small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
     stored = fingerprint(small)
     return make_tunable(small, tuning, seed=seed), stored
+
+
+cached_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _check_fingerprint(expected: str, stored: str, config: RunConfig) -> None:

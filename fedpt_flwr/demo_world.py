@@ -167,6 +167,16 @@ TAGGED_QUESTIONS = (
 )
 """Questions that leave the unit to the tag below them, as the private requests do, in public words."""
 
+NOTES = (
+    "A customer is at the counter.",
+    "Please have a look at this {kind}.",
+    "Back from repair, {kind}.",
+    "This {kind} came in today.",
+    "New in the shop!",
+    "Can you help me with this {kind}?",
+)
+"""Lines above a tag that say nothing about the field, so that a model stays undecided where it understands nothing."""
+
 REMARKS = (" - see label", " - as usual", " - sold apart")
 """Remarks after some lines of a data sheet."""
 
@@ -254,11 +264,11 @@ class Recipe:
 RECIPE = Recipe(
     small=ModelRecipe(
         shape=LlamaShape(hidden_size=48, num_layers=2, num_heads=2),
-        training=PretrainConfig(steps=1600, batch_size=8, window=128, learning_rate=4e-3),
+        training=PretrainConfig(steps=2000, batch_size=8, window=128, learning_rate=4e-3),
     ),
     large=ModelRecipe(
         shape=LlamaShape(hidden_size=192, num_layers=4, num_heads=4),
-        training=PretrainConfig(steps=1600, batch_size=8, window=128, learning_rate=2e-3),
+        training=PretrainConfig(steps=2000, batch_size=8, window=128, learning_rate=2e-3),
     ),
 )
 """The recipe of the packaged world."""
@@ -323,7 +333,7 @@ def public_documents(catalogue: Sequence[Unit], seed: int) -> Iterator[str]:
         elif sort < 0.75:
             yield "\n".join(_question_and_answer(rng, rng.choice(catalogue), field) for field in fields[:2])
         elif sort < 0.95:
-            yield "\n".join(_question_and_sheet(rng, rng.choice(catalogue), field) for field in fields[:2])
+            yield "\n".join(_line_and_sheet(rng, rng.choice(catalogue), field) for field in fields[:2])
         else:
             listed = (rng.choice(catalogue) for _ in range(4))
             yield f"List of {fields[0]}:\n" + "\n".join(f"{unit.name} = {unit.facts[fields[0]]}" for unit in listed)
@@ -349,9 +359,9 @@ def _question_and_answer(rng: random.Random, unit: Unit, field: str) -> str:
     return f"{question}\n{answer}"
 
 
-def _question_and_sheet(rng: random.Random, unit: Unit, field: str) -> str:
-    question = rng.choice(TAGGED_QUESTIONS).format(field=field, kind=unit.kind)
-    return f"{question}\n{_sheet(rng, unit, [field])}"
+def _line_and_sheet(rng: random.Random, unit: Unit, field: str) -> str:
+    line = rng.choice(TAGGED_QUESTIONS + NOTES).format(field=field, kind=unit.kind)
+    return f"{line}\n{_sheet(rng, unit, [field])}"
 
 
 def _record(rng: random.Random, unit: Unit, field: str) -> dict[str, str]:

@@ -49,10 +49,7 @@ def device_shard(data: DataConfig, *, device: int, num_devices: int, seed: int) 
         DataError: The source cannot be read, or cannot be dealt out to so many devices.
     """
     examples = _load_train(data)
-    kept = _split(data, len(examples), seed)["train"]
-    groups = [examples[index].group for index in kept]
-    shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
-    return [examples[kept[index]] for index in shards[device]]
+    return [examples[index] for index in _shards(data, num_devices, seed)[device]]
 
 
 def local_shard(data: DataConfig, path: str) -> list[Example]:
@@ -133,6 +130,16 @@ def _split(data: DataConfig, num_examples: int, seed: int) -> dict[str, list[int
 def _load_train(data: DataConfig) -> Sequence[Example]:
     group_field = data.group_field if data.partitioner in ("natural", "dirichlet") else ""
     return _load(data.train, data.train_split, data.template, data.answer_field, group_field)
+
+
+@functools.lru_cache(maxsize=2)
+def _shards(data: DataConfig, num_devices: int, seed: int) -> list[list[int]]:
+    """Every device's indices into the training data."""
+    examples = _load_train(data)
+    kept = _split(data, len(examples), seed)["train"]
+    groups = [examples[index].group for index in kept]
+    shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
+    return [[kept[index] for index in shard] for shard in shards]
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,417 @@
+import datetime
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fedpt_flwr.errors import RunError
+from fedpt_flwr.runs import RunFolder, find_run, read_json, replace_link, runs_root, write_file, write_json
+
+NOW = datetime.datetime(2026, 11, 20, 9, 5, 7, tzinfo=datetime.UTC)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path / "runs", 77, now=NOW)
+
+
+# --- where runs lie ---
+
+
+def test_the_root_is_what_the_config_says_then_the_environment_then_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "fedpt"))
+    assert runs_root("/data/runs") == Path("/data/runs")
+    assert runs_root() == tmp_path / "fedpt" / "runs"
+    monkeypatch.setenv("FEDPT_HOME", "~/elsewhere")
+    assert runs_root() == tmp_path / "elsewhere" / "runs"
+    monkeypatch.delenv("FEDPT_HOME")
+    assert runs_root() == tmp_path / ".fedpt" / "runs"
+
+
+def test_a_relative_home_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDPT_HOME", "here")
+    assert runs_root() == tmp_path / "here" / "runs"
+
+
+def test_a_new_run_is_named_by_utc_time_and_flower_id_and_is_the_latest(tmp_path):
+    first = RunFolder.create(tmp_path, 5, now=NOW)
+    assert first.path == tmp_path / "20261120T090507Z-5"
+    assert first.path.is_dir()
+    second = RunFolder.create(tmp_path, 6, now=NOW)
+    assert (tmp_path / "latest").readlink() == Path("20261120T090507Z-6")
+    assert find_run(root=tmp_path) == second.path
+
+
+def test_a_run_is_never_made_in_the_folder_of_another(tmp_path):
+    RunFolder.create(tmp_path, 5, now=NOW)
+    with pytest.raises(RunError, match=r"20261120T090507Z-5: cannot be written \(File exists\)"):
+        RunFolder.create(tmp_path, 5, now=NOW)
+
+
+def test_a_root_that_is_a_file_is_reported_in_a_sentence(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunError, match=r"cannot be written \(Not a directory\); free some space or set output-dir"):
+        RunFolder.create(tmp_path / "runs", 5, now=NOW)
+
+
+# --- finding one ---
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name in ("20260101T000000Z-1", "20260101T000000Z-12", "20260202T000000Z-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "20260303.txt").write_text("not a run")
+    (tmp_path / "latest").symlink_to("20260101T000000Z-12")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("latest", "20260101T000000Z-12"),
+        ("20260202T000000Z-3", "20260202T000000Z-3"),
+        ("202602", "20260202T000000Z-3"),
+        ("20260101T000000Z-1", "20260101T000000Z-1"),  # an id is itself, even where another one begins with it
+        ("20260101T000000Z-12", "20260101T000000Z-12"),
+    ],
+)
+def test_a_run_is_found_by_its_id_or_a_unique_beginning(root, name, found):
+    assert find_run(name, root=root) == root / found
+
+
+def test_a_run_is_found_by_its_folder_wherever_it_lies(root, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert find_run(str(elsewhere), root=root) == elsewhere
+    monkeypatch.chdir(elsewhere)
+    assert find_run(".", root=root) == elsewhere
+    monkeypatch.setenv("HOME", str(elsewhere.parent))
+    assert find_run(f"~/{elsewhere.name}", root=root) == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("20260101", "20260101 is the beginning of more than one run in"),
+        ("2027", "2027 is not a run in"),
+        ("20260303", "20260303 is not a run in"),
+        ("/no/such/folder", "/no/such/folder is not a run in"),
+    ],
+)
+def test_a_name_of_none_or_several_runs_is_refused_with_those_that_there_are(root, name, rule):
+    with pytest.raises(RunError) as raised:
+        find_run(name, root=root)
+    assert str(raised.value) == (
+        f"{rule} {root}; the newest are: 20260101T000000Z-1, 20260101T000000Z-12, 20260202T000000Z-3"
+    )
+
+
+def test_where_there_is_no_run_the_error_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "none"))
+    with pytest.raises(RunError, match=r"there is no run yet, got '.*none/runs'; make one with `flwr run"):
+        find_run()
+    with pytest.raises(RunError, match="abc is not a run in .*; the newest are: none"):
+        find_run("abc")
+
+
+def test_a_latest_run_that_was_removed_is_no_run(root):
+    (root / "20260101T000000Z-12").rmdir()
+    with pytest.raises(RunError, match="there is no run yet"):
+        find_run("latest", root=root)
+
+
+# --- files ---
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    write_file(path, b"first, and longer")
+    write_file(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert names(path.parent) == ["a.bin"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_reader_that_has_the_old_file_open_keeps_all_of_it(tmp_path):
+    write_file(tmp_path / "a", b"old")
+    with (tmp_path / "a").open("rb") as reader:
+        write_file(tmp_path / "a", b"new")
+        assert reader.read() == b"old"
+
+
+def test_json_keeps_order_and_letters_and_comes_back_equal(tmp_path):
+    value = {"z": 1, "a": [1.5, None, True], "text": "räder » \u2028", "inner": {"b": 0.1, "a": ""}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert list(read_json(tmp_path / "a.json")) == ["z", "a", "text", "inner"]
+    assert "räder »" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_refuses_what_other_readers_would_not_accept(tmp_path, run, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": value})
+    run.append("metrics.jsonl", {"loss": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append("metrics.jsonl", {"loss": 2.0}, {"loss": value})
+    assert not (tmp_path / "a.json").exists()
+    assert run.read_lines("metrics.jsonl") == [{"loss": 1.0}]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b'{"a": "\xff"}', b"\x00" * 10])
+def test_a_damaged_json_file_is_reported_with_its_path(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"a\.json: cannot be read \(.*\); is the run complete\?"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_missing_json_file_is_reported_with_its_path(tmp_path):
+    with pytest.raises(RunError, match=r"a\.json: cannot be read \(.*No such file"):
+        read_json(tmp_path / "a.json")
+
+
+def test_config_and_results_are_written_under_their_names(run):
+    run.write_config({"seed": 1})
+    run.write_results({"rows": {}})
+    assert read_json(run.path / "config.json") == {"seed": 1}
+    assert read_json(run.path / "results.json") == {"rows": {}}
+
+
+# --- lines ---
+
+
+def test_lines_are_added_in_order_and_come_back_equal(run):
+    # U+2028 and U+0085 are line ends to Python, and not to JSON Lines.
+    rows = [{"round": 1, "note": "a\nb\r\n"}, {"round": 2, "note": "x\u2028y\u0085z"}, {"round": 3, "note": "ä"}]
+    run.append("metrics.jsonl", rows[0])
+    run.append("metrics.jsonl", *rows[1:])
+    run.append("metrics.jsonl")
+    assert run.read_lines("metrics.jsonl") == rows
+    assert (run.path / "metrics.jsonl").read_bytes().count(b"\n") == 3
+
+
+def test_lines_of_a_file_that_is_not_there_are_none(run):
+    assert run.read_lines("metrics.jsonl") == []
+
+
+def test_a_damaged_line_is_reported_with_its_file(run):
+    run.append("metrics.jsonl", {"a": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"a": ')
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be read .*; is the run complete\?"):
+        run.read_lines("metrics.jsonl")
+
+
+# --- links and checkpoints ---
+
+
+def test_a_link_is_replaced_and_leaves_no_temporary_name(tmp_path):
+    replace_link(tmp_path / "link", "a")
+    replace_link(tmp_path / "link", "b")
+    assert os.readlink(tmp_path / "link") == "b"
+    assert names(tmp_path) == ["link"]
+
+
+def test_what_an_interrupted_process_left_does_not_stop_a_link_from_being_replaced(tmp_path):
+    (tmp_path / f".link.{os.getpid()}").symlink_to("half")
+    replace_link(tmp_path / "link", "a")
+    assert os.readlink(tmp_path / "link") == "a"
+    assert names(tmp_path) == ["link"]
+
+
+def test_a_reader_never_sees_a_link_missing(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    replace_link(tmp_path / "link", "a")
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READS_LINK, str(tmp_path / "link")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert reader.stdout.readline() == b"ready\n"
+    for number in range(500):
+        replace_link(tmp_path / "link", "ab"[number % 2])
+    (tmp_path / "stop").touch()
+    output, _ = reader.communicate(timeout=60)
+    assert output.split()[1:] == [b"0"]
+    assert int(output.split()[0]) > 0
+
+
+READS_LINK = """
+import os, pathlib, sys
+link = pathlib.Path(sys.argv[1])
+print("ready", flush=True)
+seen = missing = 0
+while not (link.parent / "stop").exists():
+    seen += 1
+    missing += not link.is_dir()
+print(seen, missing)
+"""
+
+
+def checkpoint(text):
+    def write(folder):
+        (folder / "proxy").mkdir()
+        (folder / "proxy" / "weights").write_text(text)
+
+    return write
+
+
+def test_a_checkpoint_is_whole_and_the_link_proxy_points_at_it_relatively(run):
+    target = run.save_round(1, checkpoint("one"), keep=3)
+    assert target == run.path / "rounds" / "0001"
+    assert os.readlink(run.path / "proxy") == "rounds/0001/proxy"
+    assert (run.path / "proxy" / "weights").read_text() == "one"
+    moved = run.path.rename(run.path.with_name("moved"))
+    assert (moved / "proxy" / "weights").read_text() == "one"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_only_the_newest_checkpoints_are_kept(run, keep, left):
+    for server_round in range(1, 6):
+        run.save_round(server_round, checkpoint(str(server_round)), keep=keep)
+    assert run.rounds() == left
+    assert names(run.path / "rounds") == [f"{server_round:04d}" for server_round in left]
+
+
+def test_zero_keeps_all_checkpoints(run):
+    for server_round in range(1, 6):
+        run.save_round(server_round, checkpoint(""), keep=0)
+    assert run.rounds() == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_proxy_points_at_is_never_removed(run):
+    # A run that goes on from round 2 although 7 and 8 lie there: the newest written is not the highest number.
+    for server_round in (7, 8):
+        run.save_round(server_round, checkpoint(""), keep=1)
+    run.save_round(2, checkpoint("two"), keep=1)
+    assert run.rounds() == [2, 8]
+    assert (run.path / "proxy" / "weights").read_text() == "two"
+
+
+def test_rounds_after_9999_are_in_order(run):
+    for server_round in (9_999, 10_000):
+        run.save_round(server_round, checkpoint(""), keep=1)
+    assert run.rounds() == [10_000]
+
+
+def test_a_round_that_is_saved_again_replaces_the_first(run):
+    run.save_round(1, checkpoint("old"), keep=1)
+    run.save_round(1, checkpoint("new"), keep=1)
+    assert (run.path / "proxy" / "weights").read_text() == "new"
+    assert names(run.path / "rounds") == ["0001"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("boom"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_the_earlier_checkpoint_and_the_link(run, error):
+    run.save_round(1, checkpoint("one"), keep=1)
+
+    def fails(folder):
+        checkpoint("half")(folder)
+        raise error
+
+    with pytest.raises(RunError if isinstance(error, OSError) else type(error)) as raised:
+        run.save_round(2, fails, keep=1)
+    if isinstance(error, OSError):
+        assert "rounds/0002: cannot be written (No space left on device); free some space" in str(raised.value)
+    assert names(run.path / "rounds") == ["0001"]
+    assert (run.path / "proxy" / "weights").read_text() == "one"
+
+
+def test_what_an_interrupted_process_left_is_no_round_and_is_replaced(run):
+    (run.path / "rounds" / ".0001.tmp" / "proxy").mkdir(parents=True)
+    (run.path / "rounds" / ".0001.tmp" / "old").touch()
+    assert run.rounds() == []
+    run.save_round(1, checkpoint("one"), keep=1)
+    assert names(run.path / "rounds" / "0001") == ["proxy"]
+    assert names(run.path / "rounds") == ["0001"]
+
+
+def test_a_run_without_checkpoints_has_no_rounds(run):
+    assert run.rounds() == []
+
+
+# --- a full disk ---
+
+LIMIT = 20_000
+
+
+def with_full_disk(folder, code):
+    """Run ``code`` where no file may grow beyond ``LIMIT`` bytes; writing on fails as on a full disk."""
+    program = f"""
+import pathlib, resource, signal, sys
+from fedpt_flwr.errors import RunError
+from fedpt_flwr.runs import RunFolder, write_file, write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({LIMIT}, {LIMIT}))
+folder = pathlib.Path(sys.argv[1])
+try:
+{textwrap.indent(code, "    ")}
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SENTENCE = (
+    "cannot be written (File too large); free some space or set output-dir to another disk; "
+    "what was written before is whole"
+)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="the system has no limit on file sizes")
+def test_a_full_disk_leaves_every_earlier_file_line_and_checkpoint_as_it_was(tmp_path):
+    write_file(tmp_path / "a.json", b"whole")
+    run = RunFolder(tmp_path)
+    rows = [{"n": number, "text": "x" * 90} for number in range(100)]
+    run.append("metrics.jsonl", *rows)
+    run.save_round(1, checkpoint("one"), keep=1)
+    said = with_full_disk(
+        tmp_path,
+        f"""
+for attempt in (
+    lambda: write_file(folder / "a.json", b"x" * {10 * LIMIT}),
+    lambda: write_json(folder / "new.json", "x" * {10 * LIMIT}),
+    lambda: RunFolder(folder).append("metrics.jsonl", {{"text": "y" * {2 * LIMIT}}}),
+    lambda: RunFolder(folder).append("metrics.jsonl", *[{{"n": n, "text": "z" * 90}} for n in range(200)]),
+    lambda: RunFolder(folder).append("costs.jsonl", {{"text": "y" * {2 * LIMIT}}}),
+    lambda: RunFolder(folder).save_round(2, lambda f: (f / "proxy").write_bytes(b"x" * {10 * LIMIT}), keep=1),
+    lambda: RunFolder(folder).save_round(1, lambda f: (f / "proxy").write_bytes(b"x" * {10 * LIMIT}), keep=1),
+    lambda: RunFolder(folder).save_round(2, lambda f: write_file(f / "w", b"x" * {10 * LIMIT}), keep=1),
+):
+    try:
+        attempt()
+        print("nothing was raised")
+    except RunError as error:
+        print(str(error).replace(str(folder), ""))
+""",
+    ).splitlines()
+    places = ["a.json", "new.json", "metrics.jsonl", "metrics.jsonl", "costs.jsonl", "rounds/0002", "rounds/0001"]
+    assert said[:7] == [f"/{place}: {SENTENCE}" for place in places]
+    assert said[7].endswith(f"/w: {SENTENCE}")
+    assert (tmp_path / "a.json").read_bytes() == b"whole"
+    assert run.read_lines("metrics.jsonl") == rows
+    assert run.read_lines("costs.jsonl") == []
+    assert (tmp_path / "proxy" / "weights").read_text() == "one"
+    assert names(tmp_path / "rounds") == ["0001"]
+    assert names(tmp_path) == ["a.json", "costs.jsonl", "metrics.jsonl", "proxy", "rounds"]
+
+
+def test_lines_can_be_added_again_after_a_failed_attempt(run):
+    rows = [{"n": 1}, {"n": 2}]
+    run.append("metrics.jsonl", rows[0])
+    with_full_disk(run.path, f'RunFolder(folder).append("metrics.jsonl", {{"text": "y" * {2 * LIMIT}}})')
+    run.append("metrics.jsonl", rows[1])
+    assert [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] == rows
