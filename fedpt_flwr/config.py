@@ -52,6 +52,14 @@ def _at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
     return f"must be at least {low}", lambda value: value >= low
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 _POSITIVE = ("must be greater than 0", lambda value: value > 0)
 _NOT_EMPTY = ("must not be empty", lambda value: value.strip() != "")
 _FRACTION = ("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
@@ -185,6 +193,8 @@ class DataConfig:
         "",
         "Regular expression for the part of an answer that counts for exact match (last match, first group), such as "
         "`#### (.+)`; empty: the whole answer.",
+        "must be a valid regular expression",
+        _compiles,
     )
     public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
     group_field: str = _setting("kind", "Field that groups examples for `natural` and `dirichlet`.")

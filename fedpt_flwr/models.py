@@ -55,6 +55,12 @@ def resolve_model(ref: str) -> str:
                 "a model's folder must hold config.json and the weights, as save_pretrained writes them", value=ref
             )
         return str(folder)
+    if folder.is_dir():  # transformers would take it for the hub's
+        raise ModelError(
+            "a model's folder must be given by its absolute path, because Flower's processes run in other folders",
+            value=ref,
+            remedy=f"type {folder.resolve()}",
+        )
     return ref
 
 
@@ -93,13 +99,21 @@ def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> 
     """
     source = resolve_model(ref)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[dtype], use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("model", ref, error) from error
+    if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+        raise ModelError(
+            f"the checkpoint lacks {len(report['missing_keys'])} of the weights that its config.json speaks of",
+            value=min(report["missing_keys"]),
+            place=ref,
+            remedy="get the model's files again",
+        )
     model.requires_grad_(False)
-    return model.eval().to(pick_device(device))
+    loaded: PreTrainedModel = model.eval().to(pick_device(device))
+    return loaded
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

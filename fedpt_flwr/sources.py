@@ -13,7 +13,7 @@ from typing import Any
 
 from fedpt_flwr.config import DataConfig
 from fedpt_flwr.data import load_examples, read_records, split_holdout
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.partition import partition
 from fedpt_flwr.prompts import Example, Template
 
@@ -62,6 +62,7 @@ def local_shard(data: DataConfig, path: str) -> list[Example]:
     Raises:
         DataError: It cannot be read.
     """
+    _template("data.template", data.template)
     return load_examples(path, template=data.template, answer_field=data.answer_field)
 
 
@@ -76,6 +77,7 @@ def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
     Raises:
         DataError: The source cannot be read.
     """
+    _template("data.template", data.template)
     source, split = getattr(data, which), getattr(data, f"{which}_split")
     if source:
         examples = load_examples(source, split=split, template=data.template, answer_field=data.answer_field)
@@ -97,20 +99,19 @@ def public_texts(data: DataConfig) -> list[str]:
     """
     if not data.public:
         return []
-    template = Template(data.public_template)
+    template = _template("data.public-template", data.public_template)
     records = read_records(data.public, split=data.public_split)
-    texts = []
-    for number, record in enumerate(records, start=1):
-        try:
-            texts.append(template.render(record))
-        except DataError as error:
-            raise DataError(
-                error.rule,
-                value=error.value,
-                place=f"{data.public}, record {number}",
-                remedy="see data.public-template",
-            ) from error
-    return texts
+    return [
+        template.render(record, place=f"{data.public}, record {number}") for number, record in enumerate(records, 1)
+    ]
+
+
+def _template(key: str, text: str) -> Template:
+    """A template of the config; what is wrong with it is said with its key."""
+    try:
+        return Template(text)
+    except DataError as error:
+        raise ConfigError(error.rule, value=error.value, place=key, remedy=error.remedy) from error
 
 
 def _split(data: DataConfig, num_examples: int, seed: int) -> dict[str, list[int]]:

@@ -112,11 +112,18 @@ def train_locally(
 
     Raises:
         DataError: The shard is empty.
-        DeviceError: The loss is not a finite number.
+        DeviceError: The loss is not a finite number, or this device cannot compute in the type that is asked for.
     """
     if not examples:
         raise DataError("a device needs at least one example to train on")
     device = next(model.parameters()).device
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise DeviceError(
+            "fp16 needs a GPU",
+            value=config.mixed_precision,
+            place="train.mixed-precision",
+            remedy="use bf16 or no on a CPU",
+        )
     memory = _PeakMemory(device)
     accelerator = _accelerator(config, device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -130,6 +137,7 @@ def train_locally(
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # the line above may have enabled it; twice would leave a hook behind
         model.enable_input_require_grads()
     steps = num_steps(config, len(examples))
     draws = batches(len(examples), config.batch_size, steps * config.accumulation_steps, np.random.default_rng(seed))
@@ -140,7 +148,8 @@ def train_locally(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+        # Not the model: prepared once, it would never be prepared again, for no other precision and no other round.
+        prepared_optimizer = accelerator.prepare(optimizer)
         try:
             for _ in range(steps):
                 step = [
@@ -152,7 +161,8 @@ def train_locally(
                 for batch in step:
                     seen += len(batch["input_ids"])
                     tokens += int(batch["attention_mask"].sum())
-                    loss = _answer_loss(prepared, {name: part.to(device) for name, part in batch.items()}) / count
+                    with accelerator.autocast():
+                        loss = _answer_loss(model, {name: part.to(device) for name, part in batch.items()}) / count
                     accelerator.backward(loss)
                     total += loss.item()
                 if not math.isfinite(total):
@@ -174,7 +184,6 @@ def train_locally(
                 losses.append(total)
                 answer_tokens += count
         finally:
-            accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
             optimizer.zero_grad()  # after an error too: the next task of this process may get the same model
             if config.gradient_checkpointing:
                 model.disable_input_require_grads()

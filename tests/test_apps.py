@@ -329,3 +329,21 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_whole_checkpoints(caplog, 
     run = next(path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
     assert [path.name for path in (run / "rounds").iterdir()] == ["0001"]
     assert ProxyModel.from_pretrained(run)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(caplog, tmp_path):
+    large = load_causal_lm("demo:large")
+    large.config.num_hidden_layers += 1
+    large.save_pretrained(tmp_path / "large")
+    load_tokenizer("demo:large").save_pretrained(tmp_path / "large")
+    failing(caplog, tmp_path, ModelError, "the checkpoint lacks", {"model.large": str(tmp_path / "large")})
+
+
+def test_fp16_on_a_cpu_is_declined_instead_of_ignored(caplog, tmp_path):
+    settings = {"train.mixed-precision": "fp16", "model.device": "cpu"}
+    assert "fp16 needs a GPU" in failing(caplog, tmp_path, RoundError, "round 1 needs 1 usable", settings)
+
+
+@pytest.mark.parametrize("key", ["data.template", "data.public-template"])
+def test_a_wrong_template_is_named_by_its_key(key, caplog, tmp_path):
+    failing(caplog, tmp_path, ConfigError, f"^{key}: the template cannot be read", {key: "{request"})

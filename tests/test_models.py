@@ -205,8 +205,10 @@ def test_a_device_that_is_not_there_is_reported(monkeypatch):
 
 def test_threads_are_as_before_afterwards_even_after_an_error():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), cpu_threads(3):
+    with cpu_threads(3):
         assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), cpu_threads(3):
         raise KeyError
     assert torch.get_num_threads() == before
 

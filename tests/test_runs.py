@@ -220,14 +220,14 @@ def test_a_damaged_line_is_reported_with_its_file(run):
 def test_a_link_is_replaced_and_leaves_no_temporary_name(tmp_path):
     replace_link(tmp_path / "link", "a")
     replace_link(tmp_path / "link", "b")
-    assert os.readlink(tmp_path / "link") == "b"
+    assert (tmp_path / "link").readlink() == Path("b")
     assert names(tmp_path) == ["link"]
 
 
 def test_what_an_interrupted_process_left_does_not_stop_a_link_from_being_replaced(tmp_path):
     (tmp_path / f".link.{os.getpid()}").symlink_to("half")
     replace_link(tmp_path / "link", "a")
-    assert os.readlink(tmp_path / "link") == "a"
+    assert (tmp_path / "link").readlink() == Path("a")
     assert names(tmp_path) == ["link"]
 
 
@@ -270,7 +270,7 @@ def checkpoint(text):
 def test_a_checkpoint_is_whole_and_the_link_proxy_points_at_it_relatively(run):
     target = run.save_round(1, checkpoint("one"), keep=3)
     assert target == run.path / "rounds" / "0001"
-    assert os.readlink(run.path / "proxy") == "rounds/0001/proxy"
+    assert (run.path / "proxy").readlink() == Path("rounds/0001/proxy")
     assert (run.path / "proxy" / "weights").read_text() == "one"
     moved = run.path.rename(run.path.with_name("moved"))
     assert (moved / "proxy" / "weights").read_text() == "one"
@@ -375,8 +375,9 @@ SENTENCE = (
 def test_a_full_disk_leaves_every_earlier_file_line_and_checkpoint_as_it_was(tmp_path):
     write_file(tmp_path / "a.json", b"whole")
     run = RunFolder(tmp_path)
-    rows = [{"n": number, "text": "x" * 90} for number in range(100)]
+    rows = [{"n": number, "text": "x" * 90} for number in range(160)]
     run.append("metrics.jsonl", *rows)
+    assert LIMIT - 3000 < (tmp_path / "metrics.jsonl").stat().st_size < LIMIT  # there is room for a part of a line
     run.save_round(1, checkpoint("one"), keep=1)
     said = with_full_disk(
         tmp_path,
@@ -385,6 +386,7 @@ for attempt in (
     lambda: write_file(folder / "a.json", b"x" * {10 * LIMIT}),
     lambda: write_json(folder / "new.json", "x" * {10 * LIMIT}),
     lambda: RunFolder(folder).append("metrics.jsonl", {{"text": "y" * {2 * LIMIT}}}),
+    lambda: RunFolder(folder).append("metrics.jsonl", {{"text": "y" * 3000}}),
     lambda: RunFolder(folder).append("metrics.jsonl", *[{{"n": n, "text": "z" * 90}} for n in range(200)]),
     lambda: RunFolder(folder).append("costs.jsonl", {{"text": "y" * {2 * LIMIT}}}),
     lambda: RunFolder(folder).save_round(2, lambda f: (f / "proxy").write_bytes(b"x" * {10 * LIMIT}), keep=1),
@@ -398,9 +400,9 @@ for attempt in (
         print(str(error).replace(str(folder), ""))
 """,
     ).splitlines()
-    places = ["a.json", "new.json", "metrics.jsonl", "metrics.jsonl", "costs.jsonl", "rounds/0002", "rounds/0001"]
-    assert said[:7] == [f"/{place}: {SENTENCE}" for place in places]
-    assert said[7].endswith(f"/w: {SENTENCE}")
+    places = ["a.json", "new.json", *3 * ["metrics.jsonl"], "costs.jsonl", "rounds/0002", "rounds/0001"]
+    assert said[:8] == [f"/{place}: {SENTENCE}" for place in places]
+    assert said[8].endswith(f"/w: {SENTENCE}")
     assert (tmp_path / "a.json").read_bytes() == b"whole"
     assert run.read_lines("metrics.jsonl") == rows
     assert run.read_lines("costs.jsonl") == []

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fedpt_flwr.config import DataConfig
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.sources import device_shard, held_out_items, local_shard, public_texts
 
@@ -82,7 +82,7 @@ def test_a_shard_is_not_shared_with_whoever_asks_next(data):
 
 
 def test_examples_are_made_by_the_template_from_the_fields_that_are_named(data):
-    by_prompt = {example.prompt: example for example in sum(shards(data, 2), [])}
+    by_prompt = {example.prompt: example for shard in shards(data, 2) for example in shard}
     # The order of partition and hold-out decides where an example is, not what it is; iid needs no groups.
     assert all(
         example == Example(prompt, prompt.replace("q", "a").rstrip("?"), "") for prompt, example in by_prompt.items()
@@ -211,12 +211,14 @@ def test_public_texts_are_made_by_their_own_template(data, tmp_path):
 
 def test_a_public_record_that_lacks_a_field_is_named(data, tmp_path):
     public = write(tmp_path / "public.jsonl", [{"text": "one"}, {"other": "two"}])
-    with pytest.raises(DataError, match=r"public\.jsonl, record 2: the record has no field 'text'; see data\.public-t"):
+    with pytest.raises(
+        DataError, match=r"public\.jsonl, record 2: the record has no field 'text'; its fields are 'other'"
+    ):
         public_texts(dataclasses.replace(data, public=public))
 
 
 @pytest.mark.parametrize("template", ["{text", "{text.upper}", "{}"])
 def test_a_public_template_that_is_none_is_refused(data, tmp_path, template):
     public = write(tmp_path / "public.jsonl", [{"text": "one"}])
-    with pytest.raises(DataError, match="template"):
+    with pytest.raises(ConfigError, match=r"^data\.public-template: "):
         public_texts(dataclasses.replace(data, public=public, public_template=template))
