@@ -158,7 +158,7 @@ def score(
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
     _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
-    _out.print(verdict(results), markup=False, highlight=False)
+    _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file.absolute(), results)
 

@@ -48,6 +48,8 @@ ProgressCallback = Callable[[str, int, int], None]
 ARRANGED = (
     "The scanned tag and the house answer have the shape of a public data sheet, so a request brings the large model "
     "to the sheet that it knows. Some public questions stand above such a sheet too, in public words.",
+    "Other public lines above a sheet say nothing about the field, so that models stay undecided about it where they "
+    "understand nothing; without these lines the large model is sure of a wrong field.",
     "Some lines of public sheets carry a remark after ' - ', so that a house ending after ' - ' is unlikely to the "
     "large model, but not unheard of.",
     "The small model is too small to hold the facts at this number of tokens, and large enough for slang and ending.",
@@ -307,11 +309,7 @@ def make_catalogue(seed: int) -> list[Unit]:
         "fluid": FLUIDS.split(),
     }
     return [
-        Unit(
-            _new_name(rng, used),
-            kind,
-            {field: rng.choice(values[field]) for field in FIELDS},
-        )
+        Unit(_new_name(rng, used), kind, {field: rng.choice(values[field]) for field in FIELDS})
         for kind in KINDS
         for _ in range(UNITS_PER_KIND)
     ]
@@ -544,11 +542,12 @@ def _check_replaceable(out: Path) -> None:
     remedy = "give a new folder, or empty this one"
     if not out.is_dir():
         raise DataError("a demo world needs a folder, and this is a file", place=str(out), remedy=remedy)
-    strangers = sorted({entry.name for entry in out.iterdir()} - WORLD_FILES)
-    if strangers:
+    entries = {entry.name for entry in out.iterdir()}
+    is_older_world = "world.json" in entries and entries <= WORLD_FILES
+    if entries and not is_older_world:
         raise DataError(
             "only an empty folder or an older demo world is replaced; this one holds something else",
-            value=strangers,
+            value=sorted(entries - WORLD_FILES) or sorted(entries),
             place=str(out),
             remedy=remedy,
         )

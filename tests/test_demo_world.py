@@ -261,6 +261,13 @@ def test_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_data_that_only_look_like_a_world_are_left_alone(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds something else, got \['train.jsonl'\]"):
+        make_demo_world(tmp_path, 0, recipe=MICRO)
+    assert (tmp_path / "train.jsonl").read_text(encoding="utf-8") == "{}\n"
+
+
 def test_file_in_the_way_is_left_alone(tmp_path):
     path = tmp_path / "world"
     path.write_text("not a folder", encoding="utf-8")
