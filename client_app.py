@@ -41,6 +41,7 @@ from fedpt_flwr.sources import device_shard, local_shard
 from fedpt_flwr.training import device_seed, round_learning_rate, train_locally
 
 app = ClientApp()
+CODE_HASH = code_hash(Path(__file__))  # of the code that runs, whatever is edited later
 transformers_logging.disable_progress_bar()  # a log is no place for it
 
 Handler = Callable[[Message, Context], Message]
@@ -65,15 +66,14 @@ def declines(handler: Handler) -> Handler:
 def introduce(message: Message, context: Context) -> Message:
     """Say which device this is, how many examples it has, and which code it runs."""
     config = parse_run_config(context.run_config)
-    own_code = code_hash(Path(__file__))
-    _check_code(message, own_code)
+    _check_code(message)
     shard = load_shard(config, context)
     groups = {} if config.data.partitioner == "node-local" else Counter(example.group for example in shard)
     card = DeviceCard(
         device=device_number(context),
         num_examples=len(shard),
         groups={name: count for name, count in groups.items() if name},
-        code_hash=own_code,
+        code_hash=CODE_HASH,
     )
     return Message(content=card.to_content(), reply_to=message)
 
@@ -83,7 +83,7 @@ def introduce(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Tune the small model on this device's shard for one round."""
     config = parse_run_config(context.run_config)
-    _check_code(message, code_hash(Path(__file__)))
+    _check_code(message)
     told = message.content.config_records[CONFIG]
     server_round, device = int(str(told["server-round"])), device_number(context)
     with cpu_threads(config.threads.device):
@@ -94,8 +94,16 @@ def train(message: Message, context: Context) -> Message:
         set_arrays(model, to_tensors(check_arrays(received, to_array_record(arrays_of(model)), place=place)))
         tokenizer = cached_tokenizer(config.model.small)
         examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
-        if report.num_dropped or report.num_answers_cut:
-            log(INFO, "Device %d: %s", device, report)
+        if report.num_dropped or report.num_prompts_cut or report.num_answers_cut:
+            log(
+                INFO,
+                "Device %d: of %d examples %d are left out as empty, %d prompts and %d answers are cut",
+                device,
+                report.num_examples,
+                report.num_dropped,
+                report.num_prompts_cut,
+                report.num_answers_cut,
+            )
         result = train_locally(
             model,
             examples,
@@ -195,7 +203,7 @@ def _check_fingerprint(expected: str, stored: str, config: RunConfig) -> None:
         )
 
 
-def _check_code(message: Message, own_code: str) -> None:
+def _check_code(message: Message) -> None:
     expected = message.content.config_records.get(CONFIG, ConfigRecord()).get("code-hash", "")
     if expected:
-        check_code(str(expected), own_code)
+        check_code(str(expected), CODE_HASH)

@@ -24,22 +24,23 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.errors import FedPTError
-from fedpt_flwr.evaluation import Evaluator, longest_item, round_metrics
+from fedpt_flwr.errors import ConfigError, FedPTError, RoundError
+from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import (
     check_vocabularies,
     fingerprint,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
+    max_positions,
     output_size,
     set_arrays,
     tunable_arrays,
 )
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.records import code_hash, to_array_record, to_tensors
+from fedpt_flwr.results import device_cost_row, run_results, server_cost_row, summary_lines
 from fedpt_flwr.runs import RunFolder, runs_root, write_json
-from fedpt_flwr.scoring import Scores, gap_closed, render_table, results_table, verdict
 from fedpt_flwr.sources import held_out_items, public_texts
 from fedpt_flwr.strategy import FedPT, RoundOutcome, make_inner_strategy
 
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FAILED = "FEDPT-RUN-FAILED"
+CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
-_MEGABYTE = 1e6
 
 app = ServerApp()
 transformers_logging.disable_progress_bar()  # a log is no place for it
@@ -66,11 +67,18 @@ def main(grid: Grid, context: Context) -> None:
     except FedPTError as error:
         for line in str(error).splitlines():
             log(ERROR, "%s", line)
-        log(ERROR, "%s: %s", FAILED, error.rule)
+        log(ERROR, "%s: %s", FAILED, _headline(error))
         raise
     except Exception as error:
-        log(ERROR, "%s: %s: %s", FAILED, type(error).__name__, error)
+        message = str(error).strip() or "no message"
+        log(ERROR, "%s: %s: %s", FAILED, type(error).__name__, message.splitlines()[0])
         raise
+
+
+def _headline(error: FedPTError) -> str:
+    """The rule that was broken, in one line; of several the first."""
+    lines = [error.rule, *(str(problem) for problem in error.problems[:1])]
+    return " | first: ".join(line.splitlines()[0] for line in lines)
 
 
 def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float) -> None:
@@ -86,7 +94,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float) -> N
         min_replies=config.min_replies,
         max_failed_rounds=config.max_failed_rounds,
         wait_timeout_s=config.wait_timeout_s,
-        code_hash=code_hash(Path(__file__).with_name("client_app.py")),
+        code_hash=CODE_HASH,
     )
     strategy.start(
         grid,
@@ -95,7 +103,8 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float) -> N
         timeout=config.round_timeout_s,
         train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
     )
-    server.finish(num_devices=len(strategy.devices), seconds_before=started)
+    num_devices = len({card.device for card in strategy.devices.values() if card.num_examples > 0})
+    server.finish(num_devices=num_devices, started=started)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,8 +131,7 @@ class Server:
     validation: Evaluator
     test: Evaluator
     public: Sequence[str]
-    device_rounds: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
-    last_round: int = 0
+    cost_rows: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def load(cls, config: RunConfig, run: RunFolder) -> Server:
@@ -136,6 +144,13 @@ class Server:
         large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
         sizes = {"large": output_size(large), "small": output_size(small)}
         vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
+        context = max_positions(small)
+        if context is not None and config.train.max_length > context:
+            raise ConfigError(
+                f"must not exceed the {context} tokens that the small model can read",
+                value=config.train.max_length,
+                place="train.max-length",
+            )
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         initial_arrays = to_array_record(tunable_arrays(tuned))
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
@@ -154,7 +169,6 @@ class Server:
         validation = held_out_items(data, "validation", seed=config.seed)
         test = held_out_items(data, "test", seed=config.seed).first(config.scoring.num_items)
         public = public_texts(data) if config.scoring.few_shot else []
-        longest = longest_item(proxy, config)
         run.write_config(
             {
                 "run_config": flat_values(config),
@@ -164,7 +178,7 @@ class Server:
                     "test": content_hash(test.examples),
                 },
                 "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-                "code_hash": code_hash(Path(__file__).with_name("client_app.py")),
+                "code_hash": CODE_HASH,
             }
         )
         log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
@@ -183,8 +197,8 @@ class Server:
             proxy=proxy,
             initial_arrays=initial_arrays,
             small_fingerprint=small_fingerprint,
-            validation=Evaluator(chosen, tokenizer, config, place="data.validation", max_length=longest),
-            test=Evaluator(test, tokenizer, config, place="data.test", max_length=longest),
+            validation=Evaluator(chosen, tokenizer, config, proxy, place="data.validation"),
+            test=Evaluator(test, tokenizer, config, proxy, place="data.test"),
             public=public,
         )
 
@@ -194,10 +208,19 @@ class Server:
         self.run.save_round(
             outcome.server_round, lambda folder: self._write_round(folder, outcome), keep=self.config.keep_rounds
         )
-        self.last_round = outcome.server_round
-        rows = [_cost_row(outcome.server_round, part.device, dataclasses.asdict(part)) for part in outcome.devices]
-        self.device_rounds += [row for row in rows if not row.get("refused")]
-        self.run.append("costs.jsonl", *rows)
+        self._spend(
+            *(
+                device_cost_row(
+                    outcome.server_round,
+                    part.device,
+                    bytes_down=part.bytes_down,
+                    bytes_up=part.bytes_up,
+                    metrics=part.metrics,
+                    refused=part.refused,
+                )
+                for part in outcome.devices
+            )
+        )
         self.run.append(
             "metrics.jsonl",
             {
@@ -222,15 +245,20 @@ class Server:
             tokenizer=self.tokenizer,
         )
 
+    def _spend(self, *rows: Mapping[str, Any]) -> None:
+        self.cost_rows += rows
+        self.run.append("costs.jsonl", *rows)
+
     def _score_round(self, server_round: int, train_loss: float) -> None:
         begun = time.perf_counter()
-        scores = self.validation.score(self.proxy, rows=("large", "tuned", "proxy"))
+        scores = self.validation.score(self.proxy)
         seconds = time.perf_counter() - begun
-        metrics = round_metrics(scores)
+        rows = {name: row.to_json() for name, row in scores.rows.items()}
         self.run.append(
             "metrics.jsonl",
-            {"round": server_round, "phase": "validation", "rows": metrics, "seconds": round(seconds, 3)},
+            {"round": server_round, "phase": "validation", "rows": rows, "seconds": round(seconds, 3)},
         )
+        self._spend(server_cost_row(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds))
         log(
             INFO,
             "Round %d/%d: training loss %.3f | %d validation answers right: tuned %.1f %%, proxy %.1f %%",
@@ -238,87 +266,34 @@ class Server:
             self.config.num_server_rounds,
             train_loss,
             len(self.validation.items.examples),
-            100 * metrics["tuned"]["exact_match"],
-            100 * metrics["proxy"]["exact_match"],
+            100 * rows["tuned"]["exact_match"],
+            100 * rows["proxy"]["exact_match"],
         )
 
-    def finish(self, *, num_devices: int, seconds_before: float) -> None:
-        """Score the test items, write ``results.json`` and log the table."""
+    def finish(self, *, num_devices: int, started: float) -> None:
+        """Score the test items, write ``results.json`` and log the table.
+
+        Raises:
+            RoundError: No round was completed, so there is nothing to score.
+        """
+        if not self.run.rounds():
+            raise RoundError("a run needs at least one complete round", place="max-failed-rounds")
         log(INFO, "Scoring %d test items", len(self.test.items.examples))
+        begun = time.perf_counter()
         scores = self.test.score(self.proxy, public_texts=self.public)
-        seconds = time.perf_counter() - seconds_before
-        results = run_results(scores, self.config, self.device_rounds, num_devices=num_devices, seconds=seconds)
-        self.run.write_results(results)
+        seconds = time.perf_counter() - begun
+        self._spend(
+            server_cost_row(self.config.num_server_rounds, "test", large_tokens=scores.large_tokens, seconds=seconds)
+        )
+        results = run_results(
+            scores, self.config, self.cost_rows, num_devices=num_devices, seconds=time.perf_counter() - started
+        )
         self.run.append("answers.jsonl", *scores.records)
+        self.run.write_results(results)
         for line in summary_lines(results, self.run.path):
             log(INFO, "%s", line)
-        if results.get("proxy_minus_tuned", {}).get("value", 0.0) < 0:
-            log(WARNING, "The proxy lost to the tuned small model on this data: serve the tuned model instead")
-        if num_devices == 2:
-            log(INFO, "Flower simulates two devices by default; for eight add:")
+        if results["proxy_minus_tuned"]["ci95"][1] < 0 or results["proxy_minus_tuned_loss"]["ci95"][0] > 0:
+            log(WARNING, "On this data the proxy is worse than the tuned small model: serve the tuned model instead")
+        if num_devices == 2 and self.config.data.train.startswith("demo:"):
+            log(INFO, "Flower simulates two devices unless told otherwise; for eight add")
             log(INFO, '  --federation-config "num-supernodes=8 client-resources-num-cpus=1"')
-
-
-def _cost_row(server_round: int, device: int, part: Mapping[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "round": server_round,
-        "device": device,
-        "bytes_down": part["bytes_down"],
-        "bytes_up": part["bytes_up"],
-    }
-    if part["refused"]:
-        return row | {"refused": part["refused"]}
-    skipped = ("device", "server-round")
-    return row | {name.replace("-", "_"): value for name, value in part["metrics"].items() if name not in skipped}
-
-
-def run_results(
-    scores: Scores, config: RunConfig, device_rounds: Sequence[Mapping[str, Any]], *, num_devices: int, seconds: float
-) -> dict[str, Any]:
-    """The contents of ``results.json``."""
-    results = scores.to_json()
-    rows = results["rows"]
-    results |= {"seed": config.seed, "rounds": config.num_server_rounds, "devices": num_devices}
-    reference = rows.get("large_federated", {}).get("exact_match")
-    if reference is not None:
-        results["gap_closed"] = gap_closed(rows["proxy"]["exact_match"], rows["large"]["exact_match"], reference)
-    results["costs"] = {"seconds": round(seconds, 2), **_device_costs(device_rounds)}
-    return results
-
-
-def _device_costs(device_rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means and maxima over devices and rounds."""
-
-    def mean(name: str) -> float:
-        return float(sum(row[name] for row in device_rounds)) / len(device_rounds)
-
-    if not device_rounds:
-        return {}
-    costs = {
-        "bytes_up_per_device_and_round": mean("bytes_up"),
-        "bytes_down_per_device_and_round": mean("bytes_down"),
-        "device_seconds_per_round": mean("seconds"),
-        "device_flops_per_round": mean("flops"),
-        "device_tokens_per_round": mean("num_tokens"),
-        "device_state_bytes": max(row["state_bytes"] for row in device_rounds),
-    }
-    peaks = [row["peak_memory_bytes"] for row in device_rounds if "peak_memory_bytes" in row]
-    return costs | ({"device_peak_memory_bytes": max(peaks)} if peaks else {})
-
-
-def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
-    """The end of the log: table, verdict, costs, where everything lies."""
-    lines = ["", *render_table(results_table(results)).splitlines(), "", verdict(results)]
-    costs = results["costs"]
-    if "bytes_up_per_device_and_round" in costs:
-        lines += [
-            "",
-            "A device and round: "
-            f"{costs['bytes_down_per_device_and_round'] / _MEGABYTE:.2f} MB down, "
-            f"{costs['bytes_up_per_device_and_round'] / _MEGABYTE:.2f} MB up, "
-            f"{costs['device_seconds_per_round']:.2f} s of training, "
-            f"{costs['device_state_bytes'] / _MEGABYTE:.2f} MB of weights, gradients and optimizer state",
-        ]
-        if "device_peak_memory_bytes" in costs:
-            lines.append(f"Peak memory of a device's process: {costs['device_peak_memory_bytes'] / _MEGABYTE:.0f} MB")
-    return [*lines, f"The run took {costs['seconds']:.0f} s; its folder is {folder}"]

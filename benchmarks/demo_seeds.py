@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from fedpt_flwr.config import parse_run_config
-from fedpt_flwr.evaluation import Evaluator, longest_item
+from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import find_run, read_json, write_json
@@ -77,12 +77,11 @@ def _row(run: Path) -> dict[str, object]:
     config = parse_run_config(read_json(run / "config.json")["run_config"])
     proxy = ProxyModel.from_pretrained(run)
     tokenizer = load_tokenizer(str((run / "proxy").resolve()))
-    longest = longest_item(proxy, config)
 
     def score(which: str, alpha: float, mask: float) -> dict[str, object]:
         proxy.alpha, proxy.plausibility = alpha, mask
         items = held_out_items(config.data, which, seed=config.seed)
-        evaluator = Evaluator(items, tokenizer, config, place=f"data.{which}", max_length=longest)
+        evaluator = Evaluator(items, tokenizer, config, proxy, place=f"data.{which}")
         return evaluator.score(proxy, rows=("tuned", "proxy")).to_json()
 
     curve = {choice: score("validation", *choice)["rows"]["proxy"]["exact_match"] for choice in CHOICES}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedpt_flwr.errors import ConfigError, FedPTError
+from fedpt_flwr.errors import ConfigError, FedPTError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,11 +86,13 @@ def generate(
     folder, config = _open_run(run)
     import torch
 
+    from fedpt_flwr.models import cpu_threads
+
     proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
-    text = sys.stdin.read() if prompt == "-" else str(prompt).replace("\\n", "\n")
+    text = _standard_input() if prompt == "-" else str(prompt).replace("\\n", "\n")
     models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
     if model not in models:
         raise ConfigError("must be proxy, large, tuned or untuned", value=model, place="--model")
@@ -98,9 +100,12 @@ def generate(
     ids = _prompt_ids(text, tokenizer, proxy, limit)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # As the run's own scoring decodes, whatever a model's generation config would like.
+    sampling |= {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
     def write(name: str, streamer: Any = None) -> str:
-        with torch.inference_mode(), proxy.without_adapter() if _is_shared(proxy, name) else _nothing():
+        untuned = proxy.without_adapter() if _is_shared(proxy, name) else nullcontext()
+        with torch.inference_mode(), cpu_threads(config.threads.server), untuned:
             speaker = models[name] if models[name] is not None else proxy.tuned
             output = speaker.generate(
                 input_ids=ids,
@@ -134,7 +139,7 @@ def generate(
 @app.command()
 def score(
     run: Run = "latest",
-    items: Annotated[int, typer.Option(min=0, help="Test items to score; 0: all.")] = 0,
+    items: Annotated[int | None, typer.Option(min=0, help="Items to score, by default the run's; 0: all.")] = None,
     alpha: Alpha = None,
     plausibility: Plausibility = None,
     validation: Annotated[bool, typer.Option("--validation", help="Score the validation items instead.")] = False,
@@ -144,16 +149,17 @@ def score(
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
     folder, config = _open_run(run)
-    from fedpt_flwr.evaluation import Evaluator, longest_item
+    from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.runs import write_json
     from fedpt_flwr.scoring import render_table, results_table, verdict
     from fedpt_flwr.sources import held_out_items, public_texts
 
     proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
     which = "validation" if validation else "test"
-    chosen = held_out_items(config.data, which, seed=config.seed).first(items)
+    number = config.scoring.num_items if items is None else items
+    chosen = held_out_items(config.data, which, seed=config.seed).first(number)
     public = public_texts(config.data) if config.scoring.few_shot else []
-    evaluator = Evaluator(chosen, tokenizer, config, place=f"data.{which}", max_length=longest_item(proxy, config))
+    evaluator = Evaluator(chosen, tokenizer, config, proxy, place=f"data.{which}")
     with _progress() as progress:
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
@@ -170,6 +176,9 @@ def check_config(
         typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
     ] = None,
     app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    num_devices: Annotated[
+        int, typer.Option(min=1, help="Number of devices that the training data is dealt out to.")
+    ] = 2,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of all keys instead, for docs/run-config.md.")
     ] = False,
@@ -185,7 +194,7 @@ def check_config(
         sys.stdout.write(settings_markdown())
         return
     flat = _flat_config(app_dir, overrides)
-    problems = _config_problems(flat)
+    problems = _config_problems(flat, num_devices)
     if problems:
         raise ConfigError.of(problems)
     _out.print(f"The run config is fine: {len(flat)} keys.", highlight=False)
@@ -218,7 +227,20 @@ def _open_run(name: str) -> tuple[Path, RunConfig]:
     from fedpt_flwr.runs import find_run, read_json
 
     folder = find_run(name)
-    return folder, parse_run_config(read_json(folder / "config.json")["run_config"])
+    if not (folder / "proxy").is_dir():
+        usable = sorted(
+            path.name for path in folder.parent.glob("*") if (path / "proxy").is_dir() and not path.is_symlink()
+        )
+        raise RunError(
+            f"the run {folder.name} ended before its first round was complete, so it has no model",
+            remedy=f"the newest that has one is {usable[-1]}" if usable else "make another with `flwr run . --stream`",
+        )
+    recorded = read_json(folder / "config.json")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
+        raise RunError(
+            "must hold a run's config", place=str(folder / "config.json"), remedy="name the run's own folder"
+        )
+    return folder, parse_run_config(recorded["run_config"])
 
 
 def _load_proxy(
@@ -263,9 +285,11 @@ def _is_shared(proxy: ProxyModel, name: str) -> bool:
     return name == "untuned" and proxy.untuned is None
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input must be UTF-8 ({error})") from error
 
 
 def _plain(text: str) -> Any:
@@ -290,6 +314,12 @@ def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"is not valid TOML ({error})", place=str(path.absolute())) from error
     defaults = project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})
+    if "num-server-rounds" not in defaults:
+        raise ConfigError(
+            "must be the one of this app, with [tool.flwr.app.config]",
+            place=str(path.absolute()),
+            remedy="name the app's folder with --app",
+        )
     try:
         given = parse_config_args(overrides)
     except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
@@ -300,18 +330,14 @@ def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
     return dict(flatten_dict(defaults)) | dict(given)
 
 
-def _config_problems(flat: dict[str, Any]) -> list[FedPTError]:
+def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
-    from fedpt_flwr.config import parse_run_config
+    from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
     from fedpt_flwr.sources import device_shard, held_out_items, public_texts
     from fedpt_flwr.strategy import make_inner_strategy
 
-    try:
-        config = parse_run_config(flat)
-    except ConfigError as error:
-        return [part for part in error.problems if isinstance(part, FedPTError)] or [error]
-    problems: list[FedPTError] = []
+    config, problems = examine_run_config(flat)
 
     @contextmanager
     def collecting() -> Iterator[None]:
@@ -332,7 +358,7 @@ def _config_problems(flat: dict[str, Any]) -> list[FedPTError]:
         make_inner_strategy(config.strategy)
     if config.data.partitioner != "node-local":
         with collecting():
-            device_shard(config.data, device=0, num_devices=1, seed=config.seed)
+            device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed)
     for which in ("validation", "test"):
         with collecting():
             held_out_items(config.data, which, seed=config.seed)

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,21 @@ from typing import Any, get_type_hints
 from fedpt_flwr.errors import ConfigError, FedPTError
 
 Scalar = bool | int | float | str
+
+INNER_STRATEGIES = (
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+)
+"""Flower's strategies that average arrays and can be named in ``strategy.name``."""
 
 _MARKDOWN_HEAD = """# Run config
 
@@ -139,7 +155,10 @@ class TrainConfig:
     )
     max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this norm; 0: never.", *_at_least(0))
     max_length: int = _setting(
-        256, "Tokens of prompt and answer together; longer prompts lose their beginning.", *_at_least(2)
+        256,
+        "Tokens of prompt and answer together. What is longer loses the beginning of the prompt, down to half of "
+        "this, then the end of the answer.",
+        *_at_least(2),
     )
     mixed_precision: str = _setting(
         "no", "Forward and backward passes in a shorter type (accelerate).", *_one_of("no", "bf16", "fp16")
@@ -185,8 +204,8 @@ class DataConfig:
     public_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
     template: str = _setting(
         "> {request}\n[{unit}]\n",
-        "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted.",
-        *_NOT_EMPTY,
+        "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted. Empty: no prompt "
+        "but the tokenizer's first token, for plain texts (with `data.answer-field='text'`).",
     )
     answer_field: str = _setting("answer", "Field that holds the answer to learn.", *_NOT_EMPTY)
     answer_pattern: str = _setting(
@@ -226,7 +245,7 @@ class StrategyConfig:
     """The Flower strategy that aggregates the devices' weights."""
 
     name: str = _setting(
-        "FedAvg", "Name of a class of `flwr.serverapp.strategy`, such as FedAvg, FedAdam, FedMedian.", *_NOT_EMPTY
+        "FedAvg", "Which of Flower's strategies aggregates the devices' weights.", *_one_of(*INNER_STRATEGIES)
     )
     arguments: str = _setting(
         "",
@@ -379,6 +398,14 @@ def parse_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     Raises:
         ConfigError: Names every key that is unknown, ill-typed, out of range or in contradiction with another.
     """
+    config, problems = examine_run_config(flat)
+    if problems:
+        raise ConfigError.of(problems)
+    return config
+
+
+def examine_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, list[FedPTError]]:
+    """What :func:`parse_run_config` parses, with the default in place of every wrong value, and all that is wrong."""
     known = settings()
     problems: list[FedPTError] = [
         ConfigError("is not a key of this app", place=key, remedy=_nearest(key, known))
@@ -394,10 +421,7 @@ def parse_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
             value = setting.default
         values[key] = float(value) if setting.kind is float else value
     config: RunConfig = _build(RunConfig, "", values)
-    problems += _contradictions(config, {str(problem.place) for problem in problems})
-    if problems:
-        raise ConfigError.of(problems)
-    return config
+    return config, problems + _contradictions(config, {str(problem.place) for problem in problems})
 
 
 def flat_values(config: RunConfig) -> dict[str, Scalar]:
@@ -444,7 +468,7 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
     if not fits or (kind is not bool and isinstance(value, bool)):
         name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
         return ConfigError(f"must be {name}", value=value, place=setting.key)
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not (abs(value) <= sys.float_info.max):
         return ConfigError("must be a finite number", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
         return ConfigError(setting.rule, value=value, place=setting.key)
@@ -480,6 +504,13 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
 
     if config.train.epochs == 0 and config.train.max_steps == 0:
         refuse("train.epochs and train.max-steps", "must not both be 0", 0, "say how long a device trains in a round")
+    if config.tuning.mode == "full" and config.model.small_dtype != "float32":
+        refuse(
+            "tuning.mode and model.small-dtype",
+            "tuning all weights needs them in float32, or small updates are rounded away",
+            config.model.small_dtype,
+            "set model.small-dtype='float32' (train.mixed-precision='bf16' shortens the passes), or tuning.mode='lora'",
+        )
     if config.min_replies > config.min_devices:
         refuse(
             "min-replies and min-devices",

@@ -400,8 +400,17 @@ def load_examples(
     Raises:
         DataError: The source cannot be read, the template is none, or a record lacks a field or has an empty answer.
     """
+    return load_examples_with_records(
+        source, split=split, template=template, answer_field=answer_field, group_field=group_field
+    )[0]
+
+
+def load_examples_with_records(
+    source: str, *, split: str = "train", template: str, answer_field: str, group_field: str = ""
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """As `load_examples`, with the records that the examples were made of, in the same order."""
     prompt = Template(template)
-    examples = []
+    examples, records = [], []
     for place, record in _read(source, split):
         answer = field_text(record, answer_field, place=place) if answer_field else ""
         if answer_field and not answer.strip():
@@ -412,7 +421,8 @@ def load_examples(
             )
         group = field_text(record, group_field, place=place) if group_field else ""
         examples.append(Example(prompt.render(record, place=place), answer, group))
-    return examples
+        records.append(record)
+    return examples, records
 
 
 def split_holdout(num_examples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -462,7 +472,8 @@ class TokenizedExample:
     """An example in tokens."""
 
     prompt_ids: list[int]
-    """The prompt, after the tokenizer's beginning-of-sequence token if it is one that adds it; may be empty."""
+    """The prompt, after the tokenizer's beginning-of-sequence token if it is one that adds it. One that
+    `tokenize_examples` made is never empty."""
 
     answer_ids: list[int]
     """What is learnt: the answer and the end-of-sequence token (absent if the answer's end was cut); never empty."""
@@ -479,10 +490,15 @@ class TruncationReport:
     """Examples kept whose prompt lost its beginning."""
 
     num_answers_cut: int
-    """Examples kept whose answer lost its end."""
+    """Examples kept whose answer lost its end, be it the end of sequence alone."""
 
-    num_dropped: int
-    """Examples left out, because the answer is blank or has no token."""
+    dropped: tuple[int, ...]
+    """Indices of the examples left out, because the answer is blank or has no token."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Number of examples left out."""
+        return len(self.dropped)
 
 
 def tokenize_examples(
@@ -493,10 +509,13 @@ def tokenize_examples(
     Prompt and answer are tokenised each by itself, so that the border between them is exact with every tokenizer. No
     special token is added but the end of sequence after the answer, and before the prompt the beginning of sequence if
     the tokenizer puts one there by default (Llama and Gemma do, GPT-2 and Qwen do not). Special tokens that a template
-    spells out, such as ``<|im_end|>``, become these tokens.
+    spells out, such as ``<|im_end|>``, become these tokens. A prompt without any token becomes the beginning of
+    sequence, or the end of sequence where the tokenizer has no beginning (the convention of GPT-2), so that an answer's
+    first token always has something that it is predicted from.
 
     What is longer than ``max_length`` loses the beginning of the prompt first (but never the beginning of sequence),
-    and then the end of the answer, with the end of sequence.
+    until the prompt has ``max_length // 2`` tokens left; then it loses the end of the answer, with the end of sequence.
+    So a long answer never leaves a model to learn it without its question.
 
     Args:
         examples: Examples with answers.
@@ -518,37 +537,69 @@ def tokenize_examples(
             place=tokenizer.name_or_path or None,
             remedy="set `eos_token` in the tokenizer_config.json of the model",
         )
-    start = _start_ids(tokenizer)
-    kept = []
+    kept, dropped = [], []
     num_prompts_cut = num_answers_cut = 0
-    prompts = _tokenize((example.prompt for example in examples), tokenizer)
+    prompts = tokenize_prompts([example.prompt for example in examples], tokenizer, max_length=None)
     answers = _tokenize((example.answer for example in examples), tokenizer)
-    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-        whole_answer = [*answer, eos_id]
-        answer_ids = whole_answer[: max_length - len(start)]
-        prompt_ids = start + _last(prompt, max_length - len(start) - len(answer_ids))
+    start = _start_ids(tokenizer)
+    for index, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
         if not example.answer.strip() or not answer:
+            dropped.append(index)
             continue
+        whole_answer = [*answer, eos_id]
+        prompt_ids = _cut(prompt, start, max(max_length // 2, max_length - len(whole_answer)))
+        answer_ids = whole_answer[: max_length - len(prompt_ids)]
         kept.append(TokenizedExample(prompt_ids, answer_ids))
-        num_prompts_cut += len(prompt_ids) < len(start) + len(prompt)
+        num_prompts_cut += len(prompt_ids) < len(prompt)
         num_answers_cut += len(answer_ids) < len(whole_answer)
-    return kept, TruncationReport(len(examples), num_prompts_cut, num_answers_cut, len(examples) - len(kept))
+    return kept, TruncationReport(len(examples), num_prompts_cut, num_answers_cut, tuple(dropped))
 
 
-def tokenize_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[list[int]]:
+def tokenize_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> list[list[int]]:
     """Turn prompts into the tokens that `tokenize_examples` puts before an answer.
 
     Args:
         prompts: Texts to continue.
         tokenizer: Any tokenizer.
         max_length: Tokens of a prompt, at least 2; longer ones lose their beginning, but not the beginning of sequence.
+            None: nothing is cut.
 
     Raises:
         ConfigError: ``max_length`` is below 2.
+        DataError: A prompt is empty, and the tokenizer has no token that could stand in its place.
     """
-    _check_max_length(max_length)
+    if max_length is not None:
+        _check_max_length(max_length)
     start = _start_ids(tokenizer)
-    return [start + _last(prompt, max_length - len(start)) for prompt in _tokenize(prompts, tokenizer)]
+    tokenized = []
+    for number, prompt in enumerate(_tokenize(prompts, tokenizer), start=1):
+        whole = start + prompt or _first_ids(tokenizer, number)
+        tokenized.append(whole if max_length is None else _cut(whole, start, max_length))
+    return tokenized
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for an empty prompt: the beginning of sequence, else the end; None if there is neither."""
+    token: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return token
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
+    token = first_token(tokenizer)
+    if token is None:
+        raise DataError(
+            "a prompt must not be empty with a tokenizer that has neither a beginning nor an end of sequence",
+            place=f"prompt {number}",
+            remedy="write a prompt, or set `bos_token` in the tokenizer_config.json of the model",
+        )
+    return [token]
+
+
+def _cut(prompt: list[int], start: list[int], length: int) -> list[int]:
+    """A prompt of so many tokens at most: its end, after the beginning of sequence if there is one."""
+    return prompt if len(prompt) <= length else start + _last(prompt, length - len(start))
 
 
 def _check_max_length(max_length: int) -> None:

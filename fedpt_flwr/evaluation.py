@@ -5,11 +5,12 @@ Used by the server between rounds and at the end, and by ``fedpt score``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fedpt_flwr.config import RunConfig
-from fedpt_flwr.data import TokenizedExample, tokenize_examples
+from fedpt_flwr.data import tokenize_examples, tokenize_prompts
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.models import cpu_threads, max_positions
 from fedpt_flwr.proxy import ProxyModel
@@ -19,28 +20,68 @@ from fedpt_flwr.sources import Items
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 
 
 class Evaluator:
     """Scores one set of items again and again; what never changes is measured once.
 
+    How much of an item the models see is decided here, once and for all rows. Answers are written after a prompt that
+    does not depend on the right answer: its end, ``train.max-length`` tokens at most, or as many as the smallest
+    context leaves beside ``scoring.max-new-tokens``. Losses are of prompt and right answer as far as the smallest
+    context reaches (see `tokenize_examples`), or ``train.max-length`` tokens where no model says what it can read.
+
     Args:
         items: What to score on.
         tokenizer: The models' tokenizer.
-        config: Gives the longest answer, the batch size, the alpha of the loss, the seed.
+        config: Gives the lengths, the batch size, the alpha of the loss, the seed.
+        proxy: The model that will be scored, or one with the same contexts.
         place: Names the items in errors: ``data.test`` or ``data.validation``.
-        max_length: Tokens that prompt and answer may have.
+
+    Raises:
+        DataError: There are no items, one has no answer, or the models' context leaves no room for a prompt.
+        ModelError: The tokenizer has no end-of-sequence token.
     """
 
     def __init__(
-        self, items: Items, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, place: str, max_length: int
+        self, items: Items, tokenizer: PreTrainedTokenizerBase, config: RunConfig, proxy: ProxyModel, *, place: str
     ) -> None:
         self.items = items
         self._tokenizer = tokenizer
         self._config = config
-        self._tokenized = _tokenize(items, tokenizer, max_length, place)
+        self._place = place
         self._known: dict[str, Measurement] = {}
+        if not items.examples:
+            raise DataError("must hold at least one example", place=place)
+        context = max_positions(proxy)
+        room = _prompt_room(context, config)
+        longest = config.train.max_length if context is None else context
+        self._tokenized, report = tokenize_examples(items.examples, tokenizer, max_length=longest)
+        if report.dropped:
+            raise DataError(
+                "an example must have an answer to score",
+                value=items.examples[report.dropped[0]].answer,
+                place=f"{place}, item {report.dropped[0] + 1}",
+                remedy=f"remove the examples without one ({report.num_dropped} of {report.num_examples})",
+            )
+        texts = [example.prompt for example in items.examples]
+        whole = tokenize_prompts(texts, tokenizer, max_length=None)
+        self._prompts = tokenize_prompts(texts, tokenizer, max_length=room)
+        num_cut = sum(len(prompt) > room for prompt in whole)
+        if num_cut or report.num_prompts_cut or report.num_answers_cut:
+            _log.warning(
+                "%s: of %d items, %d prompts lost their beginning for answers (over %d tokens), and %d prompts their "
+                "beginning and %d answers their end for losses (over %d tokens together)",
+                place,
+                report.num_examples,
+                num_cut,
+                room,
+                report.num_prompts_cut,
+                report.num_answers_cut,
+                longest,
+            )
 
     def score(
         self,
@@ -67,6 +108,7 @@ class Evaluator:
                 tokenizer=self._tokenizer,
                 max_new_tokens=scoring.max_new_tokens,
                 seed=self._config.seed,
+                prompts=self._prompts,
                 rows=rows,
                 loss_alpha=scoring.loss_alpha,
                 batch_size=scoring.batch_size,
@@ -76,45 +118,23 @@ class Evaluator:
                 public_texts=public_texts,
                 shots=scoring.few_shot,
                 known=self._known,
+                place=self._place,
                 on_progress=on_progress,
             )
         self._known |= {name: scores.measurements[name] for name in ("large", "untuned") if name in scores.measurements}
         return scores
 
 
-def longest_item(proxy: ProxyModel, config: RunConfig) -> int:
-    """Tokens that prompt and answer may have, so that every model can read the one and write the other."""
-    contexts = [max_positions(model) for model in (proxy.large, proxy.tuned)]
-    room = min((context for context in contexts if context is not None), default=config.train.max_length)
-    longest = min(config.train.max_length, room - config.scoring.max_new_tokens)
+def _prompt_room(context: int | None, config: RunConfig) -> int:
+    """Tokens that a prompt may have, so that an answer can be written after it."""
+    longest = config.train.max_length
+    if context is not None:
+        longest = min(longest, context - config.scoring.max_new_tokens)
     if longest < 2:
         raise DataError(
-            f"the models read {room} tokens, which leaves no room for a prompt",
+            f"the models read {context} tokens, which leaves no room for a prompt",
             value=config.scoring.max_new_tokens,
             place="scoring.max-new-tokens",
             remedy="lower it",
         )
     return longest
-
-
-def _tokenize(
-    items: Items, tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
-) -> Sequence[TokenizedExample]:
-    if not items.examples:
-        raise DataError("must hold at least one example", place=place)
-    tokenized, report = tokenize_examples(items.examples, tokenizer, max_length=max_length)
-    if report.num_dropped:
-        raise DataError(
-            f"{report.num_dropped} of {report.num_examples} examples have no answer to score",
-            place=place,
-            remedy="remove them, or raise train.max-length",
-        )
-    return tokenized
-
-
-def round_metrics(scores: Scores) -> Mapping[str, Mapping[str, float]]:
-    """The numbers of a round that go into ``metrics.jsonl``: loss and exact match by row."""
-    return {
-        name: {metric: value for metric in ("loss", "exact_match") if (value := getattr(row, metric)) is not None}
-        for name, row in scores.rows.items()
-    }

@@ -70,10 +70,22 @@ def combine_logits(
     if isinstance(alpha, Tensor) or alpha != 0:
         real = scores[..., :vocab_size]
         real += _shift(real, tuned[..., :vocab_size], untuned[..., :vocab_size], alpha)
+    mask_implausible(scores, tuned, plausibility=plausibility, vocab_size=vocab_size)
+    return scores
+
+
+def mask_implausible(scores: Tensor, tuned: Tensor, *, plausibility: float | Tensor, vocab_size: int) -> None:
+    """Set the scores of all but the :func:`plausible_tokens` to -inf, in place.
+
+    Args:
+        scores: What :func:`combine_logits` returned without a mask.
+        tuned: Scores of the tuned small model, the same shape, but its width may differ by padding.
+        plausibility: As in :func:`combine_logits`; the number 0 leaves everything as it is.
+        vocab_size: Number of ids that are real tokens.
+    """
     if isinstance(plausibility, Tensor) or plausibility > 0:
         kept = plausible_tokens(tuned[..., :vocab_size], plausibility=plausibility)
         scores[..., :vocab_size].masked_fill_(~kept.to(scores.device), -math.inf)
-    return scores
 
 
 def plausible_tokens(tuned: Tensor, *, plausibility: float | Tensor) -> Tensor:

@@ -142,10 +142,11 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices",
+            f"this process sees {torch.cuda.device_count()} CUDA devices",
             value=name,
             place="model.device",
-            remedy="use auto",
+            remedy="use auto; in simulation, devices see a GPU only with --federation-config "
+            '"client-resources-num-gpus=0.5" or the like',
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("this machine has no MPS device", value=name, place="model.device", remedy="use auto")
@@ -326,7 +327,7 @@ def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
         f"the {what} cannot be loaded ({type(error).__name__}: {reason})",
         value=ref,
         remedy="give an absolute folder with config.json, *.safetensors and tokenizer files, or a hub id that this "
-        "machine can reach",
+        "machine can reach; weights in another format (.bin) are not loaded, save them again with save_pretrained",
     )
 
 

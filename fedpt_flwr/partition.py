@@ -8,16 +8,11 @@ partition on every machine. No texts are seen here.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fedpt_flwr.errors import ConfigError, DataError
-
-_MAX_DRAWS = 100
-"""Draws of a Dirichlet partition before ``min_examples`` is given up."""
 
 
 def partition(
@@ -75,29 +70,26 @@ def partition_iid(num_examples: int, num_devices: int, seed: int) -> list[list[i
     return [sorted(partitioner.load_partition(device)["index"][:]) for device in range(num_devices)]
 
 
-def partition_dirichlet(
-    groups: Sequence[str], num_devices: int, alpha: float, seed: int, min_examples: int = 0
-) -> list[list[int]]:
+def partition_dirichlet(groups: Sequence[str], num_devices: int, alpha: float, seed: int) -> list[list[int]]:
     """Spread every group over the devices in proportions drawn from a Dirichlet distribution.
 
     The usual simulation of devices whose data differ in kind and amount (Yurochkin et al. 2019, arXiv:1905.12022).
 
-    By default a device may stay without examples: that happens with a small ``alpha`` or few groups, and drawing again
-    until no device is empty would favour even partitions over the ones asked for.
+    A device may stay without examples: that happens with a small ``alpha`` or few groups, and drawing again until no
+    device is empty would favour even partitions over the ones asked for.
 
     Args:
         groups: The group of each example.
         num_devices: Number of devices, at most the number of examples.
         alpha: Concentration, above 0: small values leave most of a group on one device, large ones spread it evenly.
         seed: Seed of the proportions.
-        min_examples: Least number of examples of a device; the proportions are drawn again until it is reached.
 
     Returns:
-        Example indices, one ascending list per device, perhaps empty if ``min_examples`` is 0.
+        Example indices, one ascending list per device, perhaps empty.
 
     Raises:
         ConfigError: ``num_devices`` or ``alpha`` is out of range.
-        DataError: There are more devices than examples, or no draw gave every device ``min_examples``.
+        DataError: There are more devices than examples.
     """
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner
@@ -111,26 +103,17 @@ def partition_dirichlet(
     # which drops NUL characters at the end of a name.
     number_of = {name: number for number, name in enumerate(sorted(set(groups)))}
     rows = Dataset.from_dict({"index": shuffled, "group": [number_of[groups[index]] for index in shuffled]})
-    for draw in range(_MAX_DRAWS):
-        # DirichletPartitioner's own min_partition_size warns at each new draw and gives up after ten.
-        partitioner = DirichletPartitioner(
-            num_partitions=num_devices,
-            partition_by="group",
-            alpha=float(alpha),
-            min_partition_size=0,
-            self_balancing=False,
-            shuffle=False,
-            seed=int(np.random.SeedSequence([seed, draw]).generate_state(1)[0]),
-        )
-        partitioner.dataset = rows
-        shards = [sorted(partitioner.load_partition(device)["index"][:]) for device in range(num_devices)]
-        if min(map(len, shards)) >= min_examples:
-            return shards
-    raise DataError(
-        f"no Dirichlet partition of {len(groups)} examples over {num_devices} devices gave each of them "
-        f"{min_examples} in {_MAX_DRAWS} draws with a concentration of {alpha:g}",
-        remedy="use a greater concentration, fewer devices, or the partition iid",
+    partitioner = DirichletPartitioner(
+        num_partitions=num_devices,
+        partition_by="group",
+        alpha=float(alpha),
+        min_partition_size=0,
+        self_balancing=False,
+        shuffle=False,
+        seed=int(np.random.SeedSequence([seed, 0]).generate_state(1)[0]),  # other draws than the shuffling's
     )
+    partitioner.dataset = rows
+    return [sorted(partitioner.load_partition(device)["index"][:]) for device in range(num_devices)]
 
 
 def partition_natural(groups: Sequence[str], num_devices: int) -> list[list[int]]:
@@ -168,33 +151,6 @@ def partition_natural(groups: Sequence[str], num_devices: int) -> list[list[int]
     for indices in sorted(members.values(), key=len, reverse=True):  # stable: equal sizes stay in the order of names
         min(shards, key=len).extend(indices)
     return [sorted(shard) for shard in shards]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRow:
-    """What one device holds, for logs and reports."""
-
-    device: int
-    """Number of the device, from 0."""
-
-    num_examples: int
-    """Examples on it."""
-
-    groups: dict[str, int]
-    """Examples of each group that it holds any of, in the order of the groups' names."""
-
-
-def shard_table(shards: Sequence[Sequence[int]], groups: Sequence[str]) -> list[ShardRow]:
-    """How uneven a partition is: one row per device.
-
-    Args:
-        shards: Example indices per device.
-        groups: The group of each example.
-    """
-    return [
-        ShardRow(device, len(shard), dict(sorted(Counter(groups[index] for index in shard).items())))
-        for device, shard in enumerate(shards)
-    ]
 
 
 def _check_counts(num_examples: int, num_devices: int) -> None:

@@ -47,7 +47,7 @@ from fedpt_flwr.logits import (
     check_plausibility,
     combine_logits,
     common_vocab_size,
-    plausible_tokens,
+    mask_implausible,
 )
 from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size
 
@@ -294,9 +294,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=scores, labels=labels, vocab_size=scores.shape[-1])
-        if isinstance(plausibility, Tensor) or plausibility != 0:  # only now: losses are those of all tokens
-            kept = plausible_tokens(tuned[..., :vocab_size], plausibility=plausibility)
-            scores[..., :vocab_size].masked_fill_(~kept.to(scores.device), -torch.inf)
+        # Only now: losses are those of all tokens.
+        mask_implausible(scores, tuned, plausibility=plausibility, vocab_size=vocab_size)
         output = CausalLMOutputWithPast(
             loss=loss, logits=scores, past_key_values=past_key_values if use_cache else None
         )

@@ -8,7 +8,6 @@ arrives is compared with what was sent: the same names, the same shapes, float v
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -26,6 +25,22 @@ from fedpt_flwr.errors import DeviceError, ReplyError
 
 ARRAYS, CONFIG, METRICS, REFUSAL = "arrays", "config", "metrics", "refusal"
 """Names of the records in a message."""
+
+REQUIRED_METRICS = ("device", "server-round", "num-examples", "train-loss")
+"""Metrics that every train reply has."""
+
+COST_METRICS = (
+    "train-loss-last",
+    "num-steps",
+    "num-examples-seen",
+    "num-tokens",
+    "num-answer-tokens",
+    "seconds",
+    "flops",
+    "state-bytes",
+    "peak-memory-bytes",
+)
+"""Metrics that a train reply may have, for the ledger; no other is accepted."""
 
 _FLOAT_DTYPES = ("float16", "float32", "float64")
 _MAX_GROUPS = 1000
@@ -159,28 +174,41 @@ class DeviceCard:
         return cls(device=device, num_examples=num_examples, groups=groups, code_hash=str(config.get("code-hash", "")))
 
 
-def check_metrics(content: RecordDict, *, server_round: int, place: str) -> dict[str, float]:
+def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, place: str) -> dict[str, float]:
     """The numbers of a train reply, after checks.
 
+    Args:
+        content: The reply.
+        server_round: The round that it must be of.
+        card: What the device said of itself before: it cannot be another device, or have more examples.
+        place: Who and when, for the error.
+
     Raises:
-        ReplyError: There is not one record of numbers, one is not finite, it is of another round, or it claims no
-            examples.
+        ReplyError: There is not one record of numbers, one is unknown, negative or not finite, or they contradict the
+            round or the card.
     """
     if len(content.metric_records) != 1 or METRICS not in content.metric_records:
         raise ReplyError("a reply must hold one record of metrics", value=sorted(content.metric_records), place=place)
     metrics: dict[str, float] = {}
     for name, value in content.metric_records[METRICS].items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ReplyError(f"the metric {name} must be a finite number", value=value, place=place)
+        if name not in REQUIRED_METRICS + COST_METRICS:
+            raise ReplyError("unknown metric", value=name, place=place)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+            raise ReplyError(f"the metric {name} must be a finite number of at least 0", value=value, place=place)
         metrics[name] = value
-    if metrics.get("server-round") != server_round:
-        raise ReplyError(f"the reply must be of round {server_round}", value=metrics.get("server-round"), place=place)
-    if not _is_count(metrics.get("num-examples")) or metrics["num-examples"] < 1:
+    missing = [name for name in REQUIRED_METRICS if name not in metrics]
+    if missing:
+        raise ReplyError(f"the metric {missing[0]} must be there", value=sorted(metrics), place=place)
+    if metrics["server-round"] != server_round:
+        raise ReplyError(f"the reply must be of round {server_round}", value=metrics["server-round"], place=place)
+    if metrics["device"] != card.device:
+        raise ReplyError(f"the reply must be of device {card.device}", value=metrics["device"], place=place)
+    if not _is_count(metrics["num-examples"]) or not 1 <= metrics["num-examples"] <= card.num_examples:
         raise ReplyError(
-            "num-examples must be a whole number of at least 1", value=metrics.get("num-examples"), place=place
+            f"num-examples must be a whole number from 1 to the {card.num_examples} that the device said it has",
+            value=metrics["num-examples"],
+            place=place,
         )
-    if "train-loss" not in metrics:
-        raise ReplyError("the metric train-loss must be there", value=sorted(metrics), place=place)
     return metrics
 
 
@@ -195,12 +223,8 @@ def refusal_reason(content: RecordDict) -> str | None:
     return None if record is None else str(record.get("reason", "no reason given"))[:2000]
 
 
-@functools.cache
 def code_hash(*files: Path) -> str:
-    """A hash of this package's modules and of the files given: what must be the same on server and devices.
-
-    Taken once per process, because what is edited after the import does not run.
-    """
+    """A hash of this package's modules and of the files given: what must be the same on server and devices."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in [*sorted(package.rglob("*.py")), *files]:

@@ -54,6 +54,8 @@ def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:
         sorted(path.name for path in root.glob("*") if path.is_dir() and not path.is_symlink()) if root.is_dir() else []
     )
     matches = [run for run in ids if run == name] or [run for run in ids if run.startswith(name)]
+    if not matches and (Path(name) / "config.json").is_file():
+        return Path(name).resolve()
     if len(matches) != 1:
         known = ", ".join(ids[-5:]) or "none"
         rule = "is the beginning of more than one run" if matches else "is not a run"
@@ -66,12 +68,24 @@ def _writing(path: Path) -> Iterator[None]:
     """Turn an operating system's error while writing into a sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the operating system says
+    except Exception as error:
+        # safetensors wraps what the operating system says, tokenizers raises a bare Exception.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         raise RunError(
             f"cannot be written ({getattr(error, 'strerror', None) or error})",
             place=str(path),
             remedy="free some space or set output-dir to another disk; what was written before is whole",
         ) from error
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk: a rename must not overtake what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -215,10 +229,12 @@ class RunFolder:
             temporary.mkdir(parents=True)
             try:
                 write(temporary)
-                for path in temporary.rglob("*"):  # safetensors makes files that only their owner may read
-                    path.chmod(0o755 if path.is_dir() else 0o644)
+                for path in [*temporary.rglob("*"), temporary]:
+                    path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' are their owner's alone
+                    _flush(path)
                 shutil.rmtree(target, ignore_errors=True)
                 temporary.rename(target)
+                _flush(target.parent)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise

@@ -1,6 +1,6 @@
 """How good are the large, untuned, tuned and proxy models on a test set, and how sure can one be of it?
 
-Two views of every model, on the same items, prompts and token budget:
+Two views of every model, each on the same items, prompts and token budget for all models:
 
 - its loss on the right answers, teacher-forced, in nats per answer token. Losses are always computed without the
   plausibility mask, which gives some right answers the probability 0;
@@ -17,6 +17,7 @@ Nothing here knows Flower, files or run folders.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts
+from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts, first_token
 from fedpt_flwr.errors import DataError, ModelError
 from fedpt_flwr.logits import combine_logits
 from fedpt_flwr.models import max_positions
@@ -305,8 +306,9 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     batch_size: int = 32,
+    place: str = "prompts",
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
+) -> tuple[list[str], IntArray]:
     """What a model writes after each prompt, greedily and by its own ``generate()``.
 
     A model's repetition penalty and the like are switched off, so that all models decode alike.
@@ -317,20 +319,23 @@ def generate_answers(
         tokenizer: Decodes, and names the token that ends an answer.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts that are answered at the same time.
+        place: Names the prompts in errors.
         on_progress: Called with the number of prompts answered and of all prompts.
 
     Returns:
-        The answers' text without special tokens, in the order of ``prompts``. Prompts of similar length share a
-        batch; up to rounding in floating point, an answer does not depend on the others in it.
+        The answers' text without special tokens, and the number of tokens that were written for each, ``(prompts,)``,
+        with the one that ended it. Both are in the order of ``prompts``. Prompts of similar length share a batch; up to
+        rounding in floating point, an answer does not depend on the others in it.
 
     Raises:
         DataError: A prompt is empty or leaves no room for an answer in the model's context.
     """
-    _check_room(prompts, max_new_tokens=max_new_tokens, context=max_positions(model))
+    _check_room(prompts, max_new_tokens=max_new_tokens, context=max_positions(model), place=place)
     end_ids = _end_ids(model, tokenizer)
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers = [""] * len(prompts)
+    num_written = np.zeros(len(prompts), dtype=np.int64)
     with _opened(lambda: contextlib.nullcontext(model)):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
@@ -347,21 +352,23 @@ def generate_answers(
             )
             written = sequences[:, padded["input_ids"].shape[1] :].tolist()
             for index, token_ids in zip(batch, written, strict=True):
-                answers[index] = _decode(_until_end(token_ids, end_ids), tokenizer)
+                answer = _until_end(token_ids, end_ids)
+                answers[index] = _decode(answer, tokenizer)
+                num_written[index] = min(len(answer) + 1, len(token_ids))
             if on_progress is not None:
                 on_progress(first + len(batch), len(prompts))
-    return answers
+    return answers, num_written
 
 
-def _check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int | None) -> None:
-    for index, prompt in enumerate(prompts):
+def _check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int | None, place: str) -> None:
+    for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise DataError("a prompt must have at least one token", place=f"item {index}")
+            raise DataError("a prompt must have at least one token", place=f"{place}, item {number}")
         if context is not None and len(prompt) + max_new_tokens > context:
             raise DataError(
                 f"prompt and answer together must fit into the model's {context} tokens",
                 value=f"{len(prompt)} + {max_new_tokens}",
-                place=f"item {index}",
+                place=f"{place}, item {number}",
                 remedy="shorten the prompts or lower the number of new tokens",
             )
 
@@ -427,8 +434,9 @@ def few_shot_prompt(
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def load_metric(name: str) -> EvaluationModule:
-    """One of the package's own metrics, by ``evaluate.load`` and without a network.
+    """One of the package's own metrics, by ``evaluate.load`` and without a network; each process loads it once.
 
     ``evaluate`` copies a metric to a cache in the home folder and imports the copy. Where nothing can be written there,
     the metric is imported from where it lies.
@@ -685,6 +693,9 @@ class Scores:
         plausibility: Mask in the proxy's answers.
         loss_alpha: Strength of the shift in the proxy's loss.
         seed: Of the bootstrap and of the few-shot prompts.
+        large_tokens: Tokens that the large model read in this call, padding left out: for losses those of prompts and
+            right answers, for answers those of prompts and what was written. The last token of each is only predicted,
+            never read. What was known before the call costs nothing.
     """
 
     rows: dict[str, Row]
@@ -695,6 +706,7 @@ class Scores:
     plausibility: float
     loss_alpha: float
     seed: int
+    large_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         """The part of ``results.json`` that comes from scoring."""
@@ -716,8 +728,8 @@ def score_models(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     seed: int,
+    prompts: Sequence[Sequence[int]] | None = None,
     rows: Sequence[str] = MODELS,
-    generate: bool = True,
     loss_alpha: float = 1.0,
     batch_size: int = 32,
     answer_pattern: str = "",
@@ -726,6 +738,7 @@ def score_models(
     public_texts: Sequence[str] = (),
     shots: int = 0,
     known: Mapping[str, Measurement] | None = None,
+    place: str = "items",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Scores:
     """Scores the proxy and its three parts on the same items.
@@ -736,12 +749,13 @@ def score_models(
     Args:
         proxy: The proxy-tuned model; its alpha and mask decide its answers.
         examples: The items as text.
-        tokenized: The same items as tokens.
+        tokenized: The same items as tokens, for the losses.
         tokenizer: The one that made ``tokenized``.
         max_new_tokens: Longest answer, in tokens.
         seed: Of the bootstrap and of the few-shot prompts.
+        prompts: The same items' prompts as tokens, for the answers. They must not depend on the right answers, as those
+            of ``tokenized`` do where a long answer left little room. None: those of ``tokenized``.
         rows: Which of :data:`MODELS`.
-        generate: Whether models write answers; False leaves the losses.
         loss_alpha: Strength of the shift in the proxy's loss, which is computed without the mask.
         batch_size: Items at once.
         answer_pattern: See :func:`judge_answers`.
@@ -750,28 +764,34 @@ def score_models(
         public_texts: Texts to choose from for the row ``large_few_shot``.
         shots: Texts in front of each of its prompts, as far as they fit; 0: no such row.
         known: Measurements of the same items by row, taken as they are instead of being made again.
+        place: Names the items in errors.
         on_progress: Called with what is being done, the number of items done and of all items.
 
     Raises:
         DataError: There are no items, or the texts and tokens or the known measurements are not of the same items.
     """
-    _check_items(examples, tokenized, known or {})
+    if prompts is None:
+        prompts = [item.prompt_ids for item in tokenized]
+    _check_items(examples, tokenized, prompts, known or {}, place=place)
+    large_tokens = 0
 
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
 
-    def measure(name: str, opener: _Opener, items: Sequence[TokenizedExample], losses: AnswerLosses) -> Measurement:
-        if not generate:
-            return Measurement(losses=losses)
+    def measure(name: str, opener: _Opener, prompts: Sequence[Sequence[int]], losses: AnswerLosses) -> Measurement:
+        nonlocal large_tokens
         with opener() as model:
-            answers = generate_answers(
+            answers, num_written = generate_answers(
                 model,
-                [item.prompt_ids for item in items],
+                prompts,
                 tokenizer=tokenizer,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                place=place,
                 on_progress=progress(f"answers of {name}"),
             )
+        if name in ("large", "proxy", FEW_SHOT):
+            large_tokens += sum(map(len, prompts)) + int((num_written - 1).sum())
         references = [example.answer for example in examples]
         judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
         return Measurement(losses=losses, answers=answers, judged=judged)
@@ -794,27 +814,42 @@ def score_models(
             batch_size=batch_size,
             on_progress=progress("losses"),
         )
-        measurements |= {name: measure(name, openers[name], tokenized, losses[name]) for name in missing}
+        large_tokens += _tokens_read(tokenized)
+        measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
-        longest = max(len(item.answer_ids) for item in tokenized)
-        prompts, used = _few_shot_items(
-            tokenized,
+        context = max_positions(proxy.large) or 2**31
+        few_shot_prompts, used = _few_shot_prompts(
+            prompts,
             public_texts,
             tokenizer=tokenizer,
             shots=shots,
-            room=(max_positions(proxy.large) or 2**31) - max(max_new_tokens, longest),
+            rooms=[context - max_new_tokens] * len(prompts),
             seed=seed,
         )
+        # The same texts, but fewer of them before an answer that is longer than what is generated.
+        loss_prompts, _ = _few_shot_prompts(
+            [item.prompt_ids for item in tokenized],
+            public_texts,
+            tokenizer=tokenizer,
+            shots=shots,
+            rooms=[context - max(max_new_tokens, len(item.answer_ids)) for item in tokenized],
+            seed=seed,
+        )
+        few_shot_items = [
+            TokenizedExample(prompt_ids, item.answer_ids)
+            for prompt_ids, item in zip(loss_prompts, tokenized, strict=True)
+        ]
         few_shot_losses = answer_losses(
             proxy.large,
-            prompts,
+            few_shot_items,
             pad_id=pad_id,
             batch_size=batch_size,
             vocab_size=proxy.config.real_vocab_size,
             on_progress=progress(f"losses of {FEW_SHOT}"),
         )
-        measured = measure(FEW_SHOT, lambda: contextlib.nullcontext(proxy.large), prompts, few_shot_losses)
+        large_tokens += _tokens_read(few_shot_items)
+        measured = measure(FEW_SHOT, lambda: contextlib.nullcontext(proxy.large), few_shot_prompts, few_shot_losses)
         measurements[FEW_SHOT] = replace(measured, shots=used)
 
     names = [name for name in (*MODELS, FEW_SHOT) if name in measurements]
@@ -828,53 +863,70 @@ def score_models(
         plausibility=proxy.plausibility,
         loss_alpha=loss_alpha,
         seed=seed,
+        large_tokens=large_tokens,
     )
 
 
+def _tokens_read(examples: Sequence[TokenizedExample]) -> int:
+    """Tokens that a model reads to score these items: all but the last of each item that has a token to score."""
+    return sum(_length(example) - 1 for example in examples if _length(example) > _first_scored(example))
+
+
 def _check_items(
-    examples: Sequence[Example], tokenized: Sequence[TokenizedExample], known: Mapping[str, Measurement]
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    prompts: Sequence[Sequence[int]],
+    known: Mapping[str, Measurement],
+    *,
+    place: str,
 ) -> None:
     if not examples:
-        raise DataError("there must be at least one item to score", remedy="look at the test data")
-    if len(examples) != len(tokenized):
-        raise DataError("every item must be there as text and as tokens", value=(len(examples), len(tokenized)))
+        raise DataError("there must be at least one item to score", place=place, remedy="look at the data")
+    if not len(examples) == len(tokenized) == len(prompts):
+        raise DataError(
+            "every item must be there as text, as tokens and as a prompt",
+            value=(len(examples), len(tokenized), len(prompts)),
+            place=place,
+        )
     for name, measurement in known.items():
         counts = [len(marks) for marks in measurement.judged.values()]
         if measurement.losses is not None:
             counts.append(len(measurement.losses.nats))
         if any(count != len(examples) for count in counts):
             raise DataError(
-                f"what is known of a model must be of the same {len(examples)} items", value=counts, place=name
+                f"what is known of a model must be of the same {len(examples)} items",
+                value=counts,
+                place=f"{place}, {name}",
             )
 
 
-def _few_shot_items(
-    tokenized: Sequence[TokenizedExample],
+def _few_shot_prompts(
+    prompts: Sequence[Sequence[int]],
     public_texts: Sequence[str],
     *,
     tokenizer: PreTrainedTokenizerBase,
     shots: int,
-    room: int,
+    rooms: Sequence[int],
     seed: int,
-) -> tuple[list[TokenizedExample], IntArray]:
-    """The items with public texts before their prompts, different ones for each, and how many."""
+) -> tuple[list[list[int]], IntArray]:
+    """The prompts with public texts before them, different ones for each, and how many."""
     generator = np.random.default_rng(seed)
     pool = generator.permutation(len(public_texts))[:_FEW_SHOT_POOL]
     texts = [public_texts[index].strip() + "\n\n" for index in pool]
     public_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    items, used = [], []
-    for item in tokenized:
+    longer, used = [], []
+    for prompt, room in zip(prompts, rooms, strict=True):
         prompt_ids, count = few_shot_prompt(
-            item.prompt_ids,
+            prompt,
             public_ids,
             shots=shots,
             max_prompt_tokens=room,
             generator=generator,
-            bos_token_id=tokenizer.bos_token_id,
+            bos_token_id=first_token(tokenizer),
         )
-        items.append(TokenizedExample(prompt_ids, item.answer_ids))
+        longer.append(prompt_ids)
         used.append(count)
-    return items, np.asarray(used, dtype=np.int64)
+    return longer, np.asarray(used, dtype=np.int64)
 
 
 def compare_measurements(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpt_flwr.config import DataConfig
-from fedpt_flwr.data import load_examples, read_records, split_holdout
+from fedpt_flwr.data import load_examples, load_examples_with_records, read_records, split_holdout
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.partition import partition
 from fedpt_flwr.prompts import Example, Template
@@ -80,14 +80,19 @@ def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
     _template("data.template", data.template)
     source, split = getattr(data, which), getattr(data, f"{which}_split")
     if source:
-        examples = load_examples(source, split=split, template=data.template, answer_field=data.answer_field)
-        records: Sequence[Mapping[str, Any]] = read_records(source, split=split)
+        examples, records = load_examples_with_records(
+            source, split=split, template=data.template, answer_field=data.answer_field
+        )
     else:
-        everything = _load_train(data)
-        chosen = _split(data, len(everything), seed)[which]
-        examples = [everything[index] for index in chosen]
-        every_record = read_records(data.train, split=data.train_split)
-        records = [every_record[index] for index in chosen]
+        examples, records = load_examples_with_records(
+            data.train,
+            split=data.train_split,
+            template=data.template,
+            answer_field=data.answer_field,
+            group_field=_group_field(data),
+        )
+        chosen = _split(data, len(examples), seed)[which]
+        examples, records = [examples[index] for index in chosen], [records[index] for index in chosen]
     return Items(examples=examples, values=_column(records, data.value_field), fields=_column(records, data.name_field))
 
 
@@ -129,8 +134,11 @@ def _split(data: DataConfig, num_examples: int, seed: int) -> dict[str, list[int
 
 
 def _load_train(data: DataConfig) -> Sequence[Example]:
-    group_field = data.group_field if data.partitioner in ("natural", "dirichlet") else ""
-    return _load(data.train, data.train_split, data.template, data.answer_field, group_field)
+    return _load(data.train, data.train_split, data.template, data.answer_field, _group_field(data))
+
+
+def _group_field(data: DataConfig) -> str:
+    return data.group_field if data.partitioner in ("natural", "dirichlet") else ""
 
 
 @functools.lru_cache(maxsize=2)

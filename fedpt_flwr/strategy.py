@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
@@ -38,22 +39,8 @@ from fedpt_flwr.records import (
     refusal_reason,
 )
 
-INNER_STRATEGIES = (
-    "Bulyan",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedMedian",
-    "FedProx",
-    "FedTrimmedAvg",
-    "FedYogi",
-    "Krum",
-    "MultiKrum",
-)
-"""Flower's strategies that average arrays and can be named in ``strategy.name``."""
-
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+_NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _MAX_REASONS = 5  # shown of what devices say when they all fail
 _FORWARDED_METRICS = ("num-examples", "train-loss")
 
@@ -104,21 +91,26 @@ def make_inner_strategy(config: StrategyConfig) -> Strategy:
     """Build the Flower strategy that a config names; FedPT does the sampling, so it takes every device it is shown.
 
     Raises:
-        ConfigError: There is no such strategy, or it does not take these arguments.
+        ConfigError: The strategy does not take these arguments.
     """
-    if config.name not in INNER_STRATEGIES:
-        raise ConfigError("must be one of " + ", ".join(INNER_STRATEGIES), value=config.name, place="strategy.name")
     cls = getattr(flower_strategies, config.name)
     accepted = sorted(set(inspect.signature(cls).parameters) - {*_OURS, "self"} - set(_record_keys(cls)))
     arguments = config.parsed_arguments()
-    for name in arguments:
-        if name not in accepted:
-            ours = name in _OURS
+    for name, value in arguments.items():
+        if name in _OURS:
             raise ConfigError(
-                f"{config.name} takes no argument {name} here" if not ours else f"{name} is set by this app",
+                f"{name} is set by this app",
                 place="strategy.arguments",
-                remedy="use fraction-train, min-devices and min-replies" if ours else f"it takes {', '.join(accepted)}",
+                remedy="use fraction-train, min-devices and min-replies",
             )
+        if name not in accepted:
+            raise ConfigError(
+                f"{config.name} takes no argument {name} here",
+                place="strategy.arguments",
+                remedy=f"it takes {', '.join(accepted) or 'none'}",
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):  # all that they take are numbers
+            raise ConfigError(f"{name} must be a number", value=value, place="strategy.arguments")
     if config.name == "FedProx" and "proximal_mu" not in arguments:
         arguments["proximal_mu"] = 0.0
     # Flower warns that evaluation on devices is off; here that is meant.
@@ -178,8 +170,8 @@ class FedPT(Strategy):
     """Wraps a Flower strategy for federated proxy-tuning.
 
     Args:
-        inner: The strategy that aggregates. It must not sample: give it ``fraction_train=1.0`` and minimum numbers of
-            nodes of 1, as :func:`make_inner_strategy` does.
+        inner_strategy: The strategy that aggregates. It must not sample: give it ``fraction_train=1.0`` and minimum
+            numbers of nodes of 1, as :func:`make_inner_strategy` does.
         after_aggregate: Called with every round's outcome.
         seed: Seed of the sampling.
         fraction_train: Share of the devices that have examples that train in a round.
@@ -192,7 +184,7 @@ class FedPT(Strategy):
 
     def __init__(
         self,
-        inner: Strategy,
+        inner_strategy: Strategy,
         after_aggregate: AfterAggregate | None = None,
         *,
         seed: int = 0,
@@ -203,7 +195,7 @@ class FedPT(Strategy):
         wait_timeout_s: float = 120.0,
         code_hash: str = "",
     ) -> None:
-        self.inner = inner
+        self.inner = inner_strategy
         self.after_aggregate = after_aggregate
         self.seed = seed
         self.fraction_train = fraction_train
@@ -214,6 +206,7 @@ class FedPT(Strategy):
         self.code_hash = code_hash
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
+        self._cards: dict[int, DeviceCard] = {}  # this round's, by device number
         self._sent: dict[int, Message] = {}  # this round's messages by device number
         self._sent_at = 0.0
         self._failed_rounds = 0
@@ -236,26 +229,30 @@ class FedPT(Strategy):
         """Wait until enough devices are connected and have said who they are.
 
         Returns:
-            The connected devices' cards by Flower's node id.
+            The connected devices' cards by Flower's node id, one node for each number.
 
         Raises:
-            RoundError: Too few within the deadline, or two devices have one number; says who declined and why.
+            RoundError: Too few within the deadline, or, before the first round, two devices with one number; says who
+                declined and why.
         """
+        first = not self.devices
         deadline = time.monotonic() + self.wait_timeout_s
+        asked: set[int] = set()  # in this call: who stays silent is asked again before the next round
         reported = -1
         while True:
             connected = sorted(grid.get_node_ids())
             self._declined = {node: why for node, why in self._declined.items() if node in connected}
-            unknown = [node for node in connected if node not in self.devices and node not in self._declined]
+            unknown = [node for node in connected if node not in (*self.devices, *self._declined, *asked)]
             if unknown:
-                self._ask(grid, unknown, max(1.0, deadline - time.monotonic()))
-            present = {node: self.devices[node] for node in connected if node in self.devices}
-            self._check_unique(present)
+                asked.update(unknown)
+                left_s = deadline - time.monotonic()
+                self._ask(grid, unknown, max(1.0, left_s if first else min(left_s, _NEWCOMER_TIMEOUT_S)))
+            present = self._one_node_a_number(connected, refuse=first)
             usable = sum(card.num_examples > 0 for card in present.values())
             if usable >= self.min_devices:
                 return present
-            everyone_answered = all(node in self.devices or node in self._declined for node in connected)
-            if time.monotonic() >= deadline or (everyone_answered and self._declined and not usable):
+            hopeless = len(self._declined) == len(connected) >= self.min_devices
+            if time.monotonic() >= deadline or hopeless:
                 raise self._too_few_devices(usable, present)
             if usable != reported:
                 log(INFO, "Waiting for devices: %d of %d are there", usable, self.min_devices)
@@ -266,7 +263,6 @@ class FedPT(Strategy):
         question = RecordDict({CONFIG: ConfigRecord({"code-hash": self.code_hash})})
         messages = [Message(content=question, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
         asked = {message.metadata.dst_node_id: message for message in messages}
-        self._declined |= dict.fromkeys(nodes, "the device did not answer in time")  # until it does
         for reply in grid.send_and_receive(messages, timeout=timeout_s):
             node = _sender(reply, asked)
             if node is None:
@@ -282,23 +278,34 @@ class FedPT(Strategy):
                 self._declined[node] = str(error)
                 continue
             self.devices[node] = card
-            del self._declined[node]
             if card.num_examples == 0:
                 log(WARNING, "Device %d has no examples and is left out", card.device)
 
-    def _check_unique(self, present: Mapping[int, DeviceCard]) -> None:
-        seen: dict[int, int] = {}
-        for node, card in present.items():
-            if card.device in seen:
+    def _one_node_a_number(self, connected: Sequence[int], *, refuse: bool) -> dict[int, DeviceCard]:
+        """Cards of the connected nodes; of two with one number, that of the one met first.
+
+        A device that was restarted under a new node id takes part again as soon as Flower has given up the old one.
+        """
+        node_of: dict[int, int] = {}
+        for node, card in self.devices.items():
+            if node not in connected:
+                continue
+            if card.device in node_of and refuse:
+                both = f"{node_of[card.device]} and {node}"
                 raise RoundError(
-                    f"device numbers must be unique, but nodes {seen[card.device]} and {node} both say {card.device}",
+                    f"device numbers must be unique, but nodes {both} both say {card.device}",
                     remedy="give each SuperNode its own partition-id or device-id in --node-config",
                 )
-            seen[card.device] = node
+            if card.device in node_of:
+                log(WARNING, "Device %d is there twice; node %d is left out", card.device, node)
+            node_of.setdefault(card.device, node)
+        return {node: self.devices[node] for node in node_of.values()}
 
     def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard]) -> RoundError:
-        there = ", ".join(str(card.device) for card in present.values()) or "none"
         reasons = list(dict.fromkeys(self._declined.values()))
+        if not present and len(reasons) == 1:
+            return RoundError(f"no device can take part: {reasons[0]}")
+        there = ", ".join(str(card.device) for card in present.values()) or "none"
         return RoundError(
             f"at least {self.min_devices} devices with examples must be there within {self.wait_timeout_s:g} s; "
             f"{usable} are (connected: {there})",
@@ -326,6 +333,7 @@ class FedPT(Strategy):
         if first:
             self.log_shards()
         node_of = {card.device: node for node, card in present.items() if card.num_examples > 0}
+        self._cards = {card.device: card for card in present.values()}
         sampled = sample_devices(
             list(node_of), self.fraction_train, self.min_replies, seed=self.seed, server_round=server_round
         )
@@ -354,14 +362,27 @@ class FedPT(Strategy):
         refused = [part for part in devices if part.refused]
         for part in refused:
             log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
-        arrays, train_loss = None, float("nan")
-        if len(usable) >= self.min_replies:
-            arrays, metrics = self.inner.aggregate_train(server_round, usable)
-            if metrics is not None:
-                train_loss = float(np.asarray(metrics["train-loss"]).item())
-        arrays = None if arrays is None else _as_float32(arrays)
+        if len(usable) < self.min_replies:
+            reasons = list(dict.fromkeys(part.refused for part in refused))
+            self._fail(
+                RoundError(
+                    f"round {server_round} needs {self.min_replies} usable replies of {len(devices)} devices and has "
+                    f"{len(usable)}",
+                    place="min-replies",
+                    remedy="checkpoints of earlier rounds are kept",
+                    problems=reasons[:_MAX_REASONS],
+                )
+            )
+            return None, None
+        arrays, train_loss = self._aggregate(server_round, usable)
         if arrays is None:
-            self._fail(server_round, len(usable), refused)
+            self._fail(
+                RoundError(
+                    f"what {type(self.inner).__name__} made of round {server_round} must be finite numbers",
+                    place="strategy.arguments",
+                    remedy="lower its learning rate",
+                )
+            )
             return None, None
         self._failed_rounds = 0
         outcome = RoundOutcome(
@@ -400,7 +421,8 @@ class FedPT(Strategy):
                 if set(content.array_records) != {ARRAYS}:
                     raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
                 arrays = check_arrays(content.array_records[ARRAYS], sent.content.array_records[ARRAYS], place=place)
-                metrics = check_metrics(content, server_round=server_round, place=place)
+                card = self._cards[device]
+                metrics = check_metrics(content, server_round=server_round, card=card, place=place)
                 forwarded = MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})
                 reply.content = RecordDict({ARRAYS: arrays, METRICS: forwarded})
                 usable.append(reply)
@@ -409,19 +431,31 @@ class FedPT(Strategy):
             devices.append(DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason))
         return usable, devices
 
-    def _fail(self, server_round: int, num_usable: int, refused: Sequence[DeviceRound]) -> None:
+    def _aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord | None, float]:
+        """What the inner strategy makes of the replies, None if it is not finite, and the mean training loss."""
+        try:
+            arrays, metrics = self.inner.aggregate_train(server_round, usable)
+        except (AppExitException, ArithmeticError, TypeError, ValueError) as error:
+            raise RoundError(
+                f"{type(self.inner).__name__} cannot aggregate round {server_round} ({error})",
+                place="strategy.name",
+                remedy=f"does it need more than {len(usable)} replies, or other strategy.arguments?",
+            ) from error
+        loss = float("nan") if metrics is None else float(np.asarray(metrics["train-loss"]).item())
+        return (None if arrays is None else _as_float32(arrays)), loss
+
+    def _fail(self, error: RoundError) -> None:
+        """Survive a failed round with the model as it was, or end the run."""
         self._failed_rounds += 1
-        error = RoundError(
-            f"round {server_round} needs {self.min_replies} usable replies of {len(self._sent)} devices and has "
-            f"{num_usable}",
-            place="min-replies",
-            remedy="checkpoints of earlier rounds are kept",
-            problems=list(dict.fromkeys(part.refused for part in refused))[:_MAX_REASONS],
-        )
         if self._failed_rounds > self.max_failed_rounds:
             raise error
-        log(WARNING, "%s; the model stays as it was (%d of %d such rounds in a row are allowed)",
-            error, self._failed_rounds, self.max_failed_rounds)  # fmt: skip
+        log(
+            WARNING,
+            "%s; the model stays as it was (%d of %d such rounds in a row are allowed)",
+            error,
+            self._failed_rounds,
+            self.max_failed_rounds,
+        )
 
     # --- evaluation on devices is the inner strategy's business ---------------------------------------------------
 
@@ -459,7 +493,8 @@ def sample_devices(
 
 def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
     """What a strategy made of the updates (some compute in float64), or None if it is not finite."""
-    values = {name: array.numpy().astype(np.float32, copy=False) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is found
+        values = {name: array.numpy().astype(np.float32, copy=False) for name, array in arrays.items()}
     if not all(np.isfinite(part).all() for part in values.values()):
         return None
     return ArrayRecord({name: Array(part) for name, part in values.items()})

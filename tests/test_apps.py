@@ -71,7 +71,7 @@ def test_results_have_the_rows_intervals_and_costs(run):
 
 
 def test_costs_have_a_line_for_every_device_and_round(run):
-    rows = read_lines(run / "costs.jsonl")
+    rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] != "server"]
     assert [(row["round"], row["device"]) for row in rows] == [(r, d) for r in (1, 2) for d in (0, 1, 2)]
     small = load_causal_lm("demo:small")
     own_bytes = sum(weight.numel() * 4 for weight in small.parameters())
@@ -84,13 +84,24 @@ def test_costs_have_a_line_for_every_device_and_round(run):
         assert row["flops"] > 0
 
 
+def test_costs_have_what_the_server_spent_on_the_large_model(run):
+    rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] == "server"]
+    assert [(row["round"], row["phase"]) for row in rows] == [(1, "validation"), (2, "validation"), (2, "test")]
+    # The large model's own rows are measured in round 1 only; the proxy reads through it every time.
+    assert rows[0]["large_tokens"] > rows[1]["large_tokens"] > 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["costs"]["server_large_tokens"] == sum(row["large_tokens"] for row in rows)
+
+
 def test_metrics_have_every_round_and_phase(run):
     rows = read_lines(run / "metrics.jsonl")
     assert [(row["round"], row["phase"]) for row in rows] == [
         (1, "train"), (1, "validation"), (2, "train"), (2, "validation")
     ]  # fmt: skip
     assert rows[2]["train_loss"] < rows[0]["train_loss"]
-    assert set(rows[1]["rows"]) == {"large", "tuned", "proxy"}
+    assert set(rows[1]["rows"]) == {"large", "untuned", "tuned", "proxy"}
+    for row in rows[1]["rows"].values():
+        assert {"loss", "perplexity", "exact_match", "contains_value", "right_field"} <= row["ci95"].keys() & row.keys()
 
 
 def test_the_proxy_of_a_run_loads_and_holds_the_last_arrays(run):
@@ -148,7 +159,7 @@ def test_lora_sends_the_adapter_only_and_its_proxy_loads(tmp_path):
     arrays = final_arrays(run)
     assert all("lora_" in name for name in arrays)
     rows = read_lines(run / "costs.jsonl")
-    assert max(row["bytes_up"] for row in rows) < 4 * 100_000 / 2
+    assert max(row.get("bytes_up", 0) for row in rows) < 4 * 100_000 / 2
     proxy = ProxyModel.from_pretrained(run)
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
@@ -199,7 +210,8 @@ def test_devices_with_data_of_their_own_need_no_common_source(tmp_path):
         tmp_path / "runs", 2, config,
         node_config=lambda device: {"device-id": device + 10, "data-path": str(tmp_path / f"{device}.jsonl")},
     )  # fmt: skip
-    assert [row["device"] for row in read_lines(run / "costs.jsonl")] == [10, 11, 10, 11]
+    devices = [row["device"] for row in read_lines(run / "costs.jsonl")]
+    assert [device for device in devices if device != "server"] == [10, 11, 10, 11]
     assert "large_few_shot" not in json.loads((run / "results.json").read_text())["rows"]
 
 
@@ -259,7 +271,7 @@ def test_all_wrong_settings_are_said_at_once(caplog):
     ("settings", "error", "match"),
     [
         ({"model.large": "/no/such/folder"}, ModelError, "a model's path must be a folder that exists, got '/no/such"),
-        ({"data.train": "/no/such.jsonl"}, RoundError, "at least 2 devices"),
+        ({"data.train": "/no/such.jsonl"}, RoundError, "no device can take part: .*no such"),
         ({"data.test": "/no/such.jsonl"}, DataError, "no such"),
         ({"strategy.name": "FedBest"}, ConfigError, "must be one of"),
         ({"data.answer-field": "reply"}, DataError, "reply"),
@@ -273,15 +285,16 @@ def test_a_wrong_setting_ends_the_run_with_its_sentence(settings, error, match, 
 
 
 def test_what_devices_find_wrong_reaches_the_log(caplog, tmp_path):
-    text = failing(caplog, tmp_path, RoundError, "at least 2 devices", {"data.train": "/no/such.jsonl"})
-    assert "no such" in text.lower()
+    text = failing(caplog, tmp_path, RoundError, "no device can take part", {"data.train": "/no/such.jsonl"})
+    marker = text.splitlines()[-1]
+    assert marker.startswith("FEDPT-RUN-FAILED: no device can take part: ")
+    assert "/no/such.jsonl" in marker
     assert text.count("A device cannot take part") == 1
 
 
 def test_more_devices_than_groups_names_dirichlet(caplog, tmp_path):
     settings = {"node_config": lambda device: {"partition-id": device, "num-partitions": 9}}
-    text = failing(caplog, tmp_path, RoundError, "at least 2 devices", **settings)
-    assert "dirichlet" in text
+    assert "dirichlet" in failing(caplog, tmp_path, RoundError, "no device can take part", **settings)
 
 
 def test_a_device_without_a_number_says_how_to_give_one(caplog, tmp_path):
@@ -347,3 +360,26 @@ def test_fp16_on_a_cpu_is_declined_instead_of_ignored(caplog, tmp_path):
 @pytest.mark.parametrize("key", ["data.template", "data.public-template"])
 def test_a_wrong_template_is_named_by_its_key(key, caplog, tmp_path):
     failing(caplog, tmp_path, ConfigError, f"^{key}: the template cannot be read", {key: "{request"})
+
+
+def test_a_run_in_which_no_round_succeeds_fails_however_patient_it_is(caplog, tmp_path):
+    def silent(device, message, reply):
+        return reply if message.metadata.message_type == "query" else None
+
+    settings = {"max-failed-rounds": 9}
+    failing(caplog, tmp_path, RoundError, "a run needs at least one complete round", settings, tamper=silent)
+
+
+def test_texts_longer_than_the_small_model_can_read_are_refused(caplog, tmp_path):
+    failing(caplog, tmp_path, ConfigError, "train.max-length: must not exceed the 512", {"train.max-length": 513})
+
+
+def test_a_device_cannot_overwrite_what_the_server_measured(tmp_path):
+    def boast(device, message, reply):
+        if device == 0 and message.metadata.message_type == "train":
+            reply.content["metrics"]["bytes-up"] = 1
+        return reply
+
+    run = federate(tmp_path, 2, {"scoring.round-items": 0}, tamper=boast)
+    rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] == 0]
+    assert all(row["bytes_up"] > 100_000 and "unknown metric" in row["refused"] for row in rows)

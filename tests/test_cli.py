@@ -107,6 +107,7 @@ def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
         (["score", "nope"], "nope is not a run"),
         (["score", "--large", "/nope"], "must be a folder that exists"),
         (["check-config", "--app", "/"], "pyproject.toml: cannot be read"),
+        (["check-config", "--app", str(APP), "--num-devices", "9"], "dirichlet"),
         (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
     ],
 )
@@ -120,13 +121,35 @@ def test_check_config_accepts_the_defaults(fedpt):
 
 
 def test_check_config_says_everything_that_is_wrong_without_a_run(fedpt):
-    overrides = "model.large='/nope' strategy.name='Best' data.test='/nope.jsonl' data.public='/gone.jsonl'"
+    overrides = "model.large='/nope' strategy.name='Best' data.test='/nope.jsonl' data.public='/gone.jsonl' seed=-1"
     with pytest.raises(FedPTError) as caught:
         fedpt("check-config", "--app", str(APP), "-c", overrides)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 5
     text = str(caught.value)
-    for part in ("/nope", "must be one of", "/nope.jsonl", "/gone.jsonl"):
+    for part in ("/nope", "must be one of", "/nope.jsonl", "/gone.jsonl", "seed"):
         assert part in text
+
+
+def test_another_app_is_not_called_fine(fedpt, tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    with pytest.raises(FedPTError, match="must be the one of this app"):
+        fedpt("check-config", "--app", str(tmp_path))
+
+
+def test_a_run_without_a_model_names_one_that_has_one(fedpt, home):
+    failed = home / "runs" / "29990101T000000Z-1"
+    failed.mkdir()
+    (failed / "config.json").write_text("{}")
+    good = (home / "runs" / "latest").resolve().name
+    with pytest.raises(FedPTError, match=f"ended before its first round .* the newest that has one is {good}"):
+        fedpt("score", failed.name)
+    failed.joinpath("config.json").unlink()
+    failed.rmdir()
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(fedpt, home):
+    with pytest.raises(FedPTError, match="ended before its first round"):
+        fedpt("score", str(home / "runs" / "latest" / "proxy"))
 
 
 def test_the_console_script_ends_with_a_sentence_and_status_1(tmp_path):

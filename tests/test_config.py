@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from fedpt_flwr.config import RunConfig, StrategyConfig, flat_values, parse_run_config, settings, settings_markdown
+from fedpt_flwr.config import (
+    INNER_STRATEGIES,
+    RunConfig,
+    StrategyConfig,
+    flat_values,
+    parse_run_config,
+    settings,
+    settings_markdown,
+)
 from fedpt_flwr.errors import ConfigError
 
 PROJECT = Path(__file__).parents[1]
@@ -82,7 +90,6 @@ SOURCES = st.sampled_from(["demo:train", "gpt2", "owner/name", "owner/name:confi
 VALID = {
     "model.small": SOURCES,
     "model.large": SOURCES,
-    "model.small-dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "model.large-dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "model.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "mps"]),
     "tuning.mode": st.sampled_from(["full", "lora"]),
@@ -103,11 +110,13 @@ VALID = {
     "proxy.alpha": st.floats(allow_nan=False, allow_infinity=False),
     "proxy.plausibility": st.floats(0, 1, exclude_max=True),
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
+    "strategy.name": st.sampled_from(INNER_STRATEGIES),
     "strategy.arguments": st.sampled_from(["", "eta = 0.01", "eta = 1, tau = 1e-3, name = 'a, b'"]),
     # So that no draw contradicts another one.
     "train.max-steps": st.integers(1, 10**6),
     "min-devices": st.integers(2, 100),
     "min-replies": st.integers(1, 2),
+    "model.small-dtype": st.just("float32"),
 }
 BY_KIND = {
     bool: st.booleans(),
@@ -297,3 +306,15 @@ def test_strategy_arguments_keep_their_types():
     arguments = StrategyConfig(arguments="eta = 0.01, beta-1 = 9, name = 'a, b', weighted = true").parsed_arguments()
     assert arguments == {"eta": 0.01, "beta_1": 9, "name": "a, b", "weighted": True}
     assert StrategyConfig().parsed_arguments() == {}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tuning_all_weights_in_16_bits_is_refused_and_an_adapter_on_them_is_not(dtype):
+    with pytest.raises(ConfigError, match=r"tuning\.mode and model\.small-dtype: .* float32"):
+        parse_run_config({"model.small-dtype": dtype})
+    assert parse_run_config({"model.small-dtype": dtype, "tuning.mode": "lora"})
+
+
+def test_an_answer_pattern_must_compile():
+    with pytest.raises(ConfigError, match=r"data\.answer-pattern: must be a valid regular expression, got '\(x'"):
+        parse_run_config({"data.answer-pattern": "(x"})

@@ -25,6 +25,7 @@ from fedpt_flwr.data import (
     collate_prompts,
     content_hash,
     load_examples,
+    load_examples_with_records,
     read_records,
     split_holdout,
     tokenize_examples,
@@ -323,6 +324,18 @@ def test_examples_have_prompt_answer_and_group(tmp_path):
     assert load_examples(source, template="{q}", answer_field="") == [Example("2+2", "", "")]
 
 
+def test_examples_come_with_the_records_that_they_were_made_of(tmp_path):
+    records = [{"q": "x", "a": "1", "more": [1]}, {"q": "y", "a": "2"}]
+    source = write(tmp_path / "f.json", json.dumps(records))
+    examples, found = load_examples_with_records(source, template="{q}", answer_field="a")
+    assert (examples, found) == ([Example("x", "1"), Example("y", "2")], records)
+
+
+def test_lines_of_plain_text_are_answers_to_an_empty_template(tmp_path):
+    source = write(tmp_path / "f.txt", "first\nsecond\n")
+    assert load_examples(source, template="", answer_field="text") == [Example("", "first"), Example("", "second")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "place"),
     [
@@ -425,7 +438,7 @@ def ids(tokenizer, text):
 @pytest.mark.parametrize(("name", "start"), [("plain", []), ("bos", [BOS])])
 def test_an_example_is_prompt_then_answer_then_end_of_sequence(tokenizers, name, start):
     tokenizer = tokenizers[name]
-    examples = [Example("the question: ", "the answer"), Example("", "é\n")]
+    examples = [Example("the question: ", "the answer"), Example("?", "é\n")]
     tokenized, report = tokenize_examples(examples, tokenizer, max_length=64)
     for example, found in zip(examples, tokenized, strict=True):
         assert found.prompt_ids == start + ids(tokenizer, example.prompt)
@@ -459,13 +472,47 @@ def test_the_prompt_loses_its_beginning_first_but_keeps_the_beginning_of_sequenc
     assert (report.num_prompts_cut, report.num_answers_cut, report.num_dropped) == (1, 0, 0)
 
 
-def test_then_the_answer_loses_its_end(tokenizers):
-    (found,), report = tokenize_examples([Example("ABCDE", "VWXYZ")], tokenizers["bos"], max_length=5)
-    assert found == TokenizedExample([BOS], ids(tokenizers["bos"], "VWXY"))
+def test_then_the_answer_loses_its_end_and_half_of_the_room_stays_the_prompts(tokenizers):
+    (found,), report = tokenize_examples([Example("ABCDE", "VWXYZ")], tokenizers["bos"], max_length=6)
+    assert found == TokenizedExample([BOS, *ids(tokenizers["bos"], "DE")], ids(tokenizers["bos"], "VWX"))
     assert (report.num_prompts_cut, report.num_answers_cut, report.num_dropped) == (1, 1, 0)
-    (found,), report = tokenize_examples([Example("", "XY")], tokenizers["plain"], max_length=2)
-    assert found == TokenizedExample([], ids(tokenizers["plain"], "XY"))
+    (found,), report = tokenize_examples([Example("A", "XYZ")], tokenizers["plain"], max_length=3)
+    assert found == TokenizedExample(ids(tokenizers["plain"], "A"), ids(tokenizers["plain"], "XY"))
     assert (report.num_prompts_cut, report.num_answers_cut, report.num_dropped) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["plain", "bos"])
+@pytest.mark.parametrize("num_prompt", [0, 1, 4, 8, 40])
+@pytest.mark.parametrize("num_answer", [1, 4, 8, 40])
+@pytest.mark.parametrize("max_length", [2, 3, 9, 10])
+def test_no_answer_however_long_leaves_less_than_half_of_the_room_to_its_prompt(
+    tokenizers, name, num_prompt, num_answer, max_length
+):
+    example = Example("P" * num_prompt, "A" * num_answer)
+    (whole,), _ = tokenize_examples([example], tokenizers[name], max_length=200)
+    (found,), _ = tokenize_examples([example], tokenizers[name], max_length=max_length)
+    assert len(found.prompt_ids) >= min(len(whole.prompt_ids), max_length // 2)
+    everything = len(whole.prompt_ids) + len(whole.answer_ids)
+    assert len(found.prompt_ids) + len(found.answer_ids) == min(everything, max_length)
+    assert found.answer_ids == whole.answer_ids[: len(found.answer_ids)]
+    assert found.prompt_ids[:1] == ([BOS] if name == "bos" else whole.prompt_ids[:1])
+
+
+def test_an_empty_prompt_becomes_the_beginning_of_sequence_or_else_the_end(tokenizers):
+    none = PreTrainedTokenizerFast(tokenizer_object=tokenizers["plain"].backend_tokenizer, eos_token="</s>")
+    for tokenizer, first in ((tokenizers["plain"], BOS), (tokenizers["bos"], BOS), (none, EOS)):
+        (found,), report = tokenize_examples([Example("", "XY")], tokenizer, max_length=8)
+        assert found == TokenizedExample([first], [*ids(tokenizer, "XY"), EOS])
+        assert tokenize_prompts([""], tokenizer, max_length=8) == [[first]]
+        assert report.num_prompts_cut == 0
+        # The answer's first token is learnt: it is predicted from that token.
+        assert collate([found], pad_id=0)["labels"].tolist() == [[IGNORED_LABEL, *found.answer_ids]]
+
+
+def test_an_empty_prompt_is_refused_where_no_token_could_stand_for_it(tokenizers):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizers["plain"].backend_tokenizer)
+    with pytest.raises(DataError, match="prompt 2: a prompt must not be empty with a tokenizer that has neither a beg"):
+        tokenize_prompts(["a", ""], bare, max_length=8)
 
 
 def test_a_whole_example_of_just_the_greatest_length_is_left_alone(tokenizers):
@@ -478,7 +525,7 @@ def test_examples_without_an_answer_are_dropped_and_counted(tokenizers):
     examples = [Example("a", ""), Example("b", "X"), Example("c", " \n")]
     tokenized, report = tokenize_examples(examples, tokenizers["plain"], max_length=8)
     assert [example.answer_ids for example in tokenized] == [[*ids(tokenizers["plain"], "X"), EOS]]
-    assert (report.num_examples, report.num_dropped) == (3, 2)
+    assert (report.num_examples, report.num_dropped, report.dropped) == (3, 2, (0, 2))
     assert tokenize_examples([], tokenizers["plain"], max_length=8)[0] == []
 
 
@@ -502,6 +549,9 @@ def test_prompts_are_tokenised_as_before_an_answer(tokenizers):
         tokenized, _ = tokenize_examples(examples, tokenizer, max_length=64)
         assert tokenize_prompts(texts, tokenizer, max_length=62) == [example.prompt_ids for example in tokenized]
     assert tokenize_prompts(["ABCDEFG"], tokenizers["bos"], max_length=3) == [[BOS, *ids(tokenizers["bos"], "FG")]]
+    assert tokenize_prompts(["A" * 99], tokenizers["bos"], max_length=None) == [
+        [BOS, *ids(tokenizers["bos"], "A" * 99)]
+    ]
 
 
 def test_a_length_that_holds_no_prompt_and_answer_is_refused(tokenizers):

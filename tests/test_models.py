@@ -192,11 +192,11 @@ def test_auto_is_cuda_where_there_is_any_else_the_cpu():
 
 def test_a_device_that_is_not_there_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ModelError, match=r"model\.device: this machine has 0 CUDA devices, got 'cuda'; use auto"):
+    with pytest.raises(ModelError, match=r"model\.device: this process sees 0 CUDA devices, got 'cuda'; use auto"):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ModelError, match="this machine has 2 CUDA devices, got 'cuda:2'"):
+    with pytest.raises(ModelError, match="this process sees 2 CUDA devices, got 'cuda:2'"):
         pick_device("cuda:2")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ModelError, match=r"model\.device: this machine has no MPS device"):

@@ -1,5 +1,7 @@
 """What is installed, bundled and imported."""
 
+import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -34,8 +36,11 @@ def test_the_package_itself_is_imported_at_once():
 
 
 def test_uv_excludes_every_direct_dependency():
-    """Otherwise `flwr run` installs another torch beside the one that pip chose."""
-    names = {dependency.split("[")[0].split(">")[0].split("<")[0] for dependency in PROJECT["project"]["dependencies"]}
+    """Otherwise `flwr run` asks a registry, and installs another torch beside the one that pip chose."""
+    project = PROJECT["project"]
+    extras = itertools.chain.from_iterable(project["optional-dependencies"].values())
+    wanted = [*project["dependencies"], *extras]
+    names = {re.match(r"[\w-]+", dependency).group() for dependency in wanted} - {project["name"]}
     assert set(PROJECT["tool"]["uv"]["exclude-dependencies"]) == names
 
 

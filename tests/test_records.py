@@ -305,7 +305,8 @@ def test_groups_beyond_a_thousand_are_left_out():
 
 # --- metrics ---
 
-GOOD_METRICS = {"server-round": 2, "num-examples": 40, "train-loss": 1.25, "seconds": 3}
+GOOD_METRICS = {"device": 3, "server-round": 2, "num-examples": 40, "train-loss": 1.25, "seconds": 3}
+CARD = DeviceCard(device=3, num_examples=50, groups={}, code_hash="")
 
 
 def metrics_content(**changes):
@@ -314,27 +315,40 @@ def metrics_content(**changes):
 
 
 def test_good_metrics_are_given_back_as_numbers():
-    assert check_metrics(metrics_content(), server_round=2, place=PLACE) == GOOD_METRICS
+    assert check_metrics(metrics_content(), server_round=2, card=CARD, place=PLACE) == GOOD_METRICS
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_loss": math.nan}, "the metric train-loss must be a finite number, got nan"),
-        ({"seconds": math.inf}, "the metric seconds must be a finite number, got inf"),
-        ({"seconds": [1.0]}, r"the metric seconds must be a finite number, got [1.0]"),
+        ({"train_loss": math.nan}, "the metric train-loss must be a finite number of at least 0, got nan"),
+        ({"seconds": math.inf}, "the metric seconds must be a finite number of at least 0, got inf"),
+        ({"seconds": [1.0]}, r"the metric seconds must be a finite number of at least 0, got [1.0]"),
         ({"server_round": 1}, "the reply must be of round 2, got 1"),
-        ({"server_round": None}, "the reply must be of round 2"),
-        ({"num_examples": 0}, "num-examples must be a whole number of at least 1, got 0"),
-        ({"num_examples": -5}, "num-examples must be a whole number of at least 1, got -5"),
-        ({"num_examples": 40.0}, "num-examples must be a whole number of at least 1, got 40.0"),
-        ({"num_examples": None}, "num-examples must be a whole number of at least 1"),
+        ({"server_round": None}, "the metric server-round must be there"),
+        (
+            {"num_examples": 0},
+            "num-examples must be a whole number from 1 to the 50 that the device said it has, got 0",
+        ),
+        ({"num_examples": -5}, "the metric num-examples must be a finite number of at least 0, got -5"),
+        (
+            {"num_examples": 51},
+            "num-examples must be a whole number from 1 to the 50 that the device said it has, got 51",
+        ),
+        ({"device": 4}, "the reply must be of device 3, got 4"),
+        ({"device": None}, "the metric device must be there"),
+        ({"round": 1}, "unknown metric, got 'round'"),
+        (
+            {"num_examples": 40.0},
+            "num-examples must be a whole number from 1 to the 50 that the device said it has, got 40.0",
+        ),
+        ({"num_examples": None}, "the metric num-examples must be there"),
         ({"train_loss": None}, "the metric train-loss must be there"),
     ],
 )
 def test_metrics_that_break_a_rule_are_refused(changes, words):
     with pytest.raises(ReplyError) as raised:
-        check_metrics(metrics_content(**changes), server_round=2, place=PLACE)
+        check_metrics(metrics_content(**changes), server_round=2, card=CARD, place=PLACE)
     assert str(raised.value).startswith(f"{PLACE}: {words}")
 
 
@@ -342,7 +356,7 @@ def test_metrics_that_break_a_rule_are_refused(changes, words):
 def test_there_must_be_exactly_one_record_of_metrics(names):
     content = RecordDict({name: MetricRecord(GOOD_METRICS) for name in names})
     with pytest.raises(ReplyError, match="a reply must hold one record of metrics"):
-        check_metrics(content, server_round=2, place=PLACE)
+        check_metrics(content, server_round=2, card=CARD, place=PLACE)
 
 
 # --- refusals and code ---
@@ -359,12 +373,6 @@ def test_a_reason_is_cut_to_2000_characters_and_may_be_missing():
     assert refusal_reason(RecordDict({"refusal": ConfigRecord()})) == "no reason given"
 
 
-def fresh_hash(*files):
-    """The hash that a process would take that begins now."""
-    code_hash.cache_clear()
-    return code_hash(*files)
-
-
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package of two modules in the place of this one."""
@@ -374,18 +382,17 @@ def package(tmp_path, monkeypatch):
     (folder / "part" / "b.py").write_text("b = 1\n")
     (folder / "notes.txt").write_text("not code")
     monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
-    yield folder
-    code_hash.cache_clear()
+    return folder
 
 
 def test_a_code_hash_is_the_same_for_the_same_code_at_any_time(package):
-    before = fresh_hash()
+    before = code_hash()
     for path in sorted(package.rglob("*.py"), reverse=True):
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
     (package / "notes.txt").write_text("changed")
-    assert fresh_hash() == before
+    assert code_hash() == before
     assert len(before) == 16
 
 
@@ -399,24 +406,17 @@ def test_a_code_hash_is_the_same_for_the_same_code_at_any_time(package):
     ],
 )
 def test_a_code_hash_differs_when_a_module_changes_comes_goes_or_is_renamed(package, change):
-    before = fresh_hash()
+    before = code_hash()
     change(package)
-    assert fresh_hash() != before
+    assert code_hash() != before
 
 
 def test_a_code_hash_covers_the_files_that_are_named(package, tmp_path):
     app = tmp_path / "client_app.py"
     app.write_text("x = 1\n")
-    hashes = {fresh_hash(), fresh_hash(app)}
+    hashes = {code_hash(), code_hash(app)}
     app.write_text("x = 2\n")
-    assert len(hashes | {fresh_hash(app)}) == 3
-
-
-def test_a_code_hash_is_taken_once_because_later_edits_do_not_run(package):
-    before = code_hash()
-    (package / "records.py").write_text("a = 2\n")
-    assert code_hash() == before
-    assert fresh_hash() != before
+    assert len(hashes | {code_hash(app)}) == 3
 
 
 def test_the_same_code_may_work_together_and_other_code_is_told_what_to_do():

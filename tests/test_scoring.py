@@ -248,20 +248,23 @@ def test_scoring_leaves_a_models_mode_as_it_was_and_drops_nothing_out():
 
 def test_answers_do_not_depend_on_the_others_in_the_batch(knowing, tokenizer):
     prompts = [ids(tokenizer, example.prompt) for example in WORLD]
-    batched = generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=24, batch_size=4)
+    batched, num_written = generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=24, batch_size=4)
     alone = [
-        generate_answers(knowing, [prompt], tokenizer=tokenizer, max_new_tokens=24, batch_size=1)[0]
+        generate_answers(knowing, [prompt], tokenizer=tokenizer, max_new_tokens=24, batch_size=1)[0][0]
         for prompt in prompts
     ]
+    assert num_written.tolist() == [len(answer) + 1 for answer in batched]  # one token a letter, and the end
     assert batched == alone == [*(example.answer for example in WORLD[:3]), "colour = red ;ok"]
 
 
 def test_an_answer_ends_at_the_token_limit_or_before_the_end_token(knowing, tokenizer):
     prompts = [ids(tokenizer, WORLD[0].prompt)]
-    assert generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=6) == ["filter"]
+    answers, num_written = generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=6)
+    assert (answers, num_written.tolist()) == (["filter"], [6])
     knowing.generation_config.eos_token_id = [2, *ids(tokenizer, ";")]
     try:
-        assert generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=24) == ["filter = jute "]
+        answers, num_written = generate_answers(knowing, prompts, tokenizer=tokenizer, max_new_tokens=24)
+        assert (answers, num_written.tolist()) == (["filter = jute "], [len("filter = jute ;")])
     finally:
         knowing.generation_config.eos_token_id = 2
 
@@ -271,15 +274,15 @@ def test_a_models_own_decoding_habits_are_switched_off(knowing, tokenizer):
     habitual = copy.deepcopy(knowing)
     habitual.generation_config.update(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0)
     habitual.generation_config.no_repeat_ngram_size = 1
-    answers = generate_answers(habitual, prompts, tokenizer=tokenizer, max_new_tokens=24)
+    answers, _ = generate_answers(habitual, prompts, tokenizer=tokenizer, max_new_tokens=24)
     assert answers == ["filter = jute ;ok"]
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_generated(knowing, tokenizer):
     generate_answers(knowing, [[5] * (CONTEXT - 3)], tokenizer=tokenizer, max_new_tokens=3)
-    with pytest.raises(DataError, match=r"item 1: .*64 tokens, got '62 \+ 3'"):
-        generate_answers(knowing, [[5], [5] * (CONTEXT - 2)], tokenizer=tokenizer, max_new_tokens=3)
-    with pytest.raises(DataError, match="item 0: a prompt must have at least one token"):
+    with pytest.raises(DataError, match=r"data\.test, item 2: .*64 tokens, got '62 \+ 3'"):
+        generate_answers(knowing, [[5], [5] * (CONTEXT - 2)], tokenizer=tokenizer, max_new_tokens=3, place="data.test")
+    with pytest.raises(DataError, match="prompts, item 1: a prompt must have at least one token"):
         generate_answers(knowing, [[]], tokenizer=tokenizer, max_new_tokens=3)
 
 
@@ -577,9 +580,44 @@ def test_what_is_known_is_not_measured_again(scores, proxy, tokenizer, monkeypat
         known=scores.measurements,
     )
     assert everything.to_json() == scores.to_json()
+    assert everything.large_tokens == 0
 
 
-def test_between_rounds_only_some_rows_and_no_answers_are_made(proxy, tokenizer):
+@pytest.mark.parametrize("known_rows", [(), ("large", "untuned")])
+def test_the_tokens_that_the_large_model_reads_are_counted(scores, proxy, tokenizer, known_rows):
+    read = []
+    hook = proxy.large.register_forward_pre_hook(
+        lambda model, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    # One item at a time, so that nothing is padding.
+    found = score_models(
+        proxy,
+        WORLD,
+        tokenized(tokenizer, WORLD),
+        tokenizer=tokenizer,
+        max_new_tokens=20,
+        seed=0,
+        batch_size=1,
+        public_texts=["mesh is a filter"],
+        shots=1,
+        known={name: scores.measurements[name] for name in known_rows},
+    )
+    hook.remove()
+    assert found.large_tokens == sum(read) > 0
+
+
+def test_answers_are_written_after_the_prompts_that_are_given_whatever_the_losses_saw(proxy, tokenizer):
+    settings = {"tokenizer": tokenizer, "max_new_tokens": 24, "seed": 0, "rows": ("tuned",)}
+    cut = [TokenizedExample(item.prompt_ids[-1:], item.answer_ids) for item in tokenized(tokenizer, WORLD)]
+    found = score_models(
+        proxy, WORLD, cut, prompts=[ids(tokenizer, example.prompt) for example in WORLD], **settings
+    ).measurements["tuned"]
+    whole = score_models(proxy, WORLD, tokenized(tokenizer, WORLD), **settings).measurements["tuned"]
+    assert found.answers == whole.answers
+    assert found.losses.mean > whole.losses.mean
+
+
+def test_between_rounds_only_some_rows_are_made(proxy, tokenizer):
     found = score_models(
         proxy,
         WORLD[:2],
@@ -588,16 +626,11 @@ def test_between_rounds_only_some_rows_and_no_answers_are_made(proxy, tokenizer)
         max_new_tokens=24,
         seed=0,
         rows=("tuned", "proxy"),
-        generate=False,
     )
     results = found.to_json()
-    assert {name: set(row) for name, row in results["rows"].items()} == {
-        "tuned": {"loss", "perplexity", "n", "ci95"},
-        "proxy": {"loss", "perplexity", "n", "ci95"},
-    }
-    assert "proxy_minus_tuned_loss" in results
-    assert "proxy_minus_tuned" not in results
-    assert "answer" not in found.records[0]["models"]["proxy"]
+    assert set(results["rows"]) == {"tuned", "proxy"}
+    assert {"proxy_minus_tuned", "proxy_minus_tuned_loss"} <= set(results)
+    assert "proxy_minus_large" not in results
 
 
 def test_a_model_that_diverged_gets_no_loss_and_no_nan(knowing, tokenizer, caplog):
@@ -628,11 +661,11 @@ def test_a_loss_whose_perplexity_is_beyond_floating_point_has_none():
 
 def test_items_that_do_not_belong_together_are_refused(proxy, tokenizer, scores):
     settings = {"tokenizer": tokenizer, "max_new_tokens": 5, "seed": 0}
-    with pytest.raises(DataError, match="at least one item"):
-        score_models(proxy, [], [], **settings)
-    with pytest.raises(DataError, match=r"as text and as tokens, got \(4, 3\)"):
+    with pytest.raises(DataError, match="data.test: there must be at least one item"):
+        score_models(proxy, [], [], place="data.test", **settings)
+    with pytest.raises(DataError, match=r"as text, as tokens and as a prompt, got \(4, 3, 3\)"):
         score_models(proxy, WORLD, tokenized(tokenizer, WORLD[:3]), **settings)
-    with pytest.raises(DataError, match="large: what is known of a model must be of the same 3 items"):
+    with pytest.raises(DataError, match="items, large: what is known of a model must be of the same 3 items"):
         score_models(proxy, WORLD[:3], tokenized(tokenizer, WORLD[:3]), known=scores.measurements, **settings)
 
 

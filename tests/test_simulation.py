@@ -117,7 +117,7 @@ def test_a_failing_run_says_why_is_marked_and_counts_as_failed(flower):
     log, entry = flower.run(2, {"data.train": "/no/such/file.jsonl"})
     assert entry["status"] == "finished:failed"
     assert "/no/such/file.jsonl" in log
-    assert "FEDPT-RUN-FAILED: at least 2 devices" in log
+    assert "FEDPT-RUN-FAILED: no device can take part: " in log
 
 
 def test_devices_that_import_other_code_refuse_with_the_remedy(flower):

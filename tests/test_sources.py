@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from fedpt_flwr import data as data_module
 from fedpt_flwr.config import DataConfig
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.prompts import Example
@@ -118,6 +119,12 @@ def test_a_device_with_data_of_its_own_reads_its_file_or_folder(data, tmp_path):
     assert local_shard(data, own) == local_shard(data, str(folder)) == expected
 
 
+def test_plain_text_is_learnt_without_a_template(data, tmp_path):
+    (tmp_path / "own.txt").write_text("one\ntwo\n")
+    plain = dataclasses.replace(data, template="", answer_field="text")
+    assert local_shard(plain, str(tmp_path / "own.txt")) == [Example("", "one"), Example("", "two")]
+
+
 def test_data_of_a_devices_own_that_is_not_there_is_reported_with_its_path(data, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl: there is no such file or folder"):
         local_shard(data, str(tmp_path / "none.jsonl"))
@@ -151,6 +158,16 @@ def test_a_source_of_its_own_is_taken_as_it_is_with_values_and_fields(data, tmp_
     items = held_out_items(dataclasses.replace(data, test=own), "test", seed=SEED)
     assert items.examples == [Example("q7?", "a7"), Example("q8?", "a8")]
     assert (items.values, items.fields) == (["1.5", "8"], ["n7", "n8"])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_held_out_items_are_read_once(data, tmp_path, monkeypatch, own):
+    if own:
+        data = dataclasses.replace(data, test=write(tmp_path / "own.jsonl", [record(7)]))
+    read, seen = data_module._read, []
+    monkeypatch.setattr(data_module, "_read", lambda source, split: seen.append(source) or read(source, split))
+    held_out_items(data, "test", seed=SEED)
+    assert seen == [data.test or data.train]
 
 
 def test_values_and_fields_of_held_out_items_belong_to_their_examples(data):
