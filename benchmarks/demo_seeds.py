@@ -22,6 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import load_tokenizer
@@ -36,6 +38,7 @@ CHOICES = [(alpha, mask) for alpha in (1.0, 0.75, 0.5, 0.25) for mask in (0.001,
 def main() -> None:
     """Run what is missing, then print the table."""
     arguments = _arguments()
+    transformers_logging.disable_progress_bar()
     found = read_json(arguments.out) if arguments.out.exists() else {}
     port = _free_port()
     with tempfile.TemporaryDirectory() as home:

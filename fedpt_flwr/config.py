@@ -314,7 +314,11 @@ class ThreadsConfig:
     """CPU threads; part of the config because sums over more threads round differently."""
 
     device: int = _setting(1, "Threads of a device's training.", *_at_least(1))
-    server: int = _setting(2, "Threads of the server's models.", *_at_least(1))
+    server: int = _setting(
+        1,
+        "Threads of the server's models; more pay for models of some hundred million weights on a CPU.",
+        *_at_least(1),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
