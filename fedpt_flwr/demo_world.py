@@ -510,7 +510,10 @@ def make_demo_world(
     """Make a demo world and put it into the folder ``out``, whole or not at all.
 
     The texts and the tokenizer are the same bytes for the same seed, everywhere. The models are the same bits on the
-    same machine with the same number of threads. Elsewhere expect models of the same quality: {TOLERANCE}
+    same machine with the same number of threads. Elsewhere they differ in their bits, and should agree in quality to
+    within what a change of the seed makes: in the worlds 0, 1, 2 and 102 the large model ended all 300 recall probes
+    right, and the small one 10 to 35 %. The packaged models were made with one thread, without bfloat16 in hardware,
+    in about ten minutes of one core.
 
     Args:
         out: The folder to make. It may exist if it is empty or holds an older demo world, which is then replaced.
