@@ -292,8 +292,17 @@ class Server:
         self.run.write_results(results)
         for line in summary_lines(results, self.run.path):
             log(INFO, "%s", line)
-        if results["proxy_minus_tuned"]["ci95"][1] < 0 or results["proxy_minus_tuned_loss"]["ci95"][0] > 0:
-            log(WARNING, "On this data the proxy is worse than the tuned small model: serve the tuned model instead")
+        worse_by = [
+            name
+            for name, key, sign in (("exact match", "proxy_minus_tuned", -1), ("loss", "proxy_minus_tuned_loss", 1))
+            if min(sign * end for end in results[key]["ci95"]) > 0
+        ]
+        if worse_by:
+            log(
+                WARNING,
+                "On this data the proxy is worse than the tuned small model by %s (95 %% interval): serve the tuned one",
+                " and ".join(worse_by),
+            )
         if num_devices == 2 and self.config.data.train.startswith("demo:"):
             log(INFO, "Flower simulates two devices unless told otherwise; for eight add")
             log(INFO, '  --federation-config "num-supernodes=8 client-resources-num-cpus=1"')

@@ -383,3 +383,11 @@ def test_a_device_cannot_overwrite_what_the_server_measured(tmp_path):
     run = federate(tmp_path, 2, {"scoring.round-items": 0}, tamper=boast)
     rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] == 0]
     assert all(row["bytes_up"] > 100_000 and "unknown metric" in row["refused"] for row in rows)
+
+
+def test_a_proxy_that_loses_to_the_tuned_model_is_said_to(caplog, tmp_path):
+    # Against the direction of tuning: the proxy then has a larger loss than the tuned model on every item.
+    settings = {"proxy.alpha": -4.0, "scoring.loss-alpha": -4.0, "scoring.round-items": 0, "scoring.num-items": 8}
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        federate(tmp_path, 2, settings | {"train.max-steps": 10, "train.batch-size": 8})
+    assert "On this data the proxy is worse than the tuned small model by loss" in caplog.text
