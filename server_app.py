@@ -300,7 +300,7 @@ class Server:
         if worse_by:
             log(
                 WARNING,
-                "On this data the proxy is worse than the tuned small model by %s (95 %% interval): serve the tuned one",
+                "On this data the proxy is worse than the tuned small model by %s (95 %% interval); serve that one",
                 " and ".join(worse_by),
             )
         if num_devices == 2 and self.config.data.train.startswith("demo:"):
