@@ -76,8 +76,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _headline(error: FedPTError) -> str:
-    """The rule that was broken, in one line; of several the first."""
-    lines = [error.rule, *(str(problem) for problem in error.problems[:1])]
+    """The rule that was broken and what was found, in one line; of several the first."""
+    lines = [str(error), *(str(problem) for problem in error.problems[:1])]
     return " | first: ".join(line.splitlines()[0] for line in lines)
 
 

@@ -148,7 +148,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, flower_run_id: int, *, now: datetime.datetime | None = None) -> RunFolder:
-        """Make the folder ``<UTC time>-<Flower run id>`` and point ``latest`` at it.
+        """Make the folder ``<UTC time>-<Flower run id>``; ``latest`` will mean it from its first checkpoint on.
 
         Raises:
             RunError: The folder cannot be made.
@@ -157,9 +157,7 @@ class RunFolder:
         path = root / f"{now:%Y%m%dT%H%M%SZ}-{flower_run_id}"
         with _writing(path):
             path.mkdir(parents=True)
-        run = cls(path)
-        replace_link(root / LATEST, path.name)
-        return run
+        return cls(path)
 
     def write_config(self, value: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
@@ -209,7 +207,7 @@ class RunFolder:
         return self.path / "rounds" / f"{server_round:0{_ROUND_DIGITS}d}"
 
     def save_round(self, server_round: int, write: Callable[[Path], None], *, keep: int) -> Path:
-        """Write the checkpoint of a round, point ``proxy`` at it and remove checkpoints that are too old.
+        """Write the checkpoint of a round, point ``proxy`` and ``latest`` at it, remove checkpoints that are too old.
 
         Args:
             server_round: The round.
@@ -239,6 +237,7 @@ class RunFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
         replace_link(self.path / "proxy", os.path.relpath(target / "proxy", self.path))
+        replace_link(self.path.parent / LATEST, self.path.name)
         self._remove_old_rounds(keep)
         return target
 

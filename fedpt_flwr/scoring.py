@@ -1038,35 +1038,48 @@ def render_table(table: Sequence[Sequence[str]]) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """Says plainly whether the proxy beats, ties with or loses to the tuned small model and the large one.
 
-    By the paired 95 % interval of the difference in exact match, or in loss where nothing was generated: it beats or
-    loses where the interval leaves out 0.
+    By the paired 95 % intervals of the difference in exact match and in loss: it beats or loses where the interval
+    leaves out 0. Where no model gets anything right, exact match is a tie that says nothing and loss tells them apart.
 
     Args:
         results: What ``results.json`` holds.
     """
-    sentences = [_compare(results, other, name) for other, name in (("tuned", "tuned small"), ("large", "large"))]
-    return " ".join(sentence for sentence in sentences if sentence) or "No verdict: the proxy was not compared."
+    sentences = []
+    for other, name in (("tuned", "tuned small"), ("large", "large")):
+        measures = [measure for measure in (_by_exact_match(results, other), _by_loss(results, other)) if measure]
+        if measures:
+            (outcome, numbers), *rest = measures
+            sentences.append(f"The proxy {outcome} the {name} model: {numbers}.")
+            sentences += [f"By loss it {outcome} it: {numbers}." for outcome, numbers in rest]
+    return " ".join(sentences) or "No verdict: the proxy was not compared."
 
 
-def _compare(results: Mapping[str, Any], other: str, name: str) -> str:
-    by_exact_match = f"proxy_minus_{other}" in results
-    key = f"proxy_minus_{other}" if by_exact_match else f"proxy_minus_{other}_loss"
-    if key not in results:
-        return ""
-    difference, (low, high) = results[key]["value"], results[key]["ci95"]
-    better, worse = (low > 0, high < 0) if by_exact_match else (high < 0, low > 0)
-    outcome = "BEATS" if better else "LOSES TO" if worse else "TIES WITH"
+def _by_exact_match(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
+    difference = results.get(f"proxy_minus_{other}")
+    if difference is None:
+        return None
+    low, high = difference["ci95"]
     rows = results["rows"]
-    if by_exact_match:
-        ours, theirs = (f"{_percent(rows[row]['exact_match'])} %" for row in ("proxy", other))
-        numbers = (
-            f"exact match {ours} against {theirs}, difference {100 * difference:+.1f} points "
-            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-        )
-    else:
-        ours, theirs = (f"{rows[row]['loss']:.4g}" for row in ("proxy", other))
-        numbers = (
-            f"loss {ours} against {theirs} nats per answer token, difference {difference:+.4g} "
-            f"(95 % interval {low:+.4g} to {high:+.4g}"
-        )
-    return f"The proxy {outcome} the {name} model: {numbers}, {rows['proxy']['n']} items, paired)."
+    ours, theirs = (f"{_percent(rows[row]['exact_match'])} %" for row in ("proxy", other))
+    return _outcome(low, high), (
+        f"exact match {ours} against {theirs}, difference {100 * difference['value']:+.1f} points "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
+    )
+
+
+def _by_loss(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
+    difference = results.get(f"proxy_minus_{other}_loss")
+    if difference is None:
+        return None
+    low, high = difference["ci95"]
+    rows = results["rows"]
+    ours, theirs = (f"{rows[row]['loss']:.4g}" for row in ("proxy", other))
+    return _outcome(-high, -low), (
+        f"loss {ours} against {theirs} nats per answer token, difference {difference['value']:+.4g} "
+        f"(95 % interval {low:+.4g} to {high:+.4g}, {rows['proxy']['n']} items, paired)"
+    )
+
+
+def _outcome(low: float, high: float) -> str:
+    """What an interval of an advantage says."""
+    return "BEATS" if low > 0 else "LOSES TO" if high < 0 else "TIES WITH"

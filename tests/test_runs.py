@@ -45,13 +45,19 @@ def test_a_relative_home_is_made_absolute(tmp_path, monkeypatch):
     assert runs_root() == tmp_path / "here" / "runs"
 
 
-def test_a_new_run_is_named_by_utc_time_and_flower_id_and_is_the_latest(tmp_path):
+def test_a_new_run_is_named_by_utc_time_and_flower_id(tmp_path):
     first = RunFolder.create(tmp_path, 5, now=NOW)
     assert first.path == tmp_path / "20261120T090507Z-5"
     assert first.path.is_dir()
-    second = RunFolder.create(tmp_path, 6, now=NOW)
-    assert (tmp_path / "latest").readlink() == Path("20261120T090507Z-6")
+
+
+def test_the_latest_run_is_the_newest_that_has_a_model(tmp_path):
+    first, second = (RunFolder.create(tmp_path, number, now=NOW) for number in (5, 6))
+    first.save_round(1, lambda folder: (folder / "proxy").mkdir(), keep=1)
+    assert find_run(root=tmp_path) == first.path
+    second.save_round(1, lambda folder: (folder / "proxy").mkdir(), keep=1)
     assert find_run(root=tmp_path) == second.path
+    assert (tmp_path / "latest").readlink() == Path(second.path.name)
 
 
 def test_a_run_is_never_made_in_the_folder_of_another(tmp_path):

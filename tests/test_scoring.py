@@ -731,6 +731,14 @@ def test_the_verdict_is_as_plain_about_ties_and_defeats(interval, outcome):
     assert verdict(by_loss).startswith(f"The proxy {outcome} the tuned small model: loss 0.07 against 0.45 nats")
 
 
+def test_the_verdict_names_the_loss_where_exact_match_tells_nothing():
+    nothing = {"value": 0.0, "ci95": [0.0, 0.0]}
+    worse = {"value": 4.6, "ci95": [4.3, 4.9]}
+    text = verdict(RESULTS | {"proxy_minus_tuned": nothing, "proxy_minus_tuned_loss": worse})
+    assert text.startswith("The proxy TIES WITH the tuned small model: exact match")
+    assert "By loss it LOSES TO it: loss 0.07 against 0.45 nats per answer token, difference +4.6 (95 %" in text
+
+
 def test_there_is_no_verdict_without_a_proxy():
     assert verdict({"rows": {"tuned": {"n": 3, "ci95": {}}}}) == "No verdict: the proxy was not compared."
 
