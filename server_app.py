@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.errors import ConfigError, FedPTError, RoundError
+from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import (
     check_vocabularies,
@@ -137,11 +137,13 @@ class Server:
     def load(cls, config: RunConfig, run: RunFolder) -> Server:
         """Load models and held-out data, check that they fit together, and write the run's ``config.json``."""
         model, data = config.model, config.data
-        tokenizer = load_tokenizer(model.small)
-        large_tokenizer = load_tokenizer(model.large)
-        small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
+        with naming("model.small"):
+            tokenizer = load_tokenizer(model.small)
+            small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
+        with naming("model.large"):
+            large_tokenizer = load_tokenizer(model.large)
+            large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
         small_fingerprint = fingerprint(small)
-        large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
         sizes = {"large": output_size(large), "small": output_size(small)}
         vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
         context = max_positions(small)

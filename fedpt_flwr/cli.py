@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedpt_flwr.errors import ConfigError, FedPTError, RunError
+from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -348,8 +348,8 @@ def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]
                 problems.append(error)
 
     tokenizers = []
-    for ref in (config.model.large, config.model.small):
-        with collecting():
+    for key, ref in (("model.large", config.model.large), ("model.small", config.model.small)):
+        with collecting(), naming(key):
             tokenizers.append(load_tokenizer(ref))
     if len(tokenizers) == 2:
         with collecting():

@@ -16,7 +16,8 @@ or torch, so every module may import it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _MAX_VALUE_CHARS = 200
@@ -59,6 +60,16 @@ class FedPTError(Exception):
         if self.remedy:
             text += f"; {self.remedy}"
         return "\n".join([text, *(f"  - {problem}" for problem in self.problems)])
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Give an error that names no place this one, such as the key of the run config that led there."""
+    try:
+        yield
+    except FedPTError as error:
+        error.place = error.place or place
+        raise
 
 
 class ConfigError(FedPTError):

@@ -270,7 +270,11 @@ def test_all_wrong_settings_are_said_at_once(caplog):
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"model.large": "/no/such/folder"}, ModelError, "a model's path must be a folder that exists, got '/no/such"),
+        (
+            {"model.large": "/no/such/folder"},
+            ModelError,
+            "^model.large: a model's path must be a folder that exists, got '/no/such",
+        ),
         ({"data.train": "/no/such.jsonl"}, RoundError, "no device can take part: .*no such"),
         ({"data.test": "/no/such.jsonl"}, DataError, "no such"),
         ({"strategy.name": "FedBest"}, ConfigError, "must be one of"),
