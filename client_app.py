@@ -7,6 +7,7 @@ device that cannot take part answers with the sentence that says why.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from logging import INFO
@@ -38,10 +39,11 @@ from fedpt_flwr.records import (
     to_tensors,
 )
 from fedpt_flwr.sources import device_shard, local_shard
-from fedpt_flwr.training import device_seed, round_learning_rate, train_locally
+from fedpt_flwr.training import TaskMemory, device_seed, round_learning_rate, train_locally
 
 app = ClientApp()
 CODE_HASH = code_hash(Path(__file__))  # of the code that runs, whatever is edited later
+task_memory = TaskMemory()
 transformers_logging.disable_progress_bar()  # a log is no place for it
 
 Handler = Callable[[Message, Context], Message]
@@ -65,6 +67,7 @@ def declines(handler: Handler) -> Handler:
 @declines
 def introduce(message: Message, context: Context) -> Message:
     """Say which device this is, how many examples it has, and which code it runs."""
+    task_memory.begin()
     config = parse_run_config(context.run_config)
     _check_code(message)
     shard = load_shard(config, context)
@@ -82,6 +85,7 @@ def introduce(message: Message, context: Context) -> Message:
 @declines
 def train(message: Message, context: Context) -> Message:
     """Tune the small model on this device's shard for one round."""
+    task_memory.begin()
     config = parse_run_config(context.run_config)
     _check_code(message)
     told = message.content.config_records[CONFIG]
@@ -104,6 +108,7 @@ def train(message: Message, context: Context) -> Message:
                 report.num_prompts_cut,
                 report.num_answers_cut,
             )
+        peak = task_memory.peak_before_training()
         result = train_locally(
             model,
             examples,
@@ -129,6 +134,10 @@ def train(message: Message, context: Context) -> Message:
     }
     if result.peak_memory_bytes is not None:
         metrics["peak-memory-bytes"] = result.peak_memory_bytes
+    # A simulation's workers are shared by many devices; growth means something in a process of the task's own.
+    growth = None if "ray" in sys.modules else task_memory.growth_bytes(peak)
+    if growth is not None:
+        metrics["memory-growth-bytes"] = growth
     content = RecordDict({ARRAYS: to_array_record(arrays_of(model)), METRICS: MetricRecord(metrics)})
     return Message(content=content, reply_to=message)
 

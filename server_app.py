@@ -1,8 +1,8 @@
 """The server: config, models, strategy, checkpoints, scores. Everything that it composes is in ``fedpt_flwr``.
 
-The large model is loaded here and only read. Every round ends in a checkpoint that can be served; the run ends in a
-table. A run that fails says why, last of all with the line ``FEDPT-RUN-FAILED``, and raises, so that Flower calls it
-failed.
+The large model is loaded here and only read. Every round ends in a checkpoint that can be served and gone on with; the
+run ends in a table. A run that fails says why, last of all with the line ``FEDPT-RUN-FAILED``, and raises, so that
+Flower calls it failed.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from fedpt_flwr.config import RunConfig, flat_values, parse_run_config
+from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, naming
+from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
+from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import (
     check_vocabularies,
@@ -37,19 +46,31 @@ from fedpt_flwr.models import (
     set_arrays,
     tunable_arrays,
 )
-from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.records import code_hash, to_array_record, to_tensors
-from fedpt_flwr.results import device_cost_row, run_results, server_cost_row, summary_lines
-from fedpt_flwr.runs import RunFolder, runs_root, write_json
-from fedpt_flwr.sources import held_out_items, public_texts
-from fedpt_flwr.strategy import FedPT, RoundOutcome, make_inner_strategy
+from fedpt_flwr.proxy import BUNDLED, ProxyModel, save_small
+from fedpt_flwr.records import DeviceCard, code_hash, to_array_record, to_tensors
+from fedpt_flwr.results import (
+    check_same_run,
+    device_cost_row,
+    is_good_enough,
+    run_results,
+    server_cost_row,
+    summary_lines,
+    worse_by,
+)
+from fedpt_flwr.runs import RunFolder, find_run, read_json, runs_root, write_json
+from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
+from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
+from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedpt_flwr.scoring import Scores
 
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
+_EXAMPLES = 12  # answers that are kept token by token
 
 app = ServerApp()
 transformers_logging.disable_progress_bar()  # a log is no place for it
@@ -61,9 +82,15 @@ def main(grid: Grid, context: Context) -> None:
     started = time.perf_counter()
     try:
         config = parse_run_config(context.run_config)
-        run = RunFolder.create(runs_root(config.output_dir), context.run_id)
-        log(INFO, "Run folder: %s", run.path)
-        federate(grid, config, run, started)
+        root = runs_root(config.output_dir)
+        if config.resume:
+            check_resumable(config.strategy.name)
+            run = RunFolder.open(find_run(config.resume, root=root))
+        else:
+            run = RunFolder.create(root, context.run_id)
+        with run:
+            log(INFO, "Run folder: %s", run.path)
+            federate(grid, config, run, started, flower_run_id=context.run_id)
     except FedPTError as error:
         for line in str(error).splitlines():
             log(ERROR, "%s", line)
@@ -81,13 +108,22 @@ def _headline(error: FedPTError) -> str:
     return " | first: ".join(line.splitlines()[0] for line in lines)
 
 
-def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float) -> None:
+def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, flower_run_id: int = 0) -> None:
     """Load, tune, score: everything between the first line of the log and the table at its end."""
     inner = make_inner_strategy(config.strategy)
-    server = Server.load(config, run)
+    server = Server.load(config, run, flower_run_id)
+    arrays, last_round = server.initial_arrays, 0
+    if config.resume:
+        arrays, last_round = server.resume(inner)
+        log(INFO, "Going on after round %d of %d", last_round, config.num_server_rounds)
+
+    def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
+        server.write_shards(list(strategy.devices.values()))
+        return server.after_aggregate(outcome)
+
     strategy = FedPT(
         inner,
-        server.after_aggregate,
+        after_aggregate,
         seed=config.seed,
         fraction_train=config.fraction_train,
         min_devices=config.min_devices,
@@ -95,16 +131,17 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float) -> N
         max_failed_rounds=config.max_failed_rounds,
         wait_timeout_s=config.wait_timeout_s,
         code_hash=CODE_HASH,
+        is_good_enough=server.is_good_enough,
     )
     strategy.start(
         grid,
-        initial_arrays=server.initial_arrays,
+        initial_arrays=arrays,
         num_rounds=config.num_server_rounds,
         timeout=config.round_timeout_s,
         train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
+        first_round=last_round + 1,
     )
-    num_devices = len({card.device for card in strategy.devices.values() if card.num_examples > 0})
-    server.finish(num_devices=num_devices, started=started)
+    server.finish(started=started)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,11 +152,19 @@ class Server:
         config: The run's config.
         run: Its folder.
         tokenizer: Shared by all models.
-        proxy: Large, tuned and untuned; ``tuned`` gets new weights every round.
+        proxy: Large, tuned and untuned; its small models get new weights every round.
         initial_arrays: The small model's tunable weights before round 1.
         small_fingerprint: Of the small model as loaded.
-        validation: Scores rounds.
+        rounds_scored: Validation items that score rounds.
+        validation: All validation items, which choose the shift.
         test: Scores the end.
+        public: Public texts, for few-shot prompts.
+        prompts: Public prompts, for distillation; None if there are none.
+        distiller: Teaches small models; None where nothing is distilled.
+        tuned: Weights of the proxy's tuned model.
+        next_untuned: Weights that the proxy's untuned model gets with the next round; mode ``paired``.
+        shift: Alpha and mask, and how they were chosen; None before the first round.
+        course: The metric that may end the run early, round by round.
     """
 
     config: RunConfig
@@ -128,13 +173,19 @@ class Server:
     proxy: ProxyModel
     initial_arrays: ArrayRecord
     small_fingerprint: str
+    rounds_scored: Evaluator | None
     validation: Evaluator
     test: Evaluator
     public: Sequence[str]
-    cost_rows: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    prompts: Prompts | None
+    distiller: Distiller | None
+    tuned: dict[str, Tensor]
+    next_untuned: dict[str, Tensor] | None = None
+    shift: Shift | None = None
+    course: list[float] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def load(cls, config: RunConfig, run: RunFolder) -> Server:
+    def load(cls, config: RunConfig, run: RunFolder, flower_run_id: int) -> Server:
         """Load models and held-out data, check that they fit together, and write the run's ``config.json``."""
         model, data = config.model, config.data
         with naming("model.small"):
@@ -154,34 +205,47 @@ class Server:
                 place="train.max-length",
             )
         tuned = make_tunable(small, config.tuning, seed=config.seed)
-        initial_arrays = to_array_record(tunable_arrays(tuned))
+        initial = tunable_arrays(tuned)
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
         untuned = None
         if config.tuning.mode == "full":
             untuned = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
+        alpha = config.proxy.alpha
         proxy = ProxyModel(
             large,
             tuned,
             untuned,
-            alpha=config.proxy.alpha,
+            alpha=1.0 if isinstance(alpha, str) else alpha,
             plausibility=config.proxy.plausibility,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
         validation = held_out_items(data, "validation", seed=config.seed)
         test = held_out_items(data, "test", seed=config.seed).first(config.scoring.num_items)
-        public = public_texts(data) if config.scoring.few_shot else []
-        run.write_config(
+        number = config.scoring.round_items
+
+        def evaluator(which: str, items: Items) -> Evaluator:
+            return Evaluator(items, tokenizer, config, proxy, place=f"data.{which}")
+
+        of_validation, of_test = evaluator("validation", validation), evaluator("test", test)
+        mode = config.distillation.mode
+        prompts = public_prompts(data) if mode != "off" else None
+        public = public_texts(data) if config.scoring.few_shot or (mode != "off" and prompts is None) else []
+        distiller = None
+        if mode != "off":
+            texts = None if prompts is None else prompts.texts
+            distiller = Distiller(config, proxy, tokenizer, prompts=texts, texts=public, trainable=list(initial))
+        _record(
+            run,
+            config,
+            flower_run_id,
             {
-                "run_config": flat_values(config),
                 "fingerprints": {"large": fingerprint(large), "small": small_fingerprint},
                 "data_hashes": {
                     "validation": content_hash(validation.examples),
                     "test": content_hash(test.examples),
                 },
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-                "code_hash": CODE_HASH,
-            }
+            },
         )
         log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
         log(
@@ -189,27 +253,107 @@ class Server:
             "Small model %s: %s parameters, of which devices tune and send %s",
             model.small,
             f"{small.num_parameters():,}",
-            f"{sum(array.numpy().size for array in initial_arrays.values()):,}",
+            f"{sum(weight.numel() for weight in initial.values()):,}",
         )
-        chosen = validation.first(config.scoring.round_items)
         return cls(
             config=config,
             run=run,
             tokenizer=tokenizer,
             proxy=proxy,
-            initial_arrays=initial_arrays,
+            initial_arrays=to_array_record(initial),
             small_fingerprint=small_fingerprint,
-            validation=Evaluator(chosen, tokenizer, config, proxy, place="data.validation"),
-            test=Evaluator(test, tokenizer, config, proxy, place="data.test"),
-            public=public,
+            rounds_scored=evaluator("validation", validation.first(number)) if number else None,
+            validation=of_validation,
+            test=of_test,
+            public=public if config.scoring.few_shot else [],
+            prompts=prompts,
+            distiller=distiller,
+            tuned=initial,
         )
 
-    def after_aggregate(self, outcome: RoundOutcome) -> None:
-        """Checkpoint a round, write its costs and score it."""
-        set_arrays(self.proxy.tuned, to_tensors(outcome.arrays))
+    def resume(self, inner: Strategy) -> tuple[ArrayRecord, int]:
+        """Take up everything that the last complete round left.
+
+        Args:
+            inner: Gets back what it carries from round to round.
+
+        Returns:
+            The arrays that the next round begins with, and the last round's number, 0 if none was completed.
+
+        Raises:
+            RunError: The checkpoint is damaged.
+        """
+        last_round = max(self.run.rounds(), default=0)
+        self.run.rewind(last_round)
+        if not last_round:
+            return self.initial_arrays, 0
+        folder = self.run.round_path(last_round)
+        with naming(str(folder)):
+            arrays = _read_arrays(folder / "arrays.safetensors")
+            set_arrays(self.proxy.tuned, arrays)  # checks them
+            self.tuned = arrays
+            if self.config.distillation.mode in IN_ROUNDS:
+                self.tuned = _read_arrays(folder / "tuned.safetensors")
+                set_arrays(self.proxy.tuned, self.tuned)
+            if self.config.distillation.mode == "paired" and self.proxy.untuned is not None:
+                if self.rounds_scored is not None:
+                    self._score_untouched(self.rounds_scored, last_round, "validation")
+                set_arrays(self.proxy.untuned, _read_arrays(folder / "untuned.safetensors"))
+                self.next_untuned = _read_arrays(folder / "next-untuned.safetensors")
+            sent = to_array_record(arrays)
+            set_inner_state(inner, _read_numpy(folder / "inner.safetensors"), sent)
+        for row in self.run.read_lines("metrics.jsonl"):
+            if row["phase"] == "validation":
+                self._remember(row["rows"])
+            elif row["phase"] == "shift":
+                self.shift = Shift.from_json(row)
+        if self.shift is not None:
+            self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
+        return sent, last_round
+
+    def write_shards(self, cards: Sequence[DeviceCard]) -> None:
+        """Write who has how many examples of what; of several nodes with one number, the first counts."""
+        shards = {
+            card.device: {"device": card.device, "num_examples": card.num_examples, "groups": dict(card.groups)}
+            for card in reversed(cards)
+        }
+        write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
+
+    # --- after a round --------------------------------------------------------------------------------------------
+
+    def after_aggregate(self, outcome: RoundOutcome) -> ArrayRecord | None:
+        """Choose the shift, score, teach, and write everything: the checkpoint last, since it makes a round complete.
+
+        Returns:
+            The arrays that the next round begins with, if not the aggregated ones.
+        """
+        aggregated = to_tensors(outcome.arrays)
+        if self.next_untuned is not None and self.proxy.untuned is not None:
+            set_arrays(self.proxy.untuned, self.next_untuned)
+        if self.config.distillation.mode == "carry":
+            sent = to_tensors(outcome.sent)
+            self.tuned = {name: self.tuned[name] + (weights - sent[name]) for name, weights in aggregated.items()}
+        else:
+            self.tuned = aggregated
+        set_arrays(self.proxy.tuned, self.tuned)
+        self._write_training(outcome)
+        if self.config.proxy.alpha == AUTO:
+            self._choose_shift(outcome.server_round)
+        if self.rounds_scored is not None:
+            self._score_round(self.rounds_scored, outcome.server_round, outcome.train_loss)
+        is_last = outcome.server_round == self.config.num_server_rounds or self.is_good_enough()
+        following, untuned = aggregated, None
+        if self.distiller is not None and self.config.distillation.mode in IN_ROUNDS and not is_last:
+            following, untuned = self._teach(self.distiller, outcome.server_round, aggregated)
         self.run.save_round(
-            outcome.server_round, lambda folder: self._write_round(folder, outcome), keep=self.config.keep_rounds
+            outcome.server_round,
+            lambda folder: self._write_round(folder, outcome, following, untuned),
+            keep=self.config.keep_rounds,
         )
+        self.next_untuned = untuned or self.next_untuned
+        return None if following is aggregated else to_array_record(following)
+
+    def _write_training(self, outcome: RoundOutcome) -> None:
         self._spend(
             *(
                 device_cost_row(
@@ -223,43 +367,42 @@ class Server:
                 for part in outcome.devices
             )
         )
-        self.run.append(
-            "metrics.jsonl",
+        self._note(
+            outcome.server_round,
+            "train",
             {
-                "round": outcome.server_round,
-                "phase": "train",
                 "train_loss": outcome.train_loss,
                 "devices": len(outcome.devices),
                 "replies": sum(not part.refused for part in outcome.devices),
                 "seconds": round(outcome.seconds, 3),
             },
         )
-        if self.config.scoring.round_items:
-            self._score_round(outcome.server_round, outcome.train_loss)
 
-    def _write_round(self, folder: Path, outcome: RoundOutcome) -> None:
-        save_file(to_tensors(outcome.arrays), folder / "arrays.safetensors")
-        write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
-        self.proxy.save_pretrained(
-            folder / "proxy",
-            large_ref=self.config.model.large,
-            untuned_ref=self.config.model.small,
-            tokenizer=self.tokenizer,
+    def _choose_shift(self, server_round: int) -> None:
+        begun = time.perf_counter()
+        self.shift, large_tokens = self.validation.choose_shift(self.proxy)
+        self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
+        seconds = time.perf_counter() - begun
+        self._note(server_round, "shift", self.shift.to_json())
+        self._spend(server_cost_row(server_round, "shift", large_tokens=large_tokens, seconds=seconds))
+        log(
+            INFO,
+            "Round %d: alpha %g, plausibility %g by %s of %d validation items",
+            server_round,
+            self.shift.alpha,
+            self.shift.plausibility,
+            self.shift.chosen_by.replace("_", " "),
+            self.shift.items,
         )
 
-    def _spend(self, *rows: Mapping[str, Any]) -> None:
-        self.cost_rows += rows
-        self.run.append("costs.jsonl", *rows)
-
-    def _score_round(self, server_round: int, train_loss: float) -> None:
+    def _score_round(self, evaluator: Evaluator, server_round: int, train_loss: float) -> None:
         begun = time.perf_counter()
-        scores = self.validation.score(self.proxy)
+        scores = evaluator.score(self.proxy)
         seconds = time.perf_counter() - begun
         rows = {name: row.to_json() for name, row in scores.rows.items()}
-        self.run.append(
-            "metrics.jsonl",
-            {"round": server_round, "phase": "validation", "rows": rows, "seconds": round(seconds, 3)},
-        )
+        self._remember(rows)
+        shift = {"alpha": self.proxy.alpha, "plausibility": self.proxy.plausibility}
+        self._note(server_round, "validation", {"rows": rows, **shift, "seconds": round(seconds, 3)})
         self._spend(server_cost_row(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds))
         log(
             INFO,
@@ -267,44 +410,229 @@ class Server:
             server_round,
             self.config.num_server_rounds,
             train_loss,
-            len(self.validation.items.examples),
+            len(evaluator.items.examples),
             100 * rows["tuned"]["exact_match"],
             100 * rows["proxy"]["exact_match"],
         )
 
-    def finish(self, *, num_devices: int, started: float) -> None:
-        """Score the test items, write ``results.json`` and log the table.
+    def _teach(
+        self, distiller: Distiller, server_round: int, aggregated: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        following, untuned, lesson = distiller.teach_round(server_round, aggregated)
+        mode = self.config.distillation.mode
+        drifts = [row["drift"] for row in self.run.read_lines("metrics.jsonl") if row["phase"] == "distillation"]
+        total = sum(drifts) + lesson.drift
+        self._note(server_round, "distillation", {"mode": mode, **lesson.to_json(), "drift_total": total})
+        self._spend(
+            server_cost_row(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
+        )
+        log(
+            INFO,
+            "Round %d: distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f, %+.3f in all",
+            server_round,
+            lesson.result.num_steps,
+            lesson.result.kl_first,
+            lesson.result.kl_last,
+            lesson.drift,
+            total,
+        )
+        if mode == "paper" and total > DRIFT_LIMIT:
+            log(
+                WARNING,
+                "The tuned model has drifted %.3f of the way to the large one; above %.2f the proxy counts the large "
+                "model twice, and fails: lower distillation.learning-rate or choose distillation.mode='carry'",
+                total,
+                DRIFT_LIMIT,
+            )
+        return following, untuned
+
+    def _write_round(
+        self,
+        folder: Path,
+        outcome: RoundOutcome,
+        following: Mapping[str, Tensor],
+        untuned: Mapping[str, Tensor] | None,
+    ) -> None:
+        """The checkpoint: what the next round begins with, and the proxy of this one."""
+        save_file(dict(following), folder / "arrays.safetensors")
+        # safetensors writes the bytes as they lie in memory, whatever their order.
+        inner = {name: np.ascontiguousarray(value) for name, value in outcome.inner_state.items()}
+        save_numpy(inner, folder / "inner.safetensors")
+        mode = self.config.distillation.mode
+        if mode in IN_ROUNDS:
+            save_file(self.tuned, folder / "tuned.safetensors")
+        if mode == "paired" and self.proxy.untuned is not None:
+            weights = _weights_of(self.proxy.untuned, self.initial_arrays)
+            save_file(weights, folder / "untuned.safetensors")
+            save_file(dict(untuned or weights), folder / "next-untuned.safetensors")
+        write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
+        self.proxy.save_pretrained(
+            folder / "proxy",
+            large_ref=self.config.model.large,
+            untuned_ref=BUNDLED if mode == "paired" else self.config.model.small,
+            tokenizer=self.tokenizer,
+        )
+
+    def _note(self, server_round: int, phase: str, row: Mapping[str, Any]) -> None:
+        self.run.append("metrics.jsonl", {"round": server_round, "phase": phase, **row})
+
+    def _spend(self, *rows: Mapping[str, Any]) -> None:
+        self.run.append("costs.jsonl", *rows)
+
+    def _remember(self, rows: Mapping[str, Mapping[str, float]]) -> None:
+        if self.config.stop.metric:
+            self.course.append(rows["proxy"].get(self.config.stop.metric, float("nan")))
+
+    def is_good_enough(self) -> bool:
+        """Whether the validation items say that no further round is needed."""
+        return is_good_enough(self.course, self.config.stop)
+
+    # --- at the end -----------------------------------------------------------------------------------------------
+
+    def finish(self, *, started: float) -> None:
+        """Score the test items, teach the devices' copy, write ``results.json`` and log the table.
 
         Raises:
             RoundError: No round was completed, so there is nothing to score.
         """
-        if not self.run.rounds():
+        rounds = self.run.rounds()
+        if not rounds:
             raise RoundError("a run needs at least one complete round", place="max-failed-rounds")
+        if rounds[-1] < self.config.num_server_rounds and self.is_good_enough():
+            log(INFO, "Ended after round %d: %s is good enough", rounds[-1], self.config.stop.metric)
         log(INFO, "Scoring %d test items", len(self.test.items.examples))
         begun = time.perf_counter()
-        scores = self.test.score(self.proxy, public_texts=self.public)
+        wanted = self.config.scoring.row_names()
+        if self.config.distillation.mode == "paired" and "untuned" in wanted:
+            self._score_untouched(self.test, rounds[-1], "test")
+        scores = self.test.score(self.proxy, rows=wanted, public_texts=self.public)
         seconds = time.perf_counter() - begun
-        self._spend(
-            server_cost_row(self.config.num_server_rounds, "test", large_tokens=scores.large_tokens, seconds=seconds)
-        )
-        results = run_results(
-            scores, self.config, self.cost_rows, num_devices=num_devices, seconds=time.perf_counter() - started
+        self._spend(server_cost_row(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds))
+        results = {**scores.to_json(), "distillation": self.config.distillation.mode}
+        if "proxy" in wanted:
+            results["shift"] = self._shift(rounds[-1]).to_json()
+            self._write_examples(scores, rounds[-1])
+        if self.distiller is not None and self.config.distillation.mode in WITH_DEVICE_COPY:
+            results["rows"] |= self._device_copy(self.distiller, rounds[-1])
+        num_devices = sum(shard["num_examples"] > 0 for shard in read_json(self.run.path / "shards.json"))
+        results |= run_results(
+            self.config,
+            self.run.read_lines("costs.jsonl"),
+            rounds=rounds[-1],
+            num_devices=num_devices,
+            seconds=time.perf_counter() - started,
         )
         self.run.append("answers.jsonl", *scores.records)
         self.run.write_results(results)
         for line in summary_lines(results, self.run.path):
             log(INFO, "%s", line)
-        worse_by = [
-            name
-            for name, key, sign in (("exact match", "proxy_minus_tuned", -1), ("loss", "proxy_minus_tuned_loss", 1))
-            if min(sign * end for end in results[key]["ci95"]) > 0
-        ]
-        if worse_by:
+        measures = worse_by(results)
+        if measures:
             log(
                 WARNING,
                 "On this data the proxy is worse than the tuned small model by %s (95 %% interval); serve that one",
-                " and ".join(worse_by),
+                " and ".join(measures),
             )
         if num_devices == 2 and self.config.data.train.startswith("demo:"):
             log(INFO, "Flower simulates two devices unless told otherwise; for eight add")
             log(INFO, '  --federation-config "num-supernodes=8 client-resources-num-cpus=1"')
+
+    def _write_examples(self, scores: Scores, last_round: int) -> None:
+        begun = time.perf_counter()
+        examples, large_tokens = self.test.examples(self.proxy, scores, number=_EXAMPLES)
+        self.run.append("examples.jsonl", *examples)
+        seconds = time.perf_counter() - begun
+        self._spend(server_cost_row(last_round, "examples", large_tokens=large_tokens, seconds=seconds))
+
+    def _score_untouched(self, evaluator: Evaluator, last_round: int, phase: str) -> None:
+        """Measure the row ``untuned`` with the small model of round 0, which ``paired`` changes; it is remembered."""
+        untuned = self.proxy.untuned
+        if untuned is None:
+            return
+        begun = time.perf_counter()
+        learnt = _weights_of(untuned, self.initial_arrays)
+        set_arrays(untuned, to_tensors(self.initial_arrays))
+        scores = evaluator.score(self.proxy, rows=("untuned",))
+        set_arrays(untuned, learnt)
+        seconds = time.perf_counter() - begun
+        self._spend(server_cost_row(last_round, phase, large_tokens=scores.large_tokens, seconds=seconds))
+
+    def _shift(self, last_round: int) -> Shift:
+        """The shift that was chosen; where it was given, what others would have given on the validation items."""
+        if self.shift is not None:
+            return self.shift
+        curve: list[ShiftPoint] = []
+        if not self.config.data.answer_pattern:  # to judge answers of which a part counts, all would have to be written
+            begun = time.perf_counter()
+            curve, large_tokens = self.validation.shift_curve(self.proxy)
+            seconds = time.perf_counter() - begun
+            self._spend(server_cost_row(last_round, "curve", large_tokens=large_tokens, seconds=seconds))
+        return Shift(
+            alpha=self.proxy.alpha,
+            plausibility=self.proxy.plausibility,
+            chosen_by=BY_CONFIG,
+            items=len(self.validation.items.examples),
+            curve=curve,
+        )
+
+    def _device_copy(self, distiller: Distiller, last_round: int) -> dict[str, Any]:
+        """Teach and save the devices' copy; its rows."""
+        log(INFO, "Distilling the proxy into a copy of the small model for the devices")
+        copy, taught = distiller.teach_device_copy(self.validation.quality)
+        lesson = taught.lesson
+        log(
+            INFO,
+            "Distilled in %d steps, KL %.3f to %.3f nats a token; the copy goes %g of the way there",
+            lesson.result.num_steps,
+            lesson.result.kl_first,
+            lesson.result.kl_last,
+            taught.share,
+        )
+        self._note(last_round, "device", taught.to_json())
+        self.run.save_folder("device", lambda folder: save_small(copy, folder, self.config.model.small, self.tokenizer))
+        self._spend(server_cost_row(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds))
+        topics = frozenset[str]() if self.prompts is None else self.prompts.topics
+        rows = self.test.rows_by_topic("device", self.test.measure(copy), topics)
+        return {name: row.to_json() for name, row in rows.items()}
+
+
+DRIFT_LIMIT = 0.05
+"""Drift along ``large - untuned`` above which the mode ``paper`` is warned about."""
+
+
+def _weights_of(model: PreTrainedModel, like: Iterable[str]) -> dict[str, Tensor]:
+    """A copy of some of a model's weights, float32 on the CPU."""
+    weights = dict(model.named_parameters())
+    return {name: weights[name].detach().to("cpu", torch.float32, copy=True) for name in like}
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint."""
+    return {name: torch.from_numpy(array) for name, array in _read_numpy(path).items()}
+
+
+def _read_numpy(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return load_numpy(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RunError(
+            f"cannot be read ({error})",
+            place=str(path),
+            remedy=f"remove {path.parent} to go on after the round before it, if that was kept",
+        ) from error
+
+
+def _record(run: RunFolder, config: RunConfig, flower_run_id: int, found: Mapping[str, Any]) -> None:
+    """Write the run's ``config.json``, or make sure that a resumed run is the one that it says."""
+    record = {
+        "run_config": flat_values(config),
+        **found,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "code_hash": CODE_HASH,
+        "flower_run_ids": [flower_run_id],
+    }
+    if not config.resume:
+        run.write_config(record)
+        return
+    check_same_run(run.read_config(), record, place=str(run.path))
+    run.add_flower_run(flower_run_id)

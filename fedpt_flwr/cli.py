@@ -5,11 +5,12 @@ Heavy imports are inside the commands, so that ``fedpt --help`` answers at once.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedpt_flwr.config import RunConfig
+    from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.proxy import ProxyModel
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+_Number = TypeVar("_Number", int, float)
 
 Run = Annotated[
     str, typer.Argument(metavar="[RUN]", help="A run id, a unique beginning of one, a folder, or `latest`.")
@@ -163,10 +166,29 @@ def score(
     with _progress() as progress:
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
+    if (folder / "device").is_dir():
+        results["rows"] |= _device_rows(folder, config, evaluator, device)
     _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
     _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file.absolute(), results)
+
+
+@app.command()
+def report(
+    run: Run = "latest",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the plots; by default the run's own.")
+    ] = None,
+) -> None:
+    """Write report.html, one page with everything that a run left, and its plots as PNG files.
+
+    RUN may also be the folder of a comparison. The page needs no network and nothing beside it; open it in a browser.
+    """
+    from fedpt_flwr.report import find_folder, make_report
+
+    page = make_report(find_folder(run), out.absolute() if out else None)
+    _out.print(f"The report is {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("check-config")
@@ -198,6 +220,90 @@ def check_config(
     if problems:
         raise ConfigError.of(problems)
     _out.print(f"The run config is fine: {len(flat)} keys.", highlight=False)
+
+
+@app.command()
+def compare(
+    world: Annotated[
+        list[str] | None,
+        typer.Option(help="A world's run-config.toml, or `demo`; once for each. By default what the config says."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", help='For all worlds, as for `flwr run`: "key=value key2=value2".'),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the federation; learning rates are chosen with the first.")] = (
+        "0,1,2"
+    ),
+    kinds: Annotated[str, typer.Option(help="`fedpt`, `large_federated`, `large_federated_lora`.")] = (
+        "fedpt,large_federated,large_federated_lora"
+    ),
+    modes: Annotated[str, typer.Option(help="Distillation modes of `fedpt`; by default the config's.")] = "",
+    large_learning_rates: Annotated[
+        str, typer.Option(help="To choose from for `large_federated`; by default 2e-4,4e-4,1e-3.")
+    ] = "",
+    large_lora_learning_rates: Annotated[
+        str, typer.Option(help="To choose from for `large_federated_lora`; by default 1e-3,3e-3,1e-2.")
+    ] = "",
+    num_devices: Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")] = 8,
+    jobs: Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the comparison; one that exists goes on. Else $FEDPT_HOME/comparisons/TIME."),
+    ] = None,
+    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep the run folders, under OUT/runs.")] = False,
+    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+) -> None:
+    """Compare proxy-tuning with tuning the large model on the devices, over seeds, worlds and distillation modes.
+
+    Every federation runs in one process, without a network, and leaves one file when it has ended; ended in whatever
+    way, the same command with the same --out goes on. Lists are separated by commas.
+    """
+    app_dir = app_dir.resolve()
+    defaults, given = _app_config(app_dir), _given_config(overrides)
+    from fedpt_flwr import compare as comparing
+    from fedpt_flwr.runs import write_json
+
+    worlds = {label: defaults | flat | given for label, flat in _worlds(world or ["demo"]).items()}
+    chosen_modes = _listed(modes) or list(dict.fromkeys(flat["distillation.mode"] for flat in worlds.values()))
+    rates = {comparing.LARGE: large_learning_rates, comparing.LARGE_LORA: large_lora_learning_rates}
+    plan = comparing.Plan(
+        worlds=worlds,
+        kinds=tuple(_listed(kinds)),
+        modes=tuple(chosen_modes),
+        seeds=tuple(_numbers(seeds, int, "--seeds")),
+        num_devices=num_devices,
+        learning_rates={
+            kind: tuple(_numbers(text, float, f"learning rates of {kind}")) or comparing.LEARNING_RATES[kind]
+            for kind, text in rates.items()
+        },
+    )
+    folder = (out or comparing.new_folder()).absolute()
+    comparison = comparing.Comparison(plan, folder, app=app_dir)
+    _err.print(f"Comparison: {folder}", markup=False, highlight=False, soft_wrap=True)
+    _err.print(f"{plan.num_cells} federations, {comparison.num_found} of them done before", highlight=False)
+    if comparison.num_outdated:
+        _err.print(f"{comparison.num_outdated} were made by other code and are run again", highlight=False)
+    try:
+        with _cell_progress(comparison.num_found, plan.num_cells) as on_cell:
+            comparison.run(jobs=jobs or comparing.default_jobs(worlds.values()), keep_runs=keep_runs, on_cell=on_cell)
+    except KeyboardInterrupt:
+        said = f"Ended; the same command with --out {folder} goes on"
+        _err.print(said, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    title = f"Proxy-tuning beside tuning the large model: {', '.join(worlds)}"
+    summary = comparison.summary(title=title, command=shlex.join(["fedpt", *sys.argv[1:]]))
+    write_json(folder / "summary.json", summary)
+    _out.print(comparing.summary_text(summary), markup=False, highlight=False, soft_wrap=True)
+    _err.print(f"Summary: {folder / 'summary.json'}", markup=False, highlight=False, soft_wrap=True)
+    if summary["errors"]:
+        problems = [f"{name}: {error}" for name, error in summary["errors"].items()]
+        raise RunError(
+            f"{len(problems)} parts of the comparison failed",
+            place=str(folder),
+            remedy="the same command with the same --out tries them again; logs/ says more",
+            problems=problems,
+        )
 
 
 @app.command("demo-world")
@@ -260,6 +366,22 @@ def _load_proxy(
     return proxy, load_tokenizer(str((folder / "proxy").resolve()))
 
 
+def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: str) -> dict[str, Any]:
+    """The rows of the devices' copy of the small model."""
+    from fedpt_flwr.models import load_adapter, load_causal_lm
+    from fedpt_flwr.sources import public_prompts
+
+    copy, settings = folder / "device", {"dtype": config.model.small_dtype, "device": device}
+    is_adapter = (copy / "adapter_config.json").is_file()
+    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), **settings)
+    if is_adapter:
+        model = load_adapter(model, copy)
+    prompts = public_prompts(config.data)
+    topics = frozenset[str]() if prompts is None else prompts.topics
+    rows = evaluator.rows_by_topic("device", evaluator.measure(model), topics)
+    return {name: row.to_json() for name, row in rows.items()}
+
+
 def _test_item(config: RunConfig, number: int) -> tuple[str, str]:
     from fedpt_flwr.sources import held_out_items
 
@@ -299,10 +421,14 @@ def _plain(text: str) -> Any:
 
 
 def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
+    return _app_config(app_dir) | _given_config(overrides)
+
+
+def _app_config(app_dir: Path) -> dict[str, Any]:
+    """The app's defaults."""
     import tomllib
 
-    from click import ClickException
-    from flwr.common.config import flatten_dict, parse_config_args
+    from flwr.common.config import flatten_dict
 
     path = app_dir / "pyproject.toml"
     try:
@@ -320,6 +446,16 @@ def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
             place=str(path.absolute()),
             remedy="name the app's folder with --app",
         )
+    return dict(flatten_dict(defaults))
+
+
+def _given_config(overrides: list[str] | None) -> dict[str, Any]:
+    """What a user gives, read as `flwr run` would."""
+    import tomllib
+
+    from click import ClickException
+    from flwr.common.config import parse_config_args
+
     try:
         given = parse_config_args(overrides)
     except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
@@ -327,14 +463,39 @@ def _flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:
         raise ConfigError(f"cannot be read ({message})", value=overrides, place="--run-config") from error
     if overrides and not given:  # Flower passes over what is no pair
         raise ConfigError("must be key=value pairs or one TOML file", value=" ".join(overrides), place="--run-config")
-    return dict(flatten_dict(defaults)) | dict(given)
+    return dict(given)
+
+
+def _worlds(names: list[str]) -> dict[str, dict[str, Any]]:
+    """What each world's file says, by its label: the name of the folder that it lies in."""
+    files: dict[str, str | None] = {}
+    for name in names:
+        is_file = name.endswith(".toml")
+        if not is_file and name != "demo":
+            raise ConfigError("must be a TOML file of a run config, or demo", value=name, place="--world")
+        label = Path(name).absolute().parent.name if is_file else name
+        if label in files:
+            raise ConfigError("two worlds must lie in folders of different names", value=label, place="--world")
+        files[label] = name if is_file else None
+    return {label: _given_config([file]) if file else {} for label, file in files.items()}
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, kind: type[_Number], place: str) -> list[_Number]:
+    try:
+        return [kind(part) for part in _listed(text)]
+    except ValueError as error:
+        raise ConfigError("must be numbers separated by commas", value=text, place=place) from error
 
 
 def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
-    from fedpt_flwr.sources import device_shard, held_out_items, public_texts
+    from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
     from fedpt_flwr.strategy import make_inner_strategy
 
     config, problems = examine_run_config(flat)
@@ -364,6 +525,9 @@ def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]
             held_out_items(config.data, which, seed=config.seed)
     with collecting():
         public_texts(config.data)
+    if config.distillation.mode != "off":
+        with collecting():
+            public_prompts(config.data)
     return problems
 
 
@@ -390,6 +554,24 @@ def _progress() -> Iterator[Any]:
             _err.print(f"{what} ({total})", markup=False, highlight=False)
 
     yield say
+
+
+@contextmanager
+def _cell_progress(done: int, total: int) -> Iterator[Any]:
+    """A callback for cells of a comparison that have ended: a bar on a terminal, a line for each elsewhere."""
+    if not _err.is_terminal:
+
+        def say(cell: Any) -> None:
+            outcome = f"failed: {cell.error.splitlines()[0]}" if cell.error else f"{cell.seconds:.0f} s"
+            line = f"[{cell.done}/{cell.total}] {cell.name}: {outcome}"
+            _err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_err) as bars:
+        task = bars.add_task("federations", completed=done, total=total)
+        yield lambda cell: bars.update(task, completed=cell.done)
 
 
 if __name__ == "__main__":

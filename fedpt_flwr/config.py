@@ -37,6 +37,15 @@ INNER_STRATEGIES = (
 )
 """Flower's strategies that average arrays and can be named in ``strategy.name``."""
 
+DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
+"""What ``distillation.mode`` can be."""
+
+AUTO = "auto"
+"""The value of ``proxy.alpha`` that lets a run choose."""
+
+SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
+"""What ``scoring.rows`` can name."""
+
 _MARKDOWN_HEAD = """# Run config
 
 Every key of `[tool.flwr.app.config]`. Its defaults are in `pyproject.toml`; for one run they are overridden by
@@ -74,6 +83,11 @@ def _compiles(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _names(text: str) -> list[str]:
+    """The names in a list that is separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 _POSITIVE = ("must be greater than 0", lambda value: value > 0)
@@ -139,7 +153,7 @@ class TrainConfig:
     )
     batch_size: int = _setting(16, "Examples per forward pass.", *_at_least(1))
     accumulation_steps: int = _setting(1, "Forward passes per optimizer step.", *_at_least(1))
-    learning_rate: float = _setting(0.0015, "AdamW's learning rate in round 1.", *_POSITIVE)
+    learning_rate: float = _setting(0.003, "AdamW's learning rate in round 1.", *_POSITIVE)
     learning_rate_end: float = _setting(
         0.2,
         "Learning rate of the last round as a fraction of the first round's.",
@@ -216,6 +230,18 @@ class DataConfig:
         _compiles,
     )
     public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
+    prompts: str = _setting(
+        "demo:prompts",
+        "Public prompts of the server for distillation: records without answers, written out by `data.template`. "
+        "Empty: the texts of `data.public` are learnt from as they stand.",
+        path=True,
+    )
+    prompts_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    cover_field: str = _setting(
+        "unit",
+        "Field whose values say which test items the public prompts cover: the devices' copy is scored on covered "
+        "and other items separately. Empty or absent: on all together.",
+    )
     group_field: str = _setting("kind", "Field that groups examples for `natural` and `dirichlet`.")
     value_field: str = _setting(
         "value", "Field whose value a good answer contains (metric contains_value); empty or absent: not measured."
@@ -274,17 +300,67 @@ class StrategyConfig:
 class ProxyConfig:
     """How strongly the small LM's change steers the large LM."""
 
-    alpha: float = _setting(
+    alpha: float | str = _setting(
         1.0,
-        "Strength of the shift in `large + alpha * (tuned - untuned)`; 1 as published, 0 leaves the large LM alone.",
-        "must be a finite number",
-        math.isfinite,
+        "Strength of the shift in `large + alpha * (tuned - untuned)`; 1 as published, 0 leaves the large LM alone. "
+        "`auto`: after every round this and the mask are chosen by exact match on the validation items (where none is "
+        "right, this alone by loss); of equally good ones the larger alpha.",
+        "must be a finite number or 'auto'",
+        lambda value: value == AUTO if isinstance(value, str) else math.isfinite(value),
     )
     plausibility: float = _setting(
         0.0,
-        "Keep only tokens with at least this share of the tuned LM's largest probability; 0: keep all.",
+        "Keep only tokens with at least this share of the tuned LM's largest probability; 0: keep all. Chosen too "
+        "with `proxy.alpha='auto'`.",
         "must be at least 0 and below 1",
         lambda value: 0 <= value < 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationConfig:
+    """What the small LM learns back from the proxy on public text."""
+
+    mode: str = _setting(
+        "final",
+        "`off`: nothing. `final`: after the last round a copy of the small LM for the devices learns from the proxy. "
+        "`carry`: also the small LM that each round begins with, which the proxy itself does not see. `paired`: both "
+        "small LMs of the proxy learn, tuned from the proxy and untuned from the large LM. `paper`: the small LM of "
+        "each round learns from the proxy, which then counts the large LM again and again: for ablations.",
+        *_one_of(*DISTILLATION_MODES),
+    )
+    steps: int = _setting(20, "Optimizer steps after a round (`carry`, `paired`, `paper`).", *_at_least(1))
+    learning_rate: float = _setting(0.0001, "AdamW's learning rate after a round.", *_POSITIVE)
+    num_prompts: int = _setting(
+        128, "Public prompts, drawn anew for each round, that the proxy answers to teach; 0: all.", *_at_least(0)
+    )
+    gamma: float = _setting(
+        1.0,
+        "`paired`: strength of the term that keeps `large + tuned - untuned` where the proxy was.",
+        *_at_least(0),
+    )
+    final_steps: int = _setting(600, "Optimizer steps of the devices' copy after the last round.", *_at_least(1))
+    final_learning_rate: float = _setting(0.0005, "AdamW's learning rate for the devices' copy.", *_POSITIVE)
+    final_num_prompts: int = _setting(
+        0, "Public prompts that the proxy answers to teach the devices' copy; 0: all.", *_at_least(0)
+    )
+    batch_size: int = _setting(16, "Texts per step.", *_at_least(1))
+    temperature: float = _setting(1.0, "Divides the scores of teacher and student before the softmax.", *_POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StopConfig:
+    """When a run is good enough to end before its last round."""
+
+    metric: str = _setting(
+        "",
+        "What decides, of the proxy on the validation items: `exact_match` or `loss`; empty: all rounds are run.",
+        "must be exact_match, loss or empty",
+        lambda value: value in ("", "exact_match", "loss"),
+    )
+    target: float = _setting(0.0, "End as soon as the metric is at least this good; 0: no such target.", *_at_least(0))
+    patience: int = _setting(
+        0, "End after so many rounds without a better value than the best before; 0: never.", *_at_least(0)
     )
 
 
@@ -292,6 +368,12 @@ class ProxyConfig:
 class ScoringConfig:
     """What the server measures, and on how much."""
 
+    rows: str = _setting(
+        "large,untuned,tuned,proxy",
+        "Models scored on the test examples, separated by commas.",
+        "must be some of large, untuned, tuned and proxy, separated by commas",
+        lambda value: bool(_names(value)) and set(_names(value)) <= set(SCORED_ROWS),
+    )
     num_items: int = _setting(0, "Test examples scored at the end; 0: all.", *_at_least(0))
     round_items: int = _setting(
         48, "Validation examples scored after every round; 0: rounds are not scored.", *_at_least(0)
@@ -307,6 +389,10 @@ class ScoringConfig:
         "must be a finite number",
         math.isfinite,
     )
+
+    def row_names(self) -> tuple[str, ...]:
+        """The rows to score, in the order of the table."""
+        return tuple(name for name in SCORED_ROWS if name in _names(self.rows))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +428,11 @@ class RunConfig:
         path=True,
     )
     keep_rounds: int = _setting(3, "Checkpoints kept; 0: all.", *_at_least(0))
+    resume: str = _setting(
+        "",
+        "Go on with a run after its last complete round: its id, a unique beginning of it, its folder, or `latest`. "
+        "All other keys must be as they were.",
+    )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
@@ -349,6 +440,8 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
     proxy: ProxyConfig = dataclasses.field(default_factory=ProxyConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     threads: ThreadsConfig = dataclasses.field(default_factory=ThreadsConfig)
 
@@ -359,7 +452,7 @@ class Setting:
 
     Attributes:
         key: Dotted kebab-case name, as typed in ``pyproject.toml`` and after ``-c``.
-        kind: Python type of the value.
+        kind: Python type of the value; a number or a text is `float | str`.
         default: Value where the key is not given.
         doc: What it means.
         rule: What a value must obey, or empty.
@@ -368,7 +461,7 @@ class Setting:
     """
 
     key: str
-    kind: type
+    kind: Any
     default: Any
     doc: str
     rule: str
@@ -423,7 +516,8 @@ def examine_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, list[FedP
         if problem is not None:
             problems.append(problem)
             value = setting.default
-        values[key] = float(value) if setting.kind is float else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        values[key] = float(value) if is_number and setting.kind in (float, float | str) else value
     config: RunConfig = _build(RunConfig, "", values)
     return config, problems + _contradictions(config, {str(problem.place) for problem in problems})
 
@@ -468,11 +562,11 @@ def _unescaped(key: str, value: Any) -> Any:
 
 def _problem(setting: Setting, value: Any) -> ConfigError | None:
     kind = setting.kind
-    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    fits = isinstance(value, kind | int if kind in (float, float | str) else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
-        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-        return ConfigError(f"must be {name}", value=value, place=setting.key)
-    if kind is float and not (abs(value) <= sys.float_info.max):
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind)
+        return ConfigError(setting.rule if name is None else f"must be {name}", value=value, place=setting.key)
+    if isinstance(value, float) and not (abs(value) <= sys.float_info.max):
         return ConfigError("must be a finite number", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
         return ConfigError(setting.rule, value=value, place=setting.key)
@@ -540,6 +634,28 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 )
     elif not config.data.train:
         refuse("data.train", "must not be empty", "", "name a data set, or set data.partitioner='node-local'")
+    if config.distillation.mode != "off" and not config.data.prompts and not config.data.public:
+        refuse(
+            "distillation.mode and data.prompts",
+            "distillation needs public prompts (data.prompts) or public texts (data.public)",
+            config.distillation.mode,
+            "name one of them, or set distillation.mode='off'",
+        )
+    if config.proxy.alpha == AUTO and config.proxy.plausibility > 0:
+        refuse(
+            "proxy.alpha and proxy.plausibility",
+            "with proxy.alpha='auto' the mask is chosen too",
+            config.proxy.plausibility,
+            "leave proxy.plausibility out, or give both",
+        )
+    if config.distillation.mode == "paired" and config.tuning.mode == "lora":
+        refuse(
+            "distillation.mode and tuning.mode",
+            "paired distillation changes both small models, and an adapter is on one of them",
+            "paired with lora",
+            "set distillation.mode='carry', or tuning.mode='full'",
+        )
+    _check_stop(config, refuse)
     try:
         arguments = config.strategy.parsed_arguments()
     except ConfigError as error:
@@ -553,3 +669,28 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    stop = config.stop
+    if not stop.metric and (stop.target or stop.patience):
+        refuse(
+            "stop.metric and stop.target and stop.patience",
+            "a target or patience needs a metric",
+            "",
+            "set stop.metric='exact_match' or 'loss'",
+        )
+    if stop.metric and not (stop.target or stop.patience):
+        refuse(
+            "stop.metric and stop.target and stop.patience",
+            "a metric needs a target or patience",
+            stop.metric,
+            "set stop.patience=3, say, or stop.target",
+        )
+    if stop.metric and not config.scoring.round_items:
+        refuse(
+            "stop.metric and scoring.round-items",
+            "rounds must be scored to decide when to end",
+            config.scoring.round_items,
+            "set scoring.round-items to the number of validation items that decide",
+        )

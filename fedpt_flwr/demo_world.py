@@ -23,7 +23,8 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -217,7 +218,10 @@ REQUESTS_PER_KIND = 240
 FAVOURITE_FIELDS = 3
 FAVOURITE_SHARE = 0.85
 TRAIN_UNITS, PROMPT_UNITS, VALIDATION_UNITS, TEST_UNITS = 15, 5, 3, 7
-"""Units per kind that devices hold, that later distillation may ask about, and that the two question sets ask about."""
+"""Units per kind that devices hold, that only distillation asks about, and that the two question sets ask about."""
+
+PROMPTED_UNITS = {"prompts": 5, "validation": 2, "test": 4}
+"""Units per kind and split that the public prompts of a distillation are about."""
 
 NUM_DOCUMENTS = 48_000
 """Documents that the models are pre-trained on; the first ``NUM_PUBLIC_DOCUMENTS`` are also written to a file."""
@@ -404,12 +408,41 @@ def private_records(catalogue: Sequence[Unit], seed: int) -> tuple[dict[str, lis
     return records, split_of
 
 
+def prompt_records(
+    catalogue: Sequence[Unit], split_of: Mapping[str, str], seed: int
+) -> dict[str, list[dict[str, str]]]:
+    """Public prompts for distillation: requests without answers, one for each field of some units of the catalogue.
+
+    They are about the units that no split asks about, and about a part of those of the question sets, so that what the
+    devices' copy learns can be measured on units with prompts and on units without.
+
+    Returns:
+        ``prompts``: in public wordings, as a server can write them. ``prompts_slang``: the same in the devices' slang,
+        for an ablation: a server would not know it.
+    """
+    rng = _stream(seed, "prompts")
+    taken: Counter[tuple[str, str]] = Counter()
+    records: dict[str, list[dict[str, str]]] = {"prompts": [], "prompts_slang": []}
+    for unit in catalogue:
+        split = split_of[unit.name]
+        taken[unit.kind, split] += 1
+        if taken[unit.kind, split] > PROMPTED_UNITS.get(split, 0):
+            continue
+        for field in FIELDS:
+            public = rng.choice(TAGGED_QUESTIONS).format(field=field, kind=unit.kind)
+            slang = rng.choice(REQUESTS).format(slang=rng.choice(SLANG[field]), kind=unit.kind)
+            for name, request in (("prompts", public), ("prompts_slang", slang)):
+                records[name].append({"kind": unit.kind, "unit": unit.name, "request": request})
+    return records
+
+
 def world_texts(seed: int) -> dict[str, str]:
     """The text files of the world, by name: a pure function of the seed."""
     catalogue = make_catalogue(seed)
-    records, _ = private_records(catalogue, seed)
+    records, split_of = private_records(catalogue, seed)
     public = public_documents(catalogue, seed)
-    texts = {f"{split}.jsonl": _jsonl(records[split]) for split in ("train", "validation", "test")}
+    records |= prompt_records(catalogue, split_of, seed)
+    texts = {f"{name}.jsonl": _jsonl(part) for name, part in records.items()}
     texts["public.jsonl"] = _jsonl([{"text": next(public)} for _ in range(NUM_PUBLIC_DOCUMENTS)])
     return texts
 
@@ -494,7 +527,7 @@ def make_model(
 
 # --- The folder ---------------------------------------------------------------------------------------------------
 
-TEXT_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl", "public.jsonl")
+TEXT_FILES = ("public.jsonl", "prompts.jsonl", "prompts_slang.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl")
 WORLD_FILES = frozenset({*TEXT_FILES, "small", "large", "world.json", "run-config.toml"})
 """Everything that a folder of a demo world may hold."""
 
@@ -616,6 +649,7 @@ def _run_config(folder: Path) -> str:
         "data.validation": "validation.jsonl",
         "data.test": "test.jsonl",
         "data.public": "public.jsonl",
+        "data.prompts": "prompts.jsonl",
     }
     # A JSON string is a TOML string as well.
     return "".join(f'"{key}" = {json.dumps(str(folder / name))}\n' for key, name in places.items())

@@ -6,23 +6,43 @@ Used by the server between rounds and at the end, and by ``fedpt score``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fedpt_flwr.config import RunConfig
-from fedpt_flwr.data import tokenize_examples, tokenize_prompts
+from fedpt_flwr.data import TokenizedExample, collate, tokenize_examples, tokenize_prompts
+from fedpt_flwr.distillation import answer_scores, num_answer_tokens
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.models import cpu_threads, max_positions
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import MODELS, Measurement, Scores, score_models
+from fedpt_flwr.scoring import (
+    MODELS,
+    Measurement,
+    Row,
+    Scores,
+    end_token_ids,
+    generate_ids,
+    greedy_quality,
+    make_row,
+    measure_model,
+    score_models,
+    tokens_read,
+)
+from fedpt_flwr.shift import Shift, ShiftPoint, choose_shift, shift_curve
 from fedpt_flwr.sources import Items
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
+
+_WRITTEN_ALPHAS, _WRITTEN_MASKS = (0.5, 0.75, 1.0), (0.0, 0.001, 0.01)
+"""What is tried where answers must be written to be judged, which costs a generation each."""
 
 
 class Evaluator:
@@ -53,6 +73,7 @@ class Evaluator:
         self._config = config
         self._place = place
         self._known: dict[str, Measurement] = {}
+        self._vocab_size = int(proxy.config.real_vocab_size)
         if not items.examples:
             raise DataError("must hold at least one example", place=place)
         context = max_positions(proxy)
@@ -69,6 +90,11 @@ class Evaluator:
         texts = [example.prompt for example in items.examples]
         whole = tokenize_prompts(texts, tokenizer, max_length=None)
         self._prompts = tokenize_prompts(texts, tokenizer, max_length=room)
+        # As they would be written: after the same prompts, and no longer than one can tell that they are too long.
+        self._to_write = [
+            TokenizedExample(prompt, item.answer_ids[: config.scoring.max_new_tokens + 1])
+            for prompt, item in zip(self._prompts, self._tokenized, strict=True)
+        ]
         num_cut = sum(len(prompt) > room for prompt in whole)
         if num_cut or report.num_prompts_cut or report.num_answers_cut:
             _log.warning(
@@ -123,6 +149,159 @@ class Evaluator:
             )
         self._known |= {name: scores.measurements[name] for name in ("large", "untuned") if name in scores.measurements}
         return scores
+
+    def shift_curve(self, proxy: ProxyModel) -> tuple[list[ShiftPoint], int]:
+        """What other strengths of the shift and masks would give on these items.
+
+        Where the whole answer counts, one pass of the models tells (see ``shift.py``). Where a part of it counts
+        (``data.answer-pattern``), answers are written for each of a few choices.
+
+        Args:
+            proxy: The model; its alpha and mask are as before afterwards.
+
+        Returns:
+            The curve, and the tokens that went through the large model.
+        """
+        scoring = self._config.scoring
+        written = bool(self._config.data.answer_pattern)
+        settings = {"alphas": _WRITTEN_ALPHAS, "masks": _WRITTEN_MASKS} if written else {}
+        with cpu_threads(self._config.threads.server):
+            curve = shift_curve(
+                proxy,
+                self._to_write,
+                pad_id=self._tokenizer.pad_token_id or 0,
+                end_ids=end_token_ids(proxy, self._tokenizer),
+                max_new_tokens=scoring.max_new_tokens,
+                batch_size=scoring.batch_size,
+                **settings,
+            )
+        large_tokens = tokens_read(self._to_write)
+        if written:
+            curve, spent = self._written_curve(proxy, curve)
+            large_tokens += spent
+        return curve, large_tokens
+
+    def choose_shift(self, proxy: ProxyModel) -> tuple[Shift, int]:
+        """The best alpha and mask on these items, and the tokens that went through the large model to find them."""
+        curve, large_tokens = self.shift_curve(proxy)
+        return choose_shift(curve, items=len(self.items.examples)), large_tokens
+
+    def _written_curve(self, proxy: ProxyModel, curve: Sequence[ShiftPoint]) -> tuple[list[ShiftPoint], int]:
+        before = proxy.alpha, proxy.plausibility
+        points, spent = [], 0
+        try:
+            for point in curve:
+                proxy.alpha, proxy.plausibility = point.alpha, point.plausibility
+                scores = self.score(proxy, rows=("proxy",))
+                points.append(replace(point, exact_match=scores.rows["proxy"].exact_match or 0.0))
+                spent += scores.large_tokens
+        finally:
+            proxy.alpha, proxy.plausibility = before
+        return points, spent
+
+    def quality(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Exact match and loss of a plain model on the whole answers, without writing any."""
+        with cpu_threads(self._config.threads.server):
+            return greedy_quality(
+                model,
+                self._to_write,
+                pad_id=self._tokenizer.pad_token_id or 0,
+                end_ids=end_token_ids(model, self._tokenizer),
+                max_new_tokens=self._config.scoring.max_new_tokens,
+                batch_size=self._config.scoring.batch_size,
+                vocab_size=self._vocab_size,
+            )
+
+    def measure(self, model: PreTrainedModel) -> Measurement:
+        """Loss and answers of one plain model on every item."""
+        data, scoring = self._config.data, self._config.scoring
+        with cpu_threads(self._config.threads.server):
+            return measure_model(
+                model,
+                self.items.examples,
+                self._tokenized,
+                prompts=self._prompts,
+                tokenizer=self._tokenizer,
+                max_new_tokens=scoring.max_new_tokens,
+                batch_size=scoring.batch_size,
+                vocab_size=self._vocab_size,
+                answer_pattern=data.answer_pattern,
+                values=self.items.values,
+                fields=self.items.fields,
+                place=self._place,
+            )
+
+    def rows_by_topic(self, name: str, measurement: Measurement, topics: frozenset[str]) -> Mapping[str, Row]:
+        """A model's row over all items, and over the items about these topics and the others, where there are both.
+
+        Args:
+            name: Of the row; the others are ``<name>_covered`` and ``<name>_not_covered``.
+            measurement: What the model did.
+            topics: What public prompts are about.
+        """
+        seed = self._config.seed
+        every = range(len(self.items.examples))
+        parts = {name: list(every)}
+        if self.items.topics is not None and topics:
+            covered = [index for index in every if self.items.topics[index] in topics]
+            others = [index for index in every if self.items.topics[index] not in topics]
+            if covered and others:
+                parts |= {f"{name}_covered": covered, f"{name}_not_covered": others}
+        return {part: make_row(measurement.only(indices), n=len(indices), seed=seed) for part, indices in parts.items()}
+
+    def examples(self, proxy: ProxyModel, scores: Scores, *, number: int) -> tuple[list[dict[str, Any]], int]:
+        """Some items with what every model wrote, and which tokens of the proxy's answer the large model did not want.
+
+        Args:
+            proxy: The model.
+            scores: What :meth:`score` found with it.
+            number: Items, taken at equal distances.
+
+        Returns:
+            For each item ``prompt``, ``reference``, ``models`` (answers by row) and ``tokens``: for each token of the
+            proxy's answer its ``text``, whether it is ``changed``, and if so what the ``large`` model alone would
+            have written there. And the tokens that went through the large model for it.
+        """
+        total = len(self.items.examples)
+        chosen = sorted({round(place * total / number) for place in range(number)} & set(range(total)))
+        prompts = [self._prompts[index] for index in chosen]
+        scoring = self._config.scoring
+        with cpu_threads(self._config.threads.server), torch.no_grad():
+            answers = generate_ids(
+                proxy, prompts, tokenizer=self._tokenizer, max_new_tokens=scoring.max_new_tokens, place=self._place
+            )
+            texts = [TokenizedExample(*pair) for pair in zip(prompts, answers, strict=True)]
+            batch = collate(texts, self._tokenizer.pad_token_id or 0)
+            wanted = (
+                answer_scores(proxy.large, batch, vocab_size=self._vocab_size)
+                .argmax(-1)
+                .split([num_answer_tokens(text) for text in texts])
+            )
+        found = []
+        for index, answer, large in zip(chosen, answers, wanted, strict=True):
+            record = scores.records[index]
+            found.append(
+                {
+                    "prompt": record["prompt"],
+                    "reference": record["reference"],
+                    "models": {name: seen["answer"] for name, seen in record["models"].items() if "answer" in seen},
+                    "tokens": self._marked(answer, large.tolist()),
+                }
+            )
+        return found, 2 * tokens_read(texts)
+
+    def _marked(self, answer: list[int], large: list[int]) -> list[dict[str, Any]]:
+        """The tokens of an answer; each text is what the token adds, since one character may take several tokens."""
+        marked: list[dict[str, Any]] = []
+        before = ""
+        for end, other in enumerate(large, len(answer) - len(large) + 1):
+            decoded = str(self._tokenizer.decode(answer[:end], clean_up_tokenization_spaces=False))
+            text = decoded.rstrip("\ufffd")  # the first bytes of a character: it belongs to the token that ends it
+            changed = answer[end - 1] != other
+            token = {"text": text[len(before) :], "changed": changed}
+            marked.append(token | ({"large": str(self._tokenizer.decode([other]))} if changed else {}))
+            before = text
+        return marked
 
 
 def _prompt_room(context: int | None, config: RunConfig) -> int:

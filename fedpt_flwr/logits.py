@@ -104,6 +104,42 @@ def plausible_tokens(tuned: Tensor, *, plausibility: float | Tensor) -> Tensor:
     return scores >= best + ratio.log()
 
 
+def kl_divergence(target: Tensor, scores: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL divergence of a model from a target, position by position, over the whole vocabulary.
+
+    Args:
+        target: Scores of the distribution to be learnt, ``(..., vocab)``, any float dtype; ids at -inf have no part.
+        scores: Scores of the model that learns, the same shape, finite wherever ``target`` is.
+        temperature: Divides both before the softmax; the result is multiplied by its square, so that gradients keep
+            their size (Hinton et al. 2015, arXiv:1503.02531).
+
+    Returns:
+        Nats, ``(...)``, float32: ``temperature**2 * sum p (log p - log q)``; 0 where both are equal.
+    """
+    wanted = (target.float() / temperature).log_softmax(-1)
+    found = (scores.float() / temperature).log_softmax(-1)
+    # An id that the target rules out weighs nothing: without the mask, 0 * inf would be NaN.
+    terms = wanted.exp() * (wanted - found).masked_fill(wanted == -math.inf, 0.0)
+    return temperature**2 * terms.sum(-1)
+
+
+def drift_along(change: Tensor, direction: Tensor) -> float:
+    """How far a change of scores goes along a direction: the least-squares coefficient.
+
+    Scores mean the same when a constant is added at a position, so both are taken from their means there.
+
+    Args:
+        change: What happened to a model's scores, ``(positions, vocab)``.
+        direction: Such as ``large - untuned``, the same shape.
+
+    Returns:
+        ``<change, direction> / <direction, direction>``; 0 where the direction is no direction.
+    """
+    change, direction = (part.double() - part.double().mean(-1, keepdim=True) for part in (change, direction))
+    length = (direction * direction).sum()
+    return float((change * direction).sum() / length) if length > 0 else 0.0
+
+
 def common_vocab_size(large: int, tuned: int, untuned: int, *, vocab_size: int | None = None) -> int:
     """The number of ids over which three models can be combined.
 

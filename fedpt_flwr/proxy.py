@@ -49,7 +49,7 @@ from fedpt_flwr.logits import (
     common_vocab_size,
     mask_implausible,
 )
-from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size
+from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,6 +58,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TUNED_FOLDER = "tuned"
+_UNTUNED_FOLDER = "untuned"
+
+BUNDLED = "bundled:untuned"
+"""The reference of an untuned model that lies in the proxy's own folder, because it is nowhere else."""
+
 _DTYPES = ("float32", "bfloat16", "float16")
 # What AutoModelForCausalLM hands on from its own work, or what only matters for files on a hub.
 _AUTO_ARGUMENTS = frozenset(
@@ -339,7 +344,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             save_directory: The folder; made if missing, overwritten if it holds a proxy.
             large_ref: ``demo:large``, a hub id or a folder. None keeps what the proxy was loaded with, or what
                 transformers remembers of the model.
-            untuned_ref: The same for the small model before tuning.
+            untuned_ref: The same for the small model before tuning; :data:`BUNDLED` writes its weights into the
+                folder ``untuned``.
             tokenizer: Saved into the folder, so that ``AutoTokenizer.from_pretrained`` finds it there.
 
         Raises:
@@ -359,6 +365,14 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 remedy="merge the adapter into the tuned model (merge_and_unload) before making the proxy",
             )
 
+        if _is_adapted(self.tuned) and untuned_ref == BUNDLED:
+            raise ModelError(
+                "an adapter is saved with a reference to its base model, which is not written along",
+                value=untuned_ref,
+                place=str(folder),
+                remedy="pass untuned_ref: demo:small, a hub id or a folder",
+            )
+
         (folder / "config.json").unlink(missing_ok=True)
         # Removed, not overwritten: the weights in memory may be mapped from these very files.
         shutil.rmtree(folder / _TUNED_FOLDER, ignore_errors=True)
@@ -367,6 +381,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             _save_adapter(self.tuned, folder / _TUNED_FOLDER, base_ref=untuned_ref)
         else:
             self.tuned.save_pretrained(folder / _TUNED_FOLDER)
+        shutil.rmtree(folder / _UNTUNED_FOLDER, ignore_errors=True)
+        if untuned_ref == BUNDLED:
+            small.save_pretrained(folder / _UNTUNED_FOLDER)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         config.large = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
@@ -596,6 +613,18 @@ class _Unadapted(nn.Module):
                 yield ".".join(path[:depth] + path[depth + 1 :]), weight
 
 
+def save_small(
+    model: PreTrainedModel | PeftModel, folder: Path, base_ref: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write a small model by itself, full or as an adapter on the base model, with its tokenizer."""
+    if _is_adapted(model):
+        # Resolved: whoever loads the adapter knows no demo world.
+        _save_adapter(model, folder, base_ref=_absolute(resolve_model(base_ref)))
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _save_adapter(model: PeftModel, folder: Path, *, base_ref: str) -> None:
     """Write the active adapter. peft's own method adds a model card, names this machine's paths and may ask the hub."""
     from peft import get_peft_model_state_dict
@@ -625,7 +654,7 @@ def _reference(role: str, given: str | None, stored: Mapping[str, str], model: P
 
 def _absolute(ref: str) -> str:
     """A reference that means the same in every working directory."""
-    if ref.startswith("demo:"):
+    if ref.startswith("demo:") or ref == BUNDLED:
         return ref
     path = Path(ref).expanduser()
     return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
@@ -706,7 +735,8 @@ def _load(role: str, entry: Mapping[str, str], device: str, folder: Path) -> Pre
     """Load a model that the proxy refers to, and make sure that it is the one."""
     remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
     try:
-        model = load_causal_lm(entry["ref"], dtype=entry["dtype"], device=device)
+        ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
+        model = load_causal_lm(ref, dtype=entry["dtype"], device=device)
     except (ModelError, SafetensorError) as error:
         raise ModelError(
             f"the {role} model of the proxy cannot be loaded: {error}", place=str(folder), remedy=remedy

@@ -39,6 +39,7 @@ COST_METRICS = (
     "flops",
     "state-bytes",
     "peak-memory-bytes",
+    "memory-growth-bytes",
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 

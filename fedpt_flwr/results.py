@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpt_flwr.config import RunConfig
-from fedpt_flwr.scoring import Scores, render_table, results_table, verdict
+from fedpt_flwr.config import RunConfig, StopConfig
+from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.scoring import render_table, results_table, verdict
+
+_log = logging.getLogger(__name__)
 
 _MEGABYTE = 1e6
 
@@ -44,23 +49,72 @@ def server_cost_row(server_round: int, phase: str, *, large_tokens: int, seconds
 
 
 def run_results(
-    scores: Scores, config: RunConfig, cost_rows: Sequence[Mapping[str, Any]], *, num_devices: int, seconds: float
+    config: RunConfig, cost_rows: Sequence[Mapping[str, Any]], *, rounds: int, num_devices: int, seconds: float
 ) -> dict[str, Any]:
-    """The contents of ``results.json``.
+    """What ``results.json`` holds besides scores.
 
     Args:
-        scores: Of the test items.
         config: Of the run.
         cost_rows: The lines of ``costs.jsonl``.
+        rounds: The last round.
         num_devices: Devices that have examples.
-        seconds: Time of the whole run.
+        seconds: Time of the whole run, or of its last part if it was resumed.
     """
-    return scores.to_json() | {
+    return {
         "seed": config.seed,
-        "rounds": config.num_server_rounds,
+        "rounds": rounds,
         "devices": num_devices,
         "costs": {"seconds": round(seconds, 2), **_summed_costs(cost_rows)},
     }
+
+
+def is_good_enough(course: Sequence[float], stop: StopConfig) -> bool:
+    """Whether a run may end early.
+
+    Args:
+        course: The proxy's ``stop.metric`` on the validation items, round by round; NaN where there was none.
+        stop: The rule.
+    """
+    if not stop.metric or not course:
+        return False
+    sign = -1.0 if stop.metric == "loss" else 1.0
+    values = [sign * value if math.isfinite(value) else -math.inf for value in course]
+    if stop.target and values[-1] >= sign * stop.target:
+        return True
+    return 0 < stop.patience <= len(values) - 1 - values.index(max(values))
+
+
+def worse_by(results: Mapping[str, Any]) -> list[str]:
+    """The measures by which the proxy is worse than the tuned model, with the whole 95 % interval."""
+    measures = (("exact match", "proxy_minus_tuned", -1), ("loss", "proxy_minus_tuned_loss", 1))
+    return [
+        name for name, key, sign in measures if key in results and min(sign * end for end in results[key]["ci95"]) > 0
+    ]
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> None:
+    """Make sure that a resumed run is the same run.
+
+    Args:
+        before: Its ``config.json``.
+        now: What ``config.json`` would be if the run began now.
+        place: Its folder.
+
+    Raises:
+        ConfigError: A key of the run config differs, or a model or the held-out data is not what it was; says which.
+    """
+    for part, what in (("run_config", "keys"), ("fingerprints", "models"), ("data_hashes", "data sets")):
+        was, new = before.get(part, {}), now[part]
+        differing = sorted(name for name in {*was, *new} - {"resume", "output-dir"} if was.get(name) != new.get(name))
+        if differing:
+            shown = ", ".join(f"{name} (was {was.get(name)!r}, is {new.get(name)!r})" for name in differing[:10])
+            raise ConfigError(
+                f"a resumed run must be the same run; of {len(new)} {what} {len(differing)} differ: {shown}",
+                place=place,
+                remedy="give what config.json there says, or start a new run without resume",
+            )
+    if before.get("code_hash") != now["code_hash"]:
+        _log.warning("The code has changed since this run began: it may not end as it would have")
 
 
 def _summed_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -68,6 +122,8 @@ def _summed_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     server = [row for row in rows if row["device"] == "server"]
     devices = [row for row in rows if row["device"] != "server" and "refused" not in row]
     costs: dict[str, float] = {"server_large_tokens": sum(row["large_tokens"] for row in server)}
+    for phase in dict.fromkeys(row["phase"] for row in server):
+        costs[f"server_large_tokens_{phase}"] = sum(row["large_tokens"] for row in server if row["phase"] == phase)
     means = {
         "bytes_up": "bytes_up_per_device_and_round",
         "bytes_down": "bytes_down_per_device_and_round",
@@ -75,7 +131,11 @@ def _summed_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "flops": "device_flops_per_round",
         "num_tokens": "device_tokens_per_round",
     }
-    maxima = {"state_bytes": "device_state_bytes", "peak_memory_bytes": "device_peak_memory_bytes"}
+    maxima = {
+        "state_bytes": "device_state_bytes",
+        "peak_memory_bytes": "device_peak_memory_bytes",
+        "memory_growth_bytes": "device_memory_growth_bytes",
+    }
     for names, summed in ((means, lambda values: sum(values) / len(values)), (maxima, max)):
         for name, label in names.items():
             values = [row[name] for row in devices if name in row]
@@ -99,5 +159,12 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"A device and round: {spent}")
     if "device_peak_memory_bytes" in costs:
         lines.append(f"Peak memory of a device's process: {costs['device_peak_memory_bytes'] / _MEGABYTE:.0f} MB")
-    lines.append(f"Tokens through the large model, all of them for scoring: {costs['server_large_tokens']:,}")
+    if "device_memory_growth_bytes" in costs:
+        growth = costs["device_memory_growth_bytes"] / _MEGABYTE
+        lines.append(f"Growth of a device's memory over a task, in a fresh process: {growth:.0f} MB")
+    taught = sum(costs.get(f"server_large_tokens_{phase}", 0) for phase in ("distillation", "device"))
+    lines.append(
+        f"Tokens through the large model: {costs['server_large_tokens']:,}, of which {taught:,} to distil and the rest "
+        "to score"
+    )
     return [*lines, f"The run took {costs['seconds']:.0f} s; its folder is {folder}"]

@@ -1,7 +1,10 @@
-"""The run folder: where it lies, what is written when, and how it is found again.
+"""The run folder: where it lies, what is written when, how it is found again, and how a run goes on in it.
 
 Everything is written under a temporary name and then renamed, so that a file or a checkpoint is whole or not there; the
-links ``latest`` and ``proxy`` are replaced in one step. What goes into the files is the caller's business.
+links ``latest`` and ``proxy`` are replaced in one step. A round counts from the moment at which its checkpoint gets its
+name: its lines are written before that, so a process that is killed leaves too many lines, never too few, and
+:meth:`RunFolder.rewind` cuts them. A folder has one writer at a time. What goes into the files is the caller's
+business.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +26,18 @@ from safetensors import SafetensorError
 
 from fedpt_flwr.errors import RunError
 
+try:
+    import fcntl
+except ImportError:  # Windows; there nothing keeps a second writer out
+    fcntl = None  # type: ignore[assignment]
+
 LATEST = "latest"
 _ROUND_DIGITS = 4
+_LOCK = ".lock"
+_LINES_OF_ROUNDS = ("metrics.jsonl", "costs.jsonl")
+_SIZES = "lines.json"  # in a checkpoint: how long these files were, so that what came later can be cut
+_WRITTEN_AT_THE_END = ("results.json", "answers.jsonl", "examples.jsonl", "device")
+_TEMPORARY = re.compile(r"\..+\.([a-z0-9_]{8}|\d+)")  # what write_file and replace_link write to before they rename
 
 
 def runs_root(output_dir: str = "") -> Path:
@@ -88,6 +104,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def _settle(folder: Path) -> None:
+    """Make a new folder readable for all, as safetensors' files are not, and bring all of it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        _flush(path)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that it is there as a whole or not at all.
 
@@ -136,8 +159,19 @@ def replace_link(link: Path, target: str) -> None:
         temporary.replace(link)
 
 
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """The folder of one run.
+
+    Made by the constructor it is for reading. :meth:`create` and :meth:`open` make its only writer: until that object
+    is closed or the process has ended, in whatever way, they refuse any other.
 
     Attributes:
         path: Absolute path.
@@ -145,6 +179,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._release: Callable[[], Any] | None = None
 
     @classmethod
     def create(cls, root: Path, flower_run_id: int, *, now: datetime.datetime | None = None) -> RunFolder:
@@ -157,11 +192,87 @@ class RunFolder:
         path = root / f"{now:%Y%m%dT%H%M%SZ}-{flower_run_id}"
         with _writing(path):
             path.mkdir(parents=True)
-        return cls(path)
+        run = cls(path)
+        run._lock()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Take over the folder of a run that has ended, in whatever way; :meth:`rewind` then prepares it.
+
+        Raises:
+            RunError: It is not the folder of a run, or another process writes to it.
+        """
+        path = path.resolve()  # `latest` would otherwise be pointed at itself
+        if not (path / "config.json").is_file():
+            raise RunError(
+                "a run that can go on has a config.json, and there is none",
+                place=str(path),
+                remedy="start a new run; this one was ended before its first round",
+            )
+        run = cls(path)
+        run._lock()
+        with _writing(path / "rounds"):
+            for aside in (path / "rounds").glob(".*.old"):
+                _bring_back(aside)
+        return run
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        path = self.path / _LOCK
+        with _writing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._release = weakref.finalize(self, os.close, handle)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace")
+            self.close()
+            raise RunError(
+                "a run has one writer at a time",
+                value=holder or "another process",
+                place=str(self.path),
+                remedy="wait until that process has ended, or end it",
+            ) from None
+        except OSError:  # some network file systems have no locks; a run there is better than none
+            return
+        with suppress(OSError):  # only a courtesy to whoever is refused
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
     def write_config(self, value: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
         write_json(self.path / "config.json", value)
+
+    def read_config(self) -> dict[str, Any]:
+        """What :meth:`write_config` wrote.
+
+        Raises:
+            RunError: It is missing or damaged.
+        """
+        path = self.path / "config.json"
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise RunError("must hold a JSON object", value=value, place=str(path))
+        return value
+
+    def add_flower_run(self, run_id: int) -> None:
+        """Add the id of the Flower run that writes here now to ``flower_run_ids`` of ``config.json``."""
+        config = self.read_config()
+        others = [known for known in config.get("flower_run_ids", []) if known != run_id]
+        self.write_config(config | {"flower_run_ids": [*others, run_id]})
 
     def write_results(self, value: Mapping[str, Any]) -> None:
         """Write ``results.json``."""
@@ -182,10 +293,13 @@ class RunFolder:
             try:
                 while left:
                     left = left[file.write(left) :]
+                os.fsync(file.fileno())  # a checkpoint that is on the disk has its lines there, too
             except OSError:
                 with suppress(OSError):
                     os.truncate(path, before)
                 raise
+            if not before:
+                _flush(self.path)
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSON Lines file of the run; none where there is no such file.
@@ -209,9 +323,11 @@ class RunFolder:
     def save_round(self, server_round: int, write: Callable[[Path], None], *, keep: int) -> Path:
         """Write the checkpoint of a round, point ``proxy`` and ``latest`` at it, remove checkpoints that are too old.
 
+        The round is complete as soon as its folder has its name. Whatever belongs to it must be written before.
+
         Args:
             server_round: The round.
-            write: Fills the folder that it is given, which must get a folder ``proxy``.
+            write: Fills the folder that it is given, which must get a file ``round.json`` and a folder ``proxy``.
             keep: How many checkpoints stay; 0 keeps all.
 
         Returns:
@@ -221,29 +337,44 @@ class RunFolder:
             RunError: It cannot be written; the earlier checkpoints and the link are as they were.
         """
         target = self.round_path(server_round)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with _writing(target):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            try:
-                write(temporary)
-                for path in [*temporary.rglob("*"), temporary]:
-                    path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' are their owner's alone
-                    _flush(path)
-                shutil.rmtree(target, ignore_errors=True)
-                temporary.rename(target)
-                _flush(target.parent)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-        replace_link(self.path / "proxy", os.path.relpath(target / "proxy", self.path))
-        replace_link(self.path.parent / LATEST, self.path.name)
+
+        def write_round(folder: Path) -> None:
+            write(folder)
+            sizes = {name: self._size(name) for name in _LINES_OF_ROUNDS}
+            write_json(folder / _SIZES, sizes)
+
+        _write_folder(target, write_round)
+        self._point_links(server_round)
         self._remove_old_rounds(keep)
         return target
 
+    def save_folder(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Write a folder of the run so that it is there as a whole or not at all.
+
+        Args:
+            name: Of the folder; one of this name is replaced.
+            write: Fills the folder that it is given.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        _write_folder(self.path / name, write)
+        return self.path / name
+
+    def _size(self, name: str) -> int:
+        path = self.path / name
+        return path.stat().st_size if path.exists() else 0
+
     def rounds(self) -> list[int]:
         """The rounds that have a complete checkpoint, in order."""
-        return sorted(int(path.name) for path in (self.path / "rounds").glob("[0-9]*") if path.is_dir())
+        folders = (path for path in (self.path / "rounds").glob("[0-9]*") if path.name.isdecimal())
+        return sorted(int(path.name) for path in folders if (path / "round.json").is_file())
+
+    def _point_links(self, server_round: int) -> None:
+        proxy = os.path.relpath(self.round_path(server_round) / "proxy", self.path)
+        for link, target in ((self.path / "proxy", proxy), (self.path.parent / LATEST, self.path.name)):
+            if not (link.is_symlink() and link.readlink() == Path(target)):
+                replace_link(link, target)
 
     def _remove_old_rounds(self, keep: int) -> None:
         if keep == 0:
@@ -252,4 +383,105 @@ class RunFolder:
         for server_round in self.rounds()[:-keep]:
             folder = self.round_path(server_round)
             if folder.resolve() != in_use:
-                shutil.rmtree(folder, ignore_errors=True)
+                nameless = _beside(folder, "tmp")
+                with suppress(OSError):
+                    folder.rename(nameless)
+                shutil.rmtree(nameless, ignore_errors=True)
+
+    # --- going on -------------------------------------------------------------------------------------------------
+
+    def rewind(self, server_round: int) -> None:
+        """Make the folder what it was when a round had just been saved, so that a run goes on with the next one.
+
+        Lines that were added since are cut; what is written at a run's end, later checkpoints and what was left under
+        temporary names is removed; the links are put right. A process that is killed in here leaves a folder that can
+        be rewound again.
+
+        Args:
+            server_round: The last complete round; 0 if there is none.
+
+        Raises:
+            RunError: The round has no complete checkpoint, lines of it are missing, or the folder cannot be written.
+        """
+        rounds = self.rounds()
+        if server_round and server_round not in rounds:
+            known = ", ".join(map(str, rounds)) or "none"
+            raise RunError(
+                f"round {server_round} has no complete checkpoint",
+                place=str(self.path),
+                remedy=f"there are those of rounds: {known}",
+            )
+        sizes = read_json(self.round_path(server_round) / _SIZES) if server_round else {}
+        for name in _LINES_OF_ROUNDS:
+            self._check_lines(name, sizes.get(name, 0))
+        with _writing(self.path):
+            for path in self._not_of_rounds_up_to(server_round):
+                _remove(path)
+            for name in _LINES_OF_ROUNDS:
+                if self._size(name):
+                    os.truncate(self.path / name, sizes.get(name, 0))
+        if server_round:
+            self._point_links(server_round)
+        else:
+            with _writing(self.path):
+                _remove(self.path / "proxy")
+
+    def _not_of_rounds_up_to(self, server_round: int) -> list[Path]:
+        complete = {self.round_path(number) for number in self.rounds() if number <= server_round}
+        found = [self.path / name for name in _WRITTEN_AT_THE_END]
+        found += [_beside(path, kind) for path in found for kind in ("tmp", "old")]
+        found += [path for path in (self.path / "rounds").glob("*") if path not in complete]
+        found += [path for path in self.path.glob(".*") if _is_temporary(path)]
+        # Beside the run's folder there may be other runs' temporary links: those that point here are this run's.
+        links = [path for path in self.path.parent.glob(f".{LATEST}.*") if path.is_symlink()]
+        return found + [path for path in links if path.readlink() == Path(self.path.name)]
+
+    def _check_lines(self, name: str, size: int) -> None:
+        """Refuse a file that does not hold the lines of the rounds that it should: they cannot be had again."""
+        path = self.path / name
+        with _writing(path):
+            head = path.read_bytes()[:size] if path.exists() else b""
+        if len(head) < size or not head.endswith(b"\n" if size else b""):
+            raise RunError(
+                f"must begin with the {size} bytes that were there when the last round was saved",
+                value=f"{len(head)} bytes that end with {head[-20:]!r}",
+                place=str(path),
+                remedy="put back the file as the run wrote it",
+            )
+
+
+def _is_temporary(path: Path) -> bool:
+    return _TEMPORARY.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    """Where a folder lies that is being written or removed (``tmp``), or replaced (``old``)."""
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder and give it its name when it is whole."""
+    temporary, aside = _beside(target, "tmp"), _beside(target, "old")
+    with _writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            _settle(temporary)
+            if target.exists():  # a folder that is being removed is neither there nor gone: it loses its name first
+                shutil.rmtree(aside, ignore_errors=True)
+                target.rename(aside)
+            temporary.rename(target)
+            _flush(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _bring_back(aside)
+            raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _bring_back(aside: Path) -> None:
+    """Give a checkpoint its name again if nothing has replaced it."""
+    target = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+    if aside.exists() and not target.exists():
+        aside.rename(target)

@@ -87,9 +87,15 @@ class AnswerLosses:
         """Zeros, to add to."""
         return cls(np.zeros(items), np.zeros(items, dtype=np.int64))
 
-    def add(self, items: IntArray, nats: FloatArray) -> None:
-        """Adds the losses of some tokens to the items that they belong to, in place."""
-        np.add.at(self.nats, items, nats)
+    def add_scores(self, items: IntArray, scores: Tensor, targets: Tensor) -> None:
+        """Adds the losses of some tokens to the items that they belong to, in place.
+
+        Args:
+            items: Index of each token's item, ``(tokens,)``.
+            scores: A model's scores, ``(tokens, vocab)``.
+            targets: The right tokens, ``(tokens,)``.
+        """
+        np.add.at(self.nats, items, _nats(scores, targets))
         np.add.at(self.tokens, items, 1)
 
     @property
@@ -131,8 +137,91 @@ def answer_losses(
         on_progress=on_progress,
     )
     for items, targets, (scores,) in batches:
-        losses.add(items, _nats(scores, targets))
+        losses.add_scores(items, scores, targets)
     return losses
+
+
+class GreedyMistakes:
+    """Which items a model would not answer right, found from its best tokens after the right ones.
+
+    An answer would be written greedily without a mistake exactly if each of its tokens is the best one after those
+    before it. Writing stops at any token that ends an answer, and after ``max_new_tokens``: an answer of just so many
+    needs no end.
+
+    Args:
+        examples: The items.
+        end_ids: Tokens that end an answer; with none, an item's last token is one like the others.
+        max_new_tokens: Longest answer that would be written; longer ones are wrong. None: no limit.
+    """
+
+    def __init__(
+        self, examples: Sequence[TokenizedExample], *, end_ids: Sequence[int] = (), max_new_tokens: int | None = None
+    ) -> None:
+        limit = 2**31 if max_new_tokens is None else max_new_tokens
+        lengths = [len(item.answer_ids) - (item.answer_ids[-1] in end_ids) for item in examples]
+        self._ends = torch.tensor(list(end_ids), dtype=torch.int64)
+        self._open_ended = torch.tensor([length == limit for length in lengths])
+        self.wrong = np.asarray([length > limit for length in lengths])
+        """Bool, ``(items,)``."""
+
+    def add(self, items: IntArray, best: Tensor, targets: Tensor) -> None:
+        """Notes some tokens.
+
+        Args:
+            items: Index of each token's item, ``(tokens,)``.
+            best: The model's best tokens, ``(tokens,)``.
+            targets: The right ones, ``(tokens,)``.
+        """
+        best, targets = best.cpu(), targets.cpu()
+        is_end = torch.isin(targets, self._ends)
+        right = (best == targets) | (
+            is_end & (torch.isin(best, self._ends) | self._open_ended[torch.from_numpy(items)])
+        )
+        self.wrong[items[~right.numpy()]] = True
+
+    @property
+    def exact_match(self) -> float:
+        """Share of the items that would be answered right."""
+        return float(np.mean(~self.wrong))
+
+
+def greedy_quality(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_id: int,
+    end_ids: Sequence[int] = (),
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    vocab_size: int | None = None,
+) -> tuple[float, float]:
+    """Exact match and loss of a plain model from one pass over the right answers; nothing is written.
+
+    Args:
+        model: Any causal LM.
+        examples: The items.
+        pad_id: Token that fills up shorter items.
+        end_ids: See :class:`GreedyMistakes`.
+        max_new_tokens: See :class:`GreedyMistakes`.
+        batch_size: Items in a forward pass at most.
+        vocab_size: Only the first so many scores are tokens.
+
+    Returns:
+        Share of the items that would be answered right, and nats per answer token.
+    """
+    losses = AnswerLosses.none_yet(len(examples))
+    mistakes = GreedyMistakes(examples, end_ids=end_ids, max_new_tokens=max_new_tokens)
+    for items, targets, (scores,) in _forward(
+        [lambda: contextlib.nullcontext(model)],
+        examples,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        on_progress=None,
+    ):
+        losses.add_scores(items, scores, targets)
+        mistakes.add(items, scores.argmax(-1), targets)
+    return mistakes.exact_match, losses.mean
 
 
 def proxy_losses(
@@ -159,11 +248,42 @@ def proxy_losses(
         Losses by the names of :data:`MODELS`, each in the order of ``examples``.
     """
     losses = {name: AnswerLosses.none_yet(len(examples)) for name in MODELS}
-    batches = _forward(
+    batches = model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size, on_progress=on_progress)
+    for items, targets, (large, tuned, untuned) in batches:
+        losses["large"].add_scores(items, large, targets)
+        losses["tuned"].add_scores(items, tuned, targets)
+        losses["untuned"].add_scores(items, untuned, targets)
+        losses["proxy"].add_scores(items, combine_logits(large, tuned, untuned, alpha=alpha), targets)
+    return losses
+
+
+def model_scores(
+    proxy: ProxyModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_id: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[IntArray, Tensor, list[Tensor]]]:
+    """The scores that large, tuned and untuned model give to the answer tokens of the items.
+
+    Args:
+        proxy: Holds the models.
+        examples: The items.
+        pad_id: Token that fills up shorter items; which one makes no difference.
+        batch_size: Items in a forward pass at most; fewer where the vocabulary is large.
+        on_progress: Called with the number of items done and of all items.
+
+    Yields:
+        For some answer tokens at a time: the index of the item that each belongs to, ``(tokens,)``; the tokens,
+        ``(tokens,)``; and the scores of large, tuned and untuned over the proxy's real tokens, each
+        ``(tokens, vocab)``, all on one device.
+    """
+    return _forward(
         [
             lambda: contextlib.nullcontext(proxy.large),
             lambda: contextlib.nullcontext(proxy.tuned),
-            lambda: _untuned(proxy),
+            lambda: untuned_of(proxy),
         ],
         examples,
         pad_id=pad_id,
@@ -171,12 +291,6 @@ def proxy_losses(
         vocab_size=proxy.config.real_vocab_size,
         on_progress=on_progress,
     )
-    for items, targets, (large, tuned, untuned) in batches:
-        losses["large"].add(items, _nats(large, targets))
-        losses["tuned"].add(items, _nats(tuned, targets))
-        losses["untuned"].add(items, _nats(untuned, targets))
-        losses["proxy"].add(items, _nats(combine_logits(large, tuned, untuned, alpha=alpha), targets))
-    return losses
 
 
 _Opener = Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]
@@ -184,7 +298,8 @@ _Opener = Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]
 
 
 @contextlib.contextmanager
-def _untuned(proxy: ProxyModel) -> Iterator[PreTrainedModel]:
+def untuned_of(proxy: ProxyModel) -> Iterator[PreTrainedModel]:
+    """The small model before tuning, for as long as the context lasts: it may be the tuned one without its adapter."""
     if proxy.untuned is not None:
         yield proxy.untuned
     else:
@@ -309,33 +424,60 @@ def generate_answers(
     place: str = "prompts",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[str], IntArray]:
-    """What a model writes after each prompt, greedily and by its own ``generate()``.
+    """What a model writes after each prompt, as text; see :func:`generate_ids`.
+
+    Returns:
+        The answers without special tokens, and the number of tokens that were written for each, ``(prompts,)``, with
+        the one that ended it. Both are in the order of ``prompts``.
+    """
+    written = generate_ids(
+        model,
+        prompts,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        place=place,
+        on_progress=on_progress,
+    )
+    answers = [decode_answer(answer, model, tokenizer) for answer in written]
+    return answers, np.asarray([len(answer) for answer in written], dtype=np.int64)
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    place: str = "prompts",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """What a model writes after each prompt, greedily and by its own ``generate()``, as token ids.
 
     A model's repetition penalty and the like are switched off, so that all models decode alike.
 
     Args:
         model: Any causal LM, a :class:`ProxyModel` included.
         prompts: Token ids, each prompt with at least one.
-        tokenizer: Decodes, and names the token that ends an answer.
+        tokenizer: Names the tokens that end an answer and fill up a batch.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts that are answered at the same time.
         place: Names the prompts in errors.
         on_progress: Called with the number of prompts answered and of all prompts.
 
     Returns:
-        The answers' text without special tokens, and the number of tokens that were written for each, ``(prompts,)``,
-        with the one that ended it. Both are in the order of ``prompts``. Prompts of similar length share a batch; up to
-        rounding in floating point, an answer does not depend on the others in it.
+        The answers in the order of ``prompts``, each up to and with the token that ended it, if one did. Prompts of
+        similar length share a batch; up to rounding in floating point, an answer does not depend on the others in it.
 
     Raises:
         DataError: A prompt is empty or leaves no room for an answer in the model's context.
     """
     _check_room(prompts, max_new_tokens=max_new_tokens, context=max_positions(model), place=place)
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer)
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    answers = [""] * len(prompts)
-    num_written = np.zeros(len(prompts), dtype=np.int64)
+    answers: list[list[int]] = [[] for _ in prompts]
     with _opened(lambda: contextlib.nullcontext(model)):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
@@ -352,12 +494,15 @@ def generate_answers(
             )
             written = sequences[:, padded["input_ids"].shape[1] :].tolist()
             for index, token_ids in zip(batch, written, strict=True):
-                answer = _until_end(token_ids, end_ids)
-                answers[index] = _decode(answer, tokenizer)
-                num_written[index] = min(len(answer) + 1, len(token_ids))
+                answers[index] = token_ids[: len(_until_end(token_ids, end_ids)) + 1]
             if on_progress is not None:
                 on_progress(first + len(batch), len(prompts))
-    return answers, num_written
+    return answers
+
+
+def decode_answer(token_ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an answer, without what ended it and without special tokens."""
+    return _decode(_until_end(token_ids, end_token_ids(model, tokenizer)), tokenizer)
 
 
 def _check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int | None, place: str) -> None:
@@ -373,8 +518,12 @@ def _check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, contex
             )
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, then those that the model itself stops at."""
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, then those that the model itself stops at.
+
+    Raises:
+        ModelError: There are none.
+    """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     own = configured if isinstance(configured, list) else [configured]
     ends = [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
@@ -613,6 +762,16 @@ class Measurement:
     judged: Mapping[str, IntArray] = field(default_factory=dict)
     shots: IntArray | None = None
 
+    def only(self, indices: Sequence[int]) -> Measurement:
+        """The same of some of the items."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Measurement(
+            losses=self.losses and AnswerLosses(self.losses.nats[chosen], self.losses.tokens[chosen]),
+            answers=self.answers and [self.answers[index] for index in indices],
+            judged={name: marks[chosen] for name, marks in self.judged.items()},
+            shots=None if self.shots is None else self.shots[chosen],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -802,7 +961,7 @@ def score_models(
     if missing:
         openers: dict[str, _Opener] = {
             "large": lambda: contextlib.nullcontext(proxy.large),
-            "untuned": lambda: _untuned(proxy),
+            "untuned": lambda: untuned_of(proxy),
             "tuned": lambda: contextlib.nullcontext(proxy.tuned),
             "proxy": lambda: contextlib.nullcontext(proxy),
         }
@@ -814,7 +973,7 @@ def score_models(
             batch_size=batch_size,
             on_progress=progress("losses"),
         )
-        large_tokens += _tokens_read(tokenized)
+        large_tokens += tokens_read(tokenized)
         measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
@@ -848,7 +1007,7 @@ def score_models(
             vocab_size=proxy.config.real_vocab_size,
             on_progress=progress(f"losses of {FEW_SHOT}"),
         )
-        large_tokens += _tokens_read(few_shot_items)
+        large_tokens += tokens_read(few_shot_items)
         measured = measure(FEW_SHOT, lambda: contextlib.nullcontext(proxy.large), few_shot_prompts, few_shot_losses)
         measurements[FEW_SHOT] = replace(measured, shots=used)
 
@@ -867,7 +1026,34 @@ def score_models(
     )
 
 
-def _tokens_read(examples: Sequence[TokenizedExample]) -> int:
+def measure_model(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    *,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    vocab_size: int | None = None,
+    answer_pattern: str = "",
+    values: Sequence[str] | None = None,
+    fields: Sequence[str] | None = None,
+    place: str = "items",
+) -> Measurement:
+    """Loss and answers of one plain model; the arguments are those of :func:`score_models`."""
+    losses = answer_losses(
+        model, tokenized, pad_id=tokenizer.pad_token_id or 0, batch_size=batch_size, vocab_size=vocab_size
+    )
+    answers, _ = generate_answers(
+        model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, place=place
+    )
+    references = [example.answer for example in examples]
+    judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
+    return Measurement(losses=losses, answers=answers, judged=judged)
+
+
+def tokens_read(examples: Sequence[TokenizedExample]) -> int:
     """Tokens that a model reads to score these items: all but the last of each item that has a token to score."""
     return sum(_length(example) - 1 for example in examples if _length(example) > _first_scored(example))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fedpt_flwr.config import DataConfig
@@ -26,20 +27,43 @@ class Items:
         examples: Prompts and right answers.
         values: What a good answer contains, one per example; None if the records do not say.
         fields: What is asked for, one per example; None if the records do not say.
+        topics: What each example is about, in the terms of :class:`Prompts`; None if the records do not say.
     """
 
     examples: list[Example]
     values: list[str] | None
     fields: list[str] | None
+    topics: list[str] | None = None
 
     def first(self, number: int) -> Items:
         """The first items, or all of them where ``number`` is 0."""
-        end = number or None
+        return self.only(range(min(number, len(self.examples)) if number else len(self.examples)))
+
+    def only(self, indices: Sequence[int]) -> Items:
+        """The items at these indices."""
+
+        def chosen(column: list[str] | None) -> list[str] | None:
+            return column and [column[index] for index in indices]
+
         return Items(
-            examples=self.examples[:end],
-            values=self.values and self.values[:end],
-            fields=self.fields and self.fields[:end],
+            examples=[self.examples[index] for index in indices],
+            values=chosen(self.values),
+            fields=chosen(self.fields),
+            topics=chosen(self.topics),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Public prompts without answers.
+
+    Attributes:
+        texts: The prompts.
+        topics: Everything that they are about, by ``data.cover-field``; empty if the records do not say.
+    """
+
+    texts: list[str]
+    topics: frozenset[str]
 
 
 def device_shard(data: DataConfig, *, device: int, num_devices: int, seed: int) -> list[Example]:
@@ -93,7 +117,12 @@ def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
         )
         chosen = _split(data, len(examples), seed)[which]
         examples, records = [examples[index] for index in chosen], [records[index] for index in chosen]
-    return Items(examples=examples, values=_column(records, data.value_field), fields=_column(records, data.name_field))
+    return Items(
+        examples=examples,
+        values=_column(records, data.value_field),
+        fields=_column(records, data.name_field),
+        topics=_column(records, data.cover_field),
+    )
 
 
 def public_texts(data: DataConfig) -> list[str]:
@@ -109,6 +138,34 @@ def public_texts(data: DataConfig) -> list[str]:
     return [
         template.render(record, place=f"{data.public}, record {number}") for number, record in enumerate(records, 1)
     ]
+
+
+def public_prompts(data: DataConfig) -> Prompts | None:
+    """The server's public prompts for distillation; None where ``data.prompts`` is empty.
+
+    Raises:
+        DataError: The source cannot be read, is empty, or lacks a field of the template.
+    """
+    if not data.prompts:
+        return None
+    template = _template("data.template", data.template)
+    with _remedy("name prompts that fit the template in data.prompts, or set distillation.mode='off'"):
+        records = read_records(data.prompts, split=data.prompts_split)
+        texts = [
+            template.render(record, place=f"{data.prompts}, record {place}") for place, record in enumerate(records, 1)
+        ]
+    topics = _column(records, data.cover_field)
+    return Prompts(texts=texts, topics=frozenset(topics or ()))
+
+
+@contextmanager
+def _remedy(remedy: str) -> Iterator[None]:
+    """Give an error that names no remedy this one."""
+    try:
+        yield
+    except DataError as error:
+        error.remedy = error.remedy or remedy
+        raise
 
 
 def _template(key: str, text: str) -> Template:

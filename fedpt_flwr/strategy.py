@@ -4,6 +4,9 @@ The inner strategy decides how updates become one model. Around it, this one mak
 stable numbers, sampling and the order of replies depend on the seed alone), checks every reply before it is used, says
 what it refused, waits no longer than told, and hands each round's outcome to a callback: that is where the server
 writes its checkpoint, scores, and distils.
+
+A run can go on in another process as if it had never stopped. What a round depends on is its number, the seed, the
+arrays that it sends and what the inner strategy carries over from the rounds before (:func:`inner_state`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from flwr.app.exception import AppExitException
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi, Result, Strategy
+from numpy.typing import NDArray
 
 from fedpt_flwr.config import StrategyConfig
-from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError
+from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
 from fedpt_flwr.records import (
     ARRAYS,
     CONFIG,
@@ -38,6 +42,21 @@ from fedpt_flwr.records import (
     message_bytes,
     refusal_reason,
 )
+
+RESUMABLE = (
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+)
+"""Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
 
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
@@ -70,14 +89,18 @@ class RoundOutcome:
 
     Attributes:
         server_round: From 1.
+        sent: The arrays that the devices began with.
         arrays: The aggregated arrays, float32.
+        inner_state: What the inner strategy carries into the next round, see :func:`inner_state`.
         train_loss: Mean over the devices' examples of the training loss, nats per answer token.
         devices: One entry per sampled device, by number.
         seconds: From sending the arrays to having aggregated them.
     """
 
     server_round: int
+    sent: ArrayRecord
     arrays: ArrayRecord
+    inner_state: Mapping[str, NDArray[Any]]
     train_loss: float
     devices: Sequence[DeviceRound]
     seconds: float
@@ -137,6 +160,93 @@ def _record_keys(cls: type) -> list[str]:
     return [name for name in names if name.endswith(("_key", "_fn"))]
 
 
+def check_resumable(name: str) -> None:
+    """Check that a run with this inner strategy can go on where it stopped.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if name not in RESUMABLE:
+        raise ConfigError(
+            "what this strategy remembers from round to round cannot be saved",
+            value=name,
+            place="strategy.name",
+            remedy=f"a run can be resumed with {', '.join(RESUMABLE)}",
+        )
+
+
+def inner_state(strategy: Strategy) -> dict[str, NDArray[Any]]:
+    """What a strategy carries from one round into the next, besides the arrays that it sends.
+
+    Args:
+        strategy: Of those in :data:`RESUMABLE`; of any other nothing is known.
+
+    Returns:
+        Arrays by flat names such as ``m_t/<name of an array>``, in the types in which the strategy computes. Empty for
+        a strategy that carries nothing, and before the first round. They are the strategy's own: not to be written to.
+    """
+    state: dict[str, NDArray[Any]] = {}
+    for field, value in _carried(strategy).items():
+        if isinstance(strategy, FedAvgM) and value is not None:  # a list, in the order of these
+            value = dict(zip(strategy.current_arrays or (), value, strict=True))
+        for name, part in (value or {}).items():
+            state[f"{field}/{name}"] = np.asarray(part, order="C")  # safetensors writes memory as it lies
+    return state
+
+
+def set_inner_state(strategy: Strategy, state: Mapping[str, NDArray[Any]], arrays: ArrayRecord) -> None:
+    """Give a new strategy what :func:`inner_state` took from another after a complete round.
+
+    Args:
+        strategy: Of those in :data:`RESUMABLE`, made with the same arguments.
+        state: What was saved; it is not trusted.
+        arrays: Those that the next round sends: the state has the same names and shapes.
+
+    Raises:
+        ConfigError: The strategy is none that can be resumed.
+        RunError: Names, shapes or types are not those of this strategy and these arrays, or a value is not finite.
+    """
+    check_resumable(type(strategy).__name__)
+    fields = tuple(_carried(strategy))
+    shapes = {f"{field}/{name}": tuple(array.shape) for field in fields for name, array in arrays.items()}
+    if state.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+        raise RunError(
+            f"the saved state of {type(strategy).__name__} must hold {len(shapes)} arrays",
+            value=f"{len(missing)} missing {missing[:1]}, {len(extra)} unknown {extra[:1]}",
+            remedy="was it saved with other strategy.arguments?",
+        )
+    for name, shape in shapes.items():
+        _check_state(name, state[name], shape)
+    for field in fields:
+        parts = {name: state[f"{field}/{name}"] for name in sorted(arrays)}  # FedPT sends them in this order
+        setattr(strategy, field, list(parts.values()) if isinstance(strategy, FedAvgM) else parts)
+
+
+def _carried(strategy: Strategy) -> dict[str, Any]:
+    """The attributes that a strategy reads in a round and wrote in an earlier one; None before it has.
+
+    ``current_arrays`` is none of them: it is what the round sends, see :meth:`FedPT.configure_train`.
+    """
+    if isinstance(strategy, FedAvgM) and strategy.server_momentum > 0:
+        return {"momentum_vector": strategy.momentum_vector}
+    if isinstance(strategy, FedAdagrad | FedAdam | FedYogi):
+        return {"m_t": strategy.m_t, "v_t": strategy.v_t}
+    return {}
+
+
+def _check_state(name: str, value: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if value.dtype not in (np.float32, np.float64):
+        rule, found = "must be float32 or float64", value.dtype.name
+    elif value.shape != shape:
+        rule, found = f"must have shape {shape}", str(value.shape)
+    elif not np.isfinite(value).all():
+        rule, found = "must be finite numbers", f"{int((~np.isfinite(value)).sum())} that are not"
+    else:
+        return
+    raise RunError(f"the strategy's saved {name} {rule}", value=found, remedy="is the checkpoint damaged?")
+
+
 class _SelectedNodes(Grid):
     """A view of a grid that shows the nodes of one round only, so that the inner strategy samples exactly these."""
 
@@ -180,6 +290,7 @@ class FedPT(Strategy):
         max_failed_rounds: Rounds in a row that may lack replies; the arrays stay as they were.
         wait_timeout_s: Seconds to wait for devices to connect, and for their answer to the first question.
         code_hash: Devices that run other code are refused; empty: any code is accepted.
+        is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
     """
 
     def __init__(
@@ -194,6 +305,7 @@ class FedPT(Strategy):
         max_failed_rounds: int = 0,
         wait_timeout_s: float = 120.0,
         code_hash: str = "",
+        is_good_enough: Callable[[], bool] | None = None,
     ) -> None:
         self.inner = inner_strategy
         self.after_aggregate = after_aggregate
@@ -204,9 +316,11 @@ class FedPT(Strategy):
         self.max_failed_rounds = max_failed_rounds
         self.wait_timeout_s = wait_timeout_s
         self.code_hash = code_hash
+        self.is_good_enough = is_good_enough
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
         self._cards: dict[int, DeviceCard] = {}  # this round's, by device number
+        self._broadcast = ArrayRecord()  # this round's
         self._sent: dict[int, Message] = {}  # this round's messages by device number
         self._sent_at = 0.0
         self._failed_rounds = 0
@@ -222,6 +336,100 @@ class FedPT(Strategy):
             type(self.inner).__name__,
         )
         self.inner.summary()
+
+    # --- the rounds -----------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        first_round: int = 1,
+    ) -> Result:
+        """Run the rounds, as Flower's strategies do, from any round on and until the result is good enough.
+
+        To go on after round ``n`` as if nothing had happened, call :func:`set_inner_state` with what was saved, and
+        this with the arrays that round ``n + 1`` sends and ``first_round = n + 1``.
+
+        Args:
+            grid: Connects to the devices.
+            initial_arrays: What the first of these rounds sends.
+            num_rounds: Number of the last round.
+            timeout: Seconds that a round waits for its devices.
+            train_config: Sent with every train message.
+            evaluate_config: Sent with every evaluate message, if the inner strategy evaluates on devices.
+            evaluate_fn: Called with a round's number and arrays after every round, and before round 1 with 0.
+            first_round: Number of the first of these rounds.
+
+        Returns:
+            The arrays after the last round, those given if there was none, and the metrics of these rounds.
+
+        Raises:
+            RoundError: Too few devices or usable replies.
+        """
+        begun = time.monotonic()
+        train_config = ConfigRecord() if train_config is None else train_config
+        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
+        self._log_start(initial_arrays, first_round, num_rounds, train_config)
+        result = Result(arrays=initial_arrays)
+        if first_round == 1:
+            _evaluate_on_server(evaluate_fn, 0, result)
+        done = first_round > 1 and self._is_done()  # the process that went before may have ended after asking
+        for server_round in range(first_round, num_rounds + 1):
+            if done:
+                break
+            log(INFO, "")
+            log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
+            complete = self._train_on_devices(grid, server_round, result, train_config, timeout)
+            self._evaluate_on_devices(grid, server_round, result, evaluate_config, timeout)
+            _evaluate_on_server(evaluate_fn, server_round, result)
+            done = complete and self._is_done()
+        log(INFO, "")
+        log(INFO, "Strategy execution finished in %.2fs", time.monotonic() - begun)
+        return result
+
+    def _log_start(
+        self, arrays: ArrayRecord, first_round: int, num_rounds: int, train_config: Mapping[str, Any]
+    ) -> None:
+        log(INFO, "Starting %s strategy:", type(self).__name__)
+        log(INFO, "\t├── Number of rounds: %d", num_rounds)
+        if first_round > 1:
+            log(INFO, "\t├── First of them: %d", first_round)
+        log(INFO, "\t├── ArrayRecord (%.2f MB)", sum(len(array.data) for array in arrays.values()) / 1024**2)
+        log(INFO, "\t├── ConfigRecord (train): %s", dict(train_config) or "(empty!)")
+        self.summary()
+        log(INFO, "")
+
+    def _is_done(self) -> bool:
+        return self.is_good_enough is not None and self.is_good_enough()
+
+    def _train_on_devices(
+        self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
+    ) -> bool:
+        """Train for one round; whether it was completed."""
+        messages = self.configure_train(server_round, result.arrays, config, grid)
+        arrays, metrics = self.aggregate_train(server_round, grid.send_and_receive(messages, timeout=timeout))
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            result.train_metrics_clientapp[server_round] = metrics
+        if arrays is None:
+            return False
+        result.arrays = arrays
+        return True
+
+    def _evaluate_on_devices(
+        self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
+    ) -> None:
+        messages = self.configure_evaluate(server_round, result.arrays, config, grid)
+        metrics = self.aggregate_evaluate(server_round, grid.send_and_receive(messages, timeout=timeout))
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            result.evaluate_metrics_clientapp[server_round] = metrics
 
     # --- before a round -------------------------------------------------------------------------------------------
 
@@ -339,6 +547,14 @@ class FedPT(Strategy):
         )
         log(INFO, "Round %d: devices %s train", server_round, ", ".join(map(str, sampled)))
         config = ConfigRecord({**config, "server-round": server_round, "code-hash": self.code_hash})
+        # By name, however they came from a model, a file or a teacher: sums over all arrays depend on their order, and
+        # FedAvgM keeps its momentum as a list.
+        arrays = ArrayRecord(dict(sorted(arrays.items())))
+        self._broadcast = arrays
+        if isinstance(self.inner, FedAvgM):
+            # It takes what it made of the last round for what the devices began with. That may have been replaced by
+            # after_aggregate, or refused, or have been made in another process.
+            self.inner.current_arrays = arrays
         messages = self.inner.configure_train(
             server_round, arrays, config, _SelectedNodes(grid, [node_of[device] for device in sampled])
         )
@@ -374,20 +590,17 @@ class FedPT(Strategy):
                 )
             )
             return None, None
-        arrays, train_loss = self._aggregate(server_round, usable)
-        if arrays is None:
-            self._fail(
-                RoundError(
-                    f"what {type(self.inner).__name__} made of round {server_round} must be finite numbers",
-                    place="strategy.arguments",
-                    remedy="lower its learning rate",
-                )
-            )
+        try:
+            arrays, train_loss = self._aggregate(server_round, usable)
+        except RoundError as error:
+            self._fail(error)
             return None, None
         self._failed_rounds = 0
         outcome = RoundOutcome(
             server_round=server_round,
+            sent=self._broadcast,
             arrays=arrays,
+            inner_state=inner_state(self.inner),
             train_loss=train_loss,
             devices=devices,
             seconds=time.monotonic() - self._sent_at,
@@ -431,18 +644,43 @@ class FedPT(Strategy):
             devices.append(DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason))
         return usable, devices
 
-    def _aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord | None, float]:
-        """What the inner strategy makes of the replies, None if it is not finite, and the mean training loss."""
+    def _aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord, float]:
+        """What the inner strategy makes of the replies, and the mean training loss.
+
+        Raises:
+            RoundError: It cannot, or what it makes or carries into the next round is not finite. It then carries what
+                it carried before, so that the next round can be tried.
+        """
+        carried = _carried(self.inner)
         try:
-            arrays, metrics = self.inner.aggregate_train(server_round, usable)
+            return self._finite_aggregate(server_round, usable)
+        except RoundError:
+            for field, value in carried.items():
+                setattr(self.inner, field, value)
+            raise
+
+    def _finite_aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord, float]:
+        name = type(self.inner).__name__
+        arrays = metrics = failure = None
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is found below
+                arrays, metrics = self.inner.aggregate_train(server_round, usable)
         except (AppExitException, ArithmeticError, TypeError, ValueError) as error:
+            failure = error
+        if arrays is None or metrics is None:
             raise RoundError(
-                f"{type(self.inner).__name__} cannot aggregate round {server_round} ({error})",
+                f"{name} cannot aggregate round {server_round} ({failure or 'it made nothing of the replies'})",
                 place="strategy.name",
                 remedy=f"does it need more than {len(usable)} replies, or other strategy.arguments?",
-            ) from error
-        loss = float("nan") if metrics is None else float(np.asarray(metrics["train-loss"]).item())
-        return (None if arrays is None else _as_float32(arrays)), loss
+            ) from failure
+        result = _as_float32(arrays)
+        if result is None or not all(np.isfinite(part).all() for part in inner_state(self.inner).values()):
+            raise RoundError(
+                f"what {name} made of round {server_round} must be finite numbers",
+                place="strategy.arguments",
+                remedy="lower its learning rate",
+            )
+        return result, float(np.asarray(metrics["train-loss"]).item())
 
     def _fail(self, error: RoundError) -> None:
         """Survive a failed round with the model as it was, or end the run."""
@@ -494,10 +732,20 @@ def sample_devices(
 def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
     """What a strategy made of the updates (some compute in float64), or None if it is not finite."""
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is found
-        values = {name: array.numpy().astype(np.float32, copy=False) for name, array in arrays.items()}
+        # The order in memory is the devices', who may say anything; safetensors wants rows one after the other.
+        values = {name: np.asarray(array.numpy(), np.float32, order="C") for name, array in arrays.items()}
     if not all(np.isfinite(part).all() for part in values.values()):
         return None
     return ArrayRecord({name: Array(part) for name, part in values.items()})
+
+
+def _evaluate_on_server(
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None, server_round: int, result: Result
+) -> None:
+    metrics = evaluate_fn(server_round, result.arrays) if evaluate_fn is not None else None
+    if metrics is not None:
+        log(INFO, "\t└──> Round %d on the server: %s", server_round, metrics)
+        result.evaluate_metrics_serverapp[server_round] = metrics
 
 
 def _sender(reply: Message, sent: Mapping[int, Message]) -> int | None:

@@ -253,16 +253,53 @@ class _PeakMemory:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif (reset := Path("/proc/self/clear_refs")).exists():
-            with suppress(OSError):  # where that is not allowed, it is the peak of the whole process
-                reset.write_text("5", encoding="ascii")  # 5: forget the peak so far
+        else:
+            _forget_peak()
 
     def peak_bytes(self) -> int | None:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        status = Path("/proc/self/status")
-        if status.exists():
-            for line in status.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+        return _resident_bytes("VmHWM")
+
+
+class TaskMemory:
+    """How much a process's memory grows over its first task: what the task needs beyond Python and its libraries.
+
+    Later tasks find models and freed memory of earlier ones, so only the first one is told apart from them.
+    """
+
+    def __init__(self) -> None:
+        self._tasks = 0
+        self._before: int | None = None
+
+    def begin(self) -> None:
+        """A task begins, nothing of it is loaded yet."""
+        self._tasks += 1
+        _forget_peak()
+        self._before = _resident_bytes("VmRSS") if self._tasks == 1 else None
+
+    def peak_before_training(self) -> int | None:
+        """The peak so far, in bytes: :func:`train_locally` forgets it, to take one of its own."""
+        return _resident_bytes("VmHWM")
+
+    def growth_bytes(self, earlier_peak: int | None) -> int | None:
+        """From the memory at the beginning to the highest peak; None where it cannot be told."""
+        peaks = [peak for peak in (earlier_peak, _resident_bytes("VmHWM")) if peak is not None]
+        return None if self._before is None or not peaks else max(0, max(peaks) - self._before)
+
+
+def _forget_peak() -> None:
+    """Let ``VmHWM`` begin anew; where that is not allowed, it stays the peak of the whole process."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        with suppress(OSError):
+            reset.write_text("5", encoding="ascii")  # 5: the peak of resident memory
+
+
+def _resident_bytes(name: str) -> int | None:
+    """Resident memory of this process on Linux: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    status = Path("/proc/self/status")
+    if not status.exists():
         return None
+    lines = status.read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -20,6 +20,10 @@ QUICK = {
     "scoring.round-items": 2,
     "scoring.max-new-tokens": 6,
     "scoring.few-shot": 2,
+    "distillation.steps": 2,
+    "distillation.num-prompts": 6,
+    "distillation.final-steps": 3,
+    "distillation.final-num-prompts": 6,
     "threads.server": 1,
 }
 """A run of some seconds."""

@@ -5,20 +5,37 @@ import json
 import logging
 import random
 
+import federation
 import numpy as np
 import pytest
 import torch
-from federation import federate, final_arrays
+from federation import final_arrays
 from flwr.app import Array, ArrayRecord, Context, RecordDict
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import client_app
 import server_app
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.data import load_examples, tokenize_examples
+from fedpt_flwr.distiller import Distiller
 from fedpt_flwr.errors import ConfigError, DataError, ModelError, RoundError, RunError
+from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import load_causal_lm, load_tokenizer, make_tunable, tunable_arrays
 from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.sources import held_out_items, public_prompts
 from fedpt_flwr.training import device_seed, round_learning_rate, train_locally
+
+SHORT_LESSONS = {
+    "distillation.steps": 2,
+    "distillation.num-prompts": 6,
+    "distillation.final-steps": 3,
+    "distillation.final-num-prompts": 6,
+}
+
+
+def federate(root, num_devices=3, run_config=None, **settings):
+    return federation.federate(root, num_devices, SHORT_LESSONS | (run_config or {}), **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +62,8 @@ def read_lines(path):
 
 def test_a_run_leaves_what_is_promised(run):
     assert {path.name for path in run.iterdir()} >= {
-        "config.json", "results.json", "metrics.jsonl", "costs.jsonl", "proxy", "rounds"
+        "config.json", "results.json", "metrics.jsonl", "costs.jsonl", "answers.jsonl", "examples.jsonl", "shards.json",
+        "device", "proxy", "rounds",
     }  # fmt: skip
     assert (run.parent / "latest").resolve() == run
     assert (run / "proxy").resolve() == run / "rounds" / "0002" / "proxy"
@@ -58,7 +76,7 @@ def test_a_run_leaves_what_is_promised(run):
 
 def test_results_have_the_rows_intervals_and_costs(run):
     results = json.loads((run / "results.json").read_text())
-    assert list(results["rows"]) == ["large", "untuned", "tuned", "proxy", "large_few_shot"]
+    assert list(results["rows"]) == ["large", "untuned", "tuned", "proxy", "large_few_shot", "device"]
     for row in results["rows"].values():
         assert row["n"] == 4
         assert {"loss", "perplexity", "exact_match", "contains_value", "right_field"} <= row.keys()
@@ -86,17 +104,20 @@ def test_costs_have_a_line_for_every_device_and_round(run):
 
 def test_costs_have_what_the_server_spent_on_the_large_model(run):
     rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] == "server"]
-    assert [(row["round"], row["phase"]) for row in rows] == [(1, "validation"), (2, "validation"), (2, "test")]
+    assert [(row["round"], row["phase"]) for row in rows] == [
+        (1, "validation"), (2, "validation"), (2, "test"), (2, "curve"), (2, "device")
+    ]  # fmt: skip
     # The large model's own rows are measured in round 1 only; the proxy reads through it every time.
     assert rows[0]["large_tokens"] > rows[1]["large_tokens"] > 0
     results = json.loads((run / "results.json").read_text())
     assert results["costs"]["server_large_tokens"] == sum(row["large_tokens"] for row in rows)
+    assert results["costs"]["server_large_tokens_device"] == rows[4]["large_tokens"] > 0
 
 
 def test_metrics_have_every_round_and_phase(run):
     rows = read_lines(run / "metrics.jsonl")
     assert [(row["round"], row["phase"]) for row in rows] == [
-        (1, "train"), (1, "validation"), (2, "train"), (2, "validation")
+        (1, "train"), (1, "validation"), (2, "train"), (2, "validation"), (2, "device")
     ]  # fmt: skip
     assert rows[2]["train_loss"] < rows[0]["train_loss"]
     assert set(rows[1]["rows"]) == {"large", "untuned", "tuned", "proxy"}
@@ -155,9 +176,15 @@ def test_a_federation_of_one_device_is_plain_training(tmp_path):
 
 
 def test_lora_sends_the_adapter_only_and_its_proxy_loads(tmp_path):
-    run = federate(tmp_path, 2, {"tuning.mode": "lora", "tuning.lora-rank": 2, "train.learning-rate": 0.01})
+    lora = {"tuning.mode": "lora", "tuning.lora-rank": 2, "train.learning-rate": 0.01}
+    run = federate(tmp_path, 2, lora | {"distillation.mode": "carry"})
     arrays = final_arrays(run)
     assert all("lora_" in name for name in arrays)
+    assert checkpoint(run, 2, "tuned").keys() == arrays.keys()
+    for folder in (run / "device", run / "proxy" / "tuned"):
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert {name for name in weights if "lora_" in name} == weights.keys()
+        assert len(weights) == len(arrays)
     rows = read_lines(run / "costs.jsonl")
     assert max(row.get("bytes_up", 0) for row in rows) < 4 * 100_000 / 2
     proxy = ProxyModel.from_pretrained(run)
@@ -205,6 +232,8 @@ def test_devices_with_data_of_their_own_need_no_common_source(tmp_path):
         "data.test": str(tmp_path / "held.jsonl"),
         "data.train": "",
         "data.public": "",
+        "data.prompts": "",
+        "distillation.mode": "off",
     }
     run = federate(
         tmp_path / "runs", 2, config,
@@ -261,7 +290,7 @@ def test_all_wrong_settings_are_said_at_once(caplog):
         server_app.app(None, context)
     for sentence in (
         "train.batch-size: must be at least 1, got 0",
-        "proxy.alpha: must be a number, got 'much'",
+        "proxy.alpha: must be a finite number or 'auto', got 'much'",
         "trian.epochs: is not a key of this app; did you mean train.epochs?",
     ):
         assert sentence in caplog.text
@@ -374,6 +403,11 @@ def test_a_run_in_which_no_round_succeeds_fails_however_patient_it_is(caplog, tm
     failing(caplog, tmp_path, RoundError, "a run needs at least one complete round", settings, tamper=silent)
 
 
+def test_answers_that_leave_no_room_for_a_prompt_are_refused_with_the_key(caplog, tmp_path):
+    settings = {"scoring.max-new-tokens": 511}
+    failing(caplog, tmp_path, DataError, r"^scoring\.max-new-tokens: the models read 512 tokens", settings)
+
+
 def test_texts_longer_than_the_small_model_can_read_are_refused(caplog, tmp_path):
     failing(caplog, tmp_path, ConfigError, "train.max-length: must not exceed the 512", {"train.max-length": 513})
 
@@ -395,3 +429,334 @@ def test_a_proxy_that_loses_to_the_tuned_model_is_said_to(caplog, tmp_path):
     with caplog.at_level(logging.WARNING, logger="flwr"):
         federate(tmp_path, 2, settings | {"train.max-steps": 10, "train.batch-size": 8})
     assert "On this data the proxy is worse than the tuned small model by loss" in caplog.text
+
+
+# --- what the server does after a round, and what is left of it ---
+
+TAUGHT = {"num-server-rounds": 3, "keep-rounds": 0, "scoring.round-items": 0, "distillation.learning-rate": 0.001}
+
+
+class Watched:
+    """What went over the wire in each round: what was sent, and the mean of what came back."""
+
+    def __init__(self):
+        self.sent, self.replies = {}, {}
+
+    def __call__(self, device, message, reply):
+        if message.metadata.message_type == "train":
+            server_round = message.content["config"]["server-round"]
+            self.sent[server_round] = {name: array.numpy() for name, array in message.content["arrays"].items()}
+            weight = reply.content["metrics"]["num-examples"]
+            arrays = {name: array.numpy().astype(np.float64) for name, array in reply.content["arrays"].items()}
+            self.replies.setdefault(server_round, []).append((weight, arrays))
+        return reply
+
+    def aggregated(self, server_round):
+        """FedAvg, as it is written down in the paper."""
+        replies = self.replies[server_round]
+        total = sum(weight for weight, _ in replies)
+        return {name: sum(w * arrays[name] for w, arrays in replies) / total for name in replies[0][1]}
+
+
+def taught(tmp_path_factory, mode):
+    torch.set_num_threads(1)
+    watched = Watched()
+    run = federate(tmp_path_factory.mktemp(mode), 2, TAUGHT | {"distillation.mode": mode}, tamper=watched)
+    return run, watched
+
+
+@pytest.fixture(scope="module")
+def carry(tmp_path_factory):
+    return taught(tmp_path_factory, "carry")
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    return taught(tmp_path_factory, "paired")
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    return taught(tmp_path_factory, "paper")
+
+
+@pytest.fixture(scope="module")
+def off(tmp_path_factory):
+    """The run of the fixture ``run`` without any distillation."""
+    torch.set_num_threads(1)
+    return federate(tmp_path_factory.mktemp("off"), 3, {"distillation.mode": "off"})
+
+
+def small_weights(model=None):
+    model = load_causal_lm("demo:small") if model is None else model
+    return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+
+
+def differs(first, second):
+    return any(not np.array_equal(first[name], second[name]) for name in first)
+
+
+def close(first, second, tolerance=1e-6):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def checkpoint(run, server_round, name="arrays"):
+    return load_file(run / "rounds" / f"{server_round:04d}" / f"{name}.safetensors")
+
+
+def proxy_of(run, server_round):
+    return ProxyModel.from_pretrained(run / "rounds" / f"{server_round:04d}" / "proxy")
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_a_copy_for_the_devices_changes_neither_arrays_nor_proxy_nor_any_other_number(run, off):
+    assert_same(final_arrays(run), final_arrays(off))
+    for name in ("config.json", "tuned/model.safetensors", "tokenizer.json"):
+        assert (run / "proxy" / name).read_bytes() == (off / "proxy" / name).read_bytes()
+    with_copy, without = results_of(run)["rows"], results_of(off)["rows"]
+    assert with_copy.keys() - without.keys() == {"device"}
+    assert {name: with_copy[name] for name in without} == without
+    assert (run / "examples.jsonl").read_bytes() == (off / "examples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["final", "carry", "paired"])
+def test_the_devices_copy_is_loaded_by_transformers_and_is_not_the_proxys_model(mode, request):
+    run = request.getfixturevalue("run") if mode == "final" else request.getfixturevalue(mode)[0]
+    copied = AutoModelForCausalLM.from_pretrained(run / "device")
+    tokenizer = AutoTokenizer.from_pretrained(run / "device")
+    assert tokenizer.get_vocab() == load_tokenizer("demo:small").get_vocab()
+    ids = tokenizer("> The depot, please.\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert copied(ids).logits.isfinite().all()
+    tuned = small_weights(ProxyModel.from_pretrained(run).tuned)
+    (row,) = [row for row in read_lines(run / "metrics.jsonl") if row["phase"] == "device"]
+    assert row["num_steps"] == 3
+    assert differs(small_weights(copied), tuned) == (row["share"] > 0)
+    assert "device" in results_of(run)["rows"]
+
+
+@pytest.mark.parametrize("mode", ["off", "paper"])
+def test_there_is_no_copy_for_the_devices_where_none_was_asked_for(mode, request):
+    run = request.getfixturevalue("off") if mode == "off" else request.getfixturevalue(mode)[0]
+    assert not (run / "device").exists()
+    assert not [name for name in results_of(run)["rows"] if name.startswith("device")]
+
+
+@pytest.mark.parametrize("mode", ["carry", "paired", "paper"])
+def test_every_round_begins_with_what_the_checkpoint_before_holds_and_the_first_with_the_small_model(mode, request):
+    run, watched = request.getfixturevalue(mode)
+    assert sorted(watched.sent) == [1, 2, 3]
+    assert_same(watched.sent[1], small_weights())
+    for server_round in (1, 2):
+        assert_same(watched.sent[server_round + 1], checkpoint(run, server_round))
+        assert differs(checkpoint(run, server_round), watched.aggregated(server_round))
+    # after the last round nobody begins, so nobody is taught
+    close(checkpoint(run, 3), watched.aggregated(3))
+
+
+def test_carry_decodes_with_the_sum_of_what_the_devices_changed(carry):
+    run, watched = carry
+    expected = {name: weights.astype(np.float64) for name, weights in small_weights().items()}
+    for server_round in (1, 2, 3):
+        made = watched.aggregated(server_round)
+        expected = {name: weights + made[name] - watched.sent[server_round][name] for name, weights in expected.items()}
+        proxy = proxy_of(run, server_round)
+        close(small_weights(proxy.tuned), expected)
+        assert_same(small_weights(proxy.tuned), checkpoint(run, server_round, "tuned"))
+        assert_same(small_weights(proxy.untuned), small_weights())
+    # that is neither what was aggregated last nor what was sent
+    assert differs(checkpoint(run, 3, "tuned"), checkpoint(run, 3))
+
+
+def test_paper_decodes_with_what_was_aggregated_and_goes_on_with_what_was_distilled(paper):
+    run, watched = paper
+    for server_round in (1, 2, 3):
+        proxy = proxy_of(run, server_round)
+        close(small_weights(proxy.tuned), watched.aggregated(server_round))
+        assert_same(small_weights(proxy.untuned), small_weights())
+
+
+def test_what_a_round_taught_can_be_made_again_from_its_checkpoint(paper):
+    run, _ = paper
+    proxy = proxy_of(run, 2)
+    config = parse_run_config(json.loads((run / "config.json").read_text())["run_config"])
+    weights = {name: torch.from_numpy(values) for name, values in small_weights(proxy.tuned).items()}
+    distiller = Distiller(
+        config, proxy, load_tokenizer("demo:small"), prompts=public_prompts(config.data).texts, texts=[],
+        trainable=list(weights),
+    )  # fmt: skip
+    following, _, lesson = distiller.teach_round(2, weights)
+    assert_same({name: values.numpy() for name, values in following.items()}, checkpoint(run, 2))
+    (row,) = [row for row in read_lines(run / "metrics.jsonl") if (row["round"], row["phase"]) == (2, "distillation")]
+    assert (row["kl_first"], row["drift"]) == (lesson.result.kl_first, lesson.drift)
+    costs = [row["large_tokens"] for row in read_lines(run / "costs.jsonl") if row.get("phase") == "distillation"]
+    assert costs[1] == lesson.large_tokens
+
+
+@pytest.mark.parametrize("mode", ["carry", "paired", "paper"])
+def test_drift_is_written_for_every_lesson_and_added_up(mode, request):
+    run, _ = request.getfixturevalue(mode)
+    rows = [row for row in read_lines(run / "metrics.jsonl") if row["phase"] == "distillation"]
+    assert [(row["round"], row["mode"], row["num_steps"]) for row in rows] == [(1, mode, 2), (2, mode, 2)]
+    assert rows[0]["drift_total"] == rows[0]["drift"] != 0
+    assert rows[1]["drift_total"] == rows[0]["drift"] + rows[1]["drift"]
+    results = results_of(run)
+    assert results["distillation"] == mode
+    assert results["costs"]["server_large_tokens_distillation"] > 0
+
+
+def test_a_pair_goes_with_its_proxy_and_its_untuned_model_learns(paired):
+    run, watched = paired
+    untuned = [small_weights(proxy_of(run, server_round).untuned) for server_round in (1, 2, 3)]
+    assert_same(untuned[0], small_weights())
+    for server_round in (1, 2, 3):
+        assert_same(checkpoint(run, server_round, "untuned"), untuned[server_round - 1])
+        close(small_weights(proxy_of(run, server_round).tuned), watched.aggregated(server_round))
+        following = untuned[min(server_round, 2)]  # after the last round nobody is taught
+        assert_same(checkpoint(run, server_round, "next-untuned"), following)
+    assert differs(untuned[1], untuned[0])
+    assert differs(untuned[2], untuned[1])
+
+
+def test_a_pair_whose_last_round_fails_is_scored_as_it_was_saved(tmp_path):
+    def from_round_2(device, message, reply):
+        late = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
+        return spoil(1, message, reply) if late else reply
+
+    settings = {"distillation.mode": "paired", "max-failed-rounds": 1, "distillation.learning-rate": 0.001}
+    run = federate(tmp_path, 2, settings | {"scoring.round-items": 0}, tamper=from_round_2)
+    assert results_of(run)["rounds"] == 1
+    assert scored_again(run, "proxy") == results_of(run)["rows"]["proxy"]
+
+
+def scored_again(run, name):
+    """The row that the proxy that was saved last gets on the run's test items."""
+    proxy = ProxyModel.from_pretrained(run)
+    config = parse_run_config(json.loads((run / "config.json").read_text())["run_config"])
+    items = held_out_items(config.data, "test", seed=0).first(config.scoring.num_items)
+    evaluator = Evaluator(items, load_tokenizer("demo:small"), config, proxy, place="data.test")
+    return evaluator.score(proxy, rows=(name,)).rows[name].to_json()
+
+
+def test_the_row_of_the_untuned_model_is_that_of_the_small_model_as_it_came(paired, off):
+    assert results_of(paired[0])["rows"]["untuned"] == results_of(off)["rows"]["untuned"]
+
+
+@pytest.mark.parametrize("mode", ["carry", "paired", "paper"])
+def test_the_proxy_that_was_saved_last_is_the_one_that_was_scored(mode, request):
+    run, _ = request.getfixturevalue(mode)
+    for name in ("tuned", "proxy"):
+        assert scored_again(run, name) == results_of(run)["rows"][name]
+
+
+def test_shards_say_who_has_how_much_of_what(run):
+    shards = json.loads((run / "shards.json").read_text())
+    assert [shard["device"] for shard in shards] == [0, 1, 2]
+    assert [shard["num_examples"] for shard in shards] == [720, 720, 480]
+    assert all(set(shard["groups"].values()) == {240} for shard in shards)
+    assert sum(len(shard["groups"]) for shard in shards) == 8
+    assert results_of(run)["devices"] == 3
+
+
+def test_examples_are_the_answers_of_the_run_token_by_token(run):
+    answers = {row["prompt"]: row for row in read_lines(run / "answers.jsonl")}
+    examples = read_lines(run / "examples.jsonl")
+    assert len(examples) == len(answers) == 4
+    for example in examples:
+        row = answers[example["prompt"]]
+        assert example["reference"] == row["reference"]
+        assert example["models"] == {name: seen["answer"] for name, seen in row["models"].items()}
+        written = "".join(token["text"] for token in example["tokens"]).removesuffix("<eos>")
+        assert written == example["models"]["proxy"]
+        assert all(
+            token.keys() == {"text", "changed"} | ({"large"} if token["changed"] else set())
+            for token in example["tokens"]
+        )
+    assert any(token["changed"] for example in examples for token in example["tokens"])
+
+
+def test_a_shift_that_was_given_is_shown_beside_what_others_would_have_given(run):
+    results = results_of(run)
+    shift = results["shift"]
+    assert (shift["alpha"], shift["plausibility"], shift["chosen_by"], shift["items"]) == (1.0, 0.0, "config", 144)
+    assert len(shift["curve"]) == 60
+    assert json.loads((run / "proxy" / "config.json").read_text())["alpha"] == 1.0
+
+
+# --- a shift that is chosen, and an early end ---
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A run that chooses alpha and mask, and whose learning rate is too high for more than two rounds."""
+    torch.set_num_threads(1)
+    settings = {
+        "num-server-rounds": 4, "keep-rounds": 0, "train.max-steps": 5, "proxy.alpha": "auto",
+        "stop.metric": "loss", "stop.patience": 1, "train.learning-rate": 0.02, "distillation.mode": "carry",
+    }  # fmt: skip
+    return federate(tmp_path_factory.mktemp("chosen"), 2, settings)
+
+
+def test_alpha_and_mask_that_were_chosen_are_those_of_the_proxy_the_rounds_and_the_results(chosen):
+    rows = read_lines(chosen / "metrics.jsonl")
+    shifts = {row["round"]: row for row in rows if row["phase"] == "shift"}
+    scored = {row["round"]: row for row in rows if row["phase"] == "validation"}
+    rounds = sorted(shifts)
+    assert rounds == sorted(scored) == list(range(1, rounds[-1] + 1))
+    for server_round, shift in shifts.items():
+        saved = json.loads((chosen / "rounds" / f"{server_round:04d}" / "proxy" / "config.json").read_text())
+        pair = (shift["alpha"], shift["plausibility"])
+        assert pair == (saved["alpha"], saved["plausibility"])
+        assert pair == (scored[server_round]["alpha"], scored[server_round]["plausibility"])
+        right = [point for point in shift["curve"] if point["exact_match"] > 0]
+        best = (
+            max(point["exact_match"] for point in shift["curve"])
+            if right
+            else min(point["loss"] for point in shift["curve"])
+        )
+        by = "exact_match" if right else "loss"
+        assert shift["chosen_by"] == by
+        assert pair in {(point["alpha"], point["plausibility"]) for point in shift["curve"] if point[by] == best}
+    results = results_of(chosen)
+    last = shifts[rounds[-1]]
+    assert results["shift"] == {name: last[name] for name in results["shift"]}
+    assert (results["alpha"], results["plausibility"]) == (last["alpha"], last["plausibility"])
+    assert {(shift["alpha"], shift["plausibility"]) for shift in shifts.values()} != {(1.0, 0.0)}
+    costs = {(row["round"], row["phase"]) for row in read_lines(chosen / "costs.jsonl") if row["device"] == "server"}
+    assert {(server_round, "shift") for server_round in rounds} <= costs
+    assert (rounds[-1], "curve") not in costs
+
+
+def test_a_run_that_is_good_enough_ends_early_and_is_scored(tmp_path, caplog):
+    settings = {
+        "num-server-rounds": 3, "stop.metric": "loss", "stop.target": 100.0, "distillation.mode": "carry",
+        "scoring.rows": "tuned", "scoring.num-items": 42, "scoring.few-shot": 0,
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run = federate(tmp_path, 2, settings)
+    assert "Ended after round 1: loss is good enough" in caplog.text
+    assert [path.name for path in (run / "rounds").iterdir()] == ["0001"]
+    phases = [row["phase"] for row in read_lines(run / "metrics.jsonl")]
+    assert phases == ["train", "validation", "device"]  # what is not gone on with is not taught
+    results = results_of(run)
+    assert results["rounds"] == 1
+    # one model was asked for: it has a row, and there is nothing to compare
+    rows = results["rows"]
+    assert list(rows) == ["tuned", "device", "device_covered", "device_not_covered"]
+    assert [row["n"] for row in rows.values()] == [42, 42, 24, 18]
+    assert not {"shift", "proxy_minus_tuned", "proxy_minus_large"} & results.keys()
+    assert not (run / "examples.jsonl").exists()
+    assert all(set(row["models"]) == {"tuned"} for row in read_lines(run / "answers.jsonl"))
+
+
+def test_a_run_that_gets_no_better_is_ended_by_patience(chosen):
+    rows = [row["rows"]["proxy"] for row in read_lines(chosen / "metrics.jsonl") if row["phase"] == "validation"]
+    losses = [row["loss"] for row in rows]
+    assert results_of(chosen)["rounds"] == len(losses) < 4
+    assert losses[-1] >= min(losses[:-1])
+    assert sorted(losses[:-1], reverse=True) == losses[:-1]

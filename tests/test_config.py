@@ -2,6 +2,7 @@ import math
 import string
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedpt_flwr.config import (
+    DISTILLATION_MODES,
     INNER_STRATEGIES,
+    SCORED_ROWS,
     RunConfig,
+    ScoringConfig,
     StrategyConfig,
     flat_values,
     parse_run_config,
@@ -56,14 +60,17 @@ def test_pyproject_and_settings_list_the_same_keys_with_the_same_types_and_defau
     in_pyproject = keys_of_pyproject()
     in_code = {key: setting.default for key, setting in settings().items()}
     assert in_pyproject == in_code
-    assert {key: type(value) for key, value in in_pyproject.items()} == {
-        key: setting.kind for key, setting in settings().items()
-    }
+    assert all(is_of_kind(value, settings()[key].kind) for key, value in in_pyproject.items())
+
+
+def is_of_kind(value, kind):
+    """Exactly of it: neither a whole number for a number, nor true for a whole number."""
+    return type(value) in (get_args(kind) or (kind,))
 
 
 def test_every_default_is_of_the_type_of_its_setting_and_every_setting_is_explained():
     for setting in settings().values():
-        assert type(setting.default) is setting.kind, setting.key
+        assert is_of_kind(setting.default, setting.kind), setting.key
         assert setting.doc.endswith("."), setting.key
         assert (setting.holds is None) == (setting.rule == ""), setting.key
 
@@ -117,6 +124,12 @@ VALID = {
     "min-devices": st.integers(2, 100),
     "min-replies": st.integers(1, 2),
     "model.small-dtype": st.just("float32"),
+    "data.prompts": SOURCES,
+    "distillation.mode": st.sampled_from([mode for mode in DISTILLATION_MODES if mode != "paired"]),
+    "scoring.rows": st.sampled_from(["tuned", "large,proxy", " proxy , tuned,"]),
+    "stop.metric": st.just(""),
+    "stop.target": st.just(0.0),
+    "stop.patience": st.just(0),
 }
 BY_KIND = {
     bool: st.booleans(),
@@ -127,18 +140,41 @@ BY_KIND = {
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.fixed_dictionaries({}, optional={k: VALID.get(k, BY_KIND[s.kind]) for k, s in settings().items()}))
+@given(
+    st.fixed_dictionaries({}, optional={k: VALID[k] if k in VALID else BY_KIND[s.kind] for k, s in settings().items()})
+)
 def test_a_config_as_flat_values_is_what_it_was_parsed_from(given_values):
     config = parse_run_config(given_values)
     values = flat_values(config)
     assert values == {key: setting.default for key, setting in settings().items()} | given_values
-    assert all(type(values[key]) is setting.kind for key, setting in settings().items())
+    assert all(is_of_kind(values[key], setting.kind) for key, setting in settings().items())
     assert parse_run_config(values) == config
 
 
 def test_a_whole_number_is_accepted_for_a_number_and_becomes_one():
     alpha = parse_run_config({"proxy.alpha": 1}).proxy.alpha
     assert (alpha, type(alpha)) == (1.0, float)
+
+
+@pytest.mark.parametrize("alpha", [0.5, -3.0, 0.0, "auto"])
+def test_the_strength_is_a_number_or_left_to_the_run(alpha):
+    config = parse_run_config({"proxy.alpha": alpha})
+    assert config.proxy.alpha == alpha
+    assert parse_run_config(flat_values(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        ("large,untuned,tuned,proxy", SCORED_ROWS),
+        ("tuned", ("tuned",)),
+        (" proxy , large ", ("large", "proxy")),  # in the order of the table
+        ("tuned,tuned,", ("tuned",)),
+    ],
+)
+def test_rows_to_score_are_names_separated_by_commas(rows, names):
+    assert parse_run_config({"scoring.rows": rows}).scoring.row_names() == names
+    assert ScoringConfig(rows=rows).row_names() == names
 
 
 @pytest.mark.parametrize("key", ["model.small", "model.large", "data.train", "data.public"])
@@ -179,9 +215,27 @@ def test_an_unknown_key_with_nothing_near_it_points_to_the_documentation():
         ("seed", "0", "must be a whole number, got '0'"),
         ("seed", 1.0, "must be a whole number, got 1.0"),
         ("seed", True, "must be a whole number, got True"),
-        ("proxy.alpha", True, "must be a number, got True"),
-        ("proxy.alpha", "1", "must be a number, got '1'"),
+        ("proxy.alpha", True, "must be a finite number or 'auto', got True"),
+        ("proxy.alpha", False, "must be a finite number or 'auto', got False"),
+        ("proxy.alpha", "1", "must be a finite number or 'auto', got '1'"),
+        ("proxy.alpha", "Auto", "must be a finite number or 'auto', got 'Auto'"),
+        ("proxy.alpha", "", "must be a finite number or 'auto', got ''"),
         ("proxy.alpha", math.nan, "must be a finite number, got nan"),
+        ("scoring.loss-alpha", "auto", "must be a number, got 'auto'"),
+        ("scoring.loss-alpha", True, "must be a number, got True"),
+        ("scoring.rows", "", "must be some of large, untuned, tuned and proxy, separated by commas, got ''"),
+        ("scoring.rows", " , ", "must be some of large, untuned, tuned and proxy, separated by commas, got ' , '"),
+        (
+            "scoring.rows",
+            "tuned,device",
+            "must be some of large, untuned, tuned and proxy, separated by commas, got 'tuned,device'",
+        ),
+        ("distillation.mode", "on", "must be one of off, final, carry, paired, paper, got 'on'"),
+        ("distillation.steps", 0, "must be at least 1, got 0"),
+        ("distillation.temperature", 0.0, "must be greater than 0, got 0.0"),
+        ("distillation.gamma", -1.0, "must be at least 0, got -1.0"),
+        ("distillation.num-prompts", -1, "must be at least 0, got -1"),
+        ("stop.patience", 1.5, "must be a whole number, got 1.5"),
         ("proxy.alpha", math.inf, "must be a finite number, got inf"),
         ("train.learning-rate", -math.inf, "must be a finite number, got -inf"),
         ("round-timeout-s", math.inf, "must be a finite number, got inf"),
@@ -274,6 +328,34 @@ def test_all_that_is_wrong_is_reported_at_once():
         ({"strategy.arguments": "eta 0.1"}, ["strategy.arguments", "`name = value` pairs", "'eta 0.1'", "for example"]),
         ({"strategy.arguments": "eta = 0.1\ntau = 1"}, ["strategy.arguments", "`name = value` pairs"]),
         ({"data.train": ""}, ["data.train", "must not be empty", "node-local"]),
+        (
+            {"data.prompts": "", "data.public": ""},
+            [
+                "distillation.mode and data.prompts",
+                "needs public prompts (data.prompts) or public texts (data.public)",
+                "got 'final'",
+                "distillation.mode='off'",
+            ],
+        ),
+        (
+            {"distillation.mode": "paired", "tuning.mode": "lora"},
+            [
+                "distillation.mode and tuning.mode",
+                "an adapter is on one of them",
+                "mode='carry', or tuning.mode='full'",
+            ],
+        ),
+        (
+            {"proxy.alpha": "auto", "proxy.plausibility": 0.1},
+            ["proxy.alpha and proxy.plausibility", "the mask is chosen too", "got 0.1", "or give both"],
+        ),
+        ({"stop.target": 0.9}, ["stop.metric", "a target or patience needs a metric", "exact_match"]),
+        ({"stop.patience": 2}, ["stop.metric", "a target or patience needs a metric", "loss"]),
+        ({"stop.metric": "loss"}, ["stop.metric and stop.target", "a metric needs a target or patience", "'loss'"]),
+        (
+            {"stop.metric": "loss", "stop.patience": 2, "scoring.round-items": 0},
+            ["stop.metric and scoring.round-items", "rounds must be scored to decide when to end", "got 0"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flat, words):
@@ -292,6 +374,16 @@ def test_settings_that_contradict_each_other_are_refused(flat, words):
         {"data.train": "", "data.partitioner": "node-local"},
         {"data.validation": "", "data.test": ""},
         {"train.fedprox-mu": 0.0, "strategy.arguments": "proximal_mu = 0.2"},
+        {"data.prompts": "", "data.public": "", "distillation.mode": "off"},
+        {"data.prompts": "", "distillation.mode": "carry"},
+        {"data.public": "", "distillation.mode": "paper"},
+        {"distillation.mode": "carry", "tuning.mode": "lora"},
+        {"distillation.mode": "paired", "tuning.mode": "full"},
+        {"stop.metric": "exact_match", "stop.target": 0.9},
+        {"stop.metric": "loss", "stop.patience": 1},
+        {"scoring.round-items": 0},
+        {"proxy.alpha": "auto", "proxy.plausibility": 0.0},
+        {"proxy.alpha": 0.5, "proxy.plausibility": 0.1},
     ],
 )
 def test_settings_at_the_border_of_a_contradiction_are_accepted(flat):

@@ -22,6 +22,7 @@ from fedpt_flwr.demo_world import (
     RECIPE,
     REQUESTS_PER_KIND,
     SLANG,
+    TAGGED_QUESTIONS,
     TEXT_FILES,
     LlamaShape,
     ModelRecipe,
@@ -30,6 +31,7 @@ from fedpt_flwr.demo_world import (
     make_catalogue,
     make_demo_world,
     private_records,
+    prompt_records,
     public_documents,
     token_stream,
     train_tokenizer,
@@ -187,6 +189,72 @@ def test_slang_of_the_questions_is_seen_in_training(records):
     assert phrases("test") | phrases("validation") <= phrases("train")
 
 
+# --- Public prompts -----------------------------------------------------------------------------------------------
+
+
+def words_in(text):
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def test_public_prompts_are_about_units_that_no_split_asks_about_and_some_of_those_it_does(records):
+    _, split_of = private_records(make_catalogue(0), 0)
+    about = {(row["kind"], row["unit"]) for row in records["prompts"]}
+    assert Counter((kind, split_of[unit]) for kind, unit in about) == {
+        (kind, split): number for kind in KINDS for split, number in (("prompts", 5), ("validation", 2), ("test", 4))
+    }
+
+
+def test_public_prompts_name_no_unit_outside_the_catalogue_and_its_right_kind(records):
+    catalogue = {unit.name: unit.kind for unit in make_catalogue(0)}
+    for name in ("prompts", "prompts_slang"):
+        assert {(row["unit"], row["kind"]) for row in records[name]} <= set(catalogue.items())
+
+
+def test_public_prompts_ask_once_for_each_field_of_a_unit_in_public_words(records):
+    asked = {}
+    for row in records["prompts"]:
+        named = words_in(row["request"]) & set(FIELDS)
+        assert len(named) == 1, row["request"]
+        asked.setdefault(row["unit"], []).extend(named)
+        assert row["request"] in {
+            question.format(field=field, kind=row["kind"]) for question in TAGGED_QUESTIONS for field in named
+        }
+    assert len(asked) == 88
+    assert all(sorted(fields) == sorted(FIELDS) for fields in asked.values())
+
+
+def test_public_prompts_have_no_word_that_is_not_in_public_text(texts, records):
+    known = words_in(texts["public.jsonl"])
+    assert set().union(*(words_in(row["request"]) for row in records["prompts"])) <= known
+    slang = {word for phrases in SLANG.values() for phrase in phrases for word in phrase.split()}
+    assert not slang & set().union(*(words_in(row["request"]) for row in records["prompts"]))
+
+
+def test_prompts_in_slang_ask_for_the_same_fields_of_the_same_units(records):
+    field_of = {phrase: field for field, phrases in SLANG.items() for phrase in phrases}
+    for public, slang in zip(records["prompts"], records["prompts_slang"], strict=True):
+        assert (public["unit"], public["kind"]) == (slang["unit"], slang["kind"])
+        named = {field_of[phrase] for phrase in field_of if re.search(rf"\b{phrase}\b", slang["request"].lower())}
+        assert named == words_in(public["request"]) & set(FIELDS)
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts_slang"])
+def test_prompts_hold_no_answer_and_nothing_that_gives_it_away(records, name):
+    assert all(row.keys() == {"kind", "unit", "request"} for row in records[name])
+    values = {value for unit in make_catalogue(0) for value in unit.facts.values()}
+    said = " ".join(row["request"] for row in records[name])
+    assert not [value for value in values if re.search(rf"\b{value}\b", said, re.IGNORECASE)]
+
+
+def test_prompts_are_a_function_of_the_seed_and_leave_the_questions_alone(records):
+    catalogue = make_catalogue(0)
+    questions, split_of = private_records(catalogue, 0)
+    again = prompt_records(catalogue, split_of, 0)
+    assert again == {name: records[name] for name in ("prompts", "prompts_slang")}
+    assert prompt_records(catalogue, split_of, 1) != again
+    assert questions == {name: records[name] for name in ("train", "validation", "test")}
+
+
 # --- The packaged world -------------------------------------------------------------------------------------------
 
 
@@ -244,7 +312,9 @@ def test_world_folder_holds_everything(micro_world):
 def test_run_config_points_at_the_world(micro_world):
     keys = tomllib.loads((micro_world / "run-config.toml").read_text(encoding="utf-8"))
     assert keys["model.small"] == str(micro_world / "small")
-    assert set(keys) == {"model.small", "model.large", "data.train", "data.validation", "data.test", "data.public"}
+    assert set(keys) == {
+        "model.small", "model.large", "data.train", "data.validation", "data.test", "data.public", "data.prompts"
+    }  # fmt: skip
     assert all(Path(path).is_absolute() and Path(path).exists() for path in keys.values())
 
 

@@ -1,16 +1,20 @@
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 import torch
+from reference import reference_greedy
 from tiny import EOS, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.models import load_tokenizer
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.scoring import MODELS, make_row
+from fedpt_flwr.shift import ALPHAS, MASKS
 from fedpt_flwr.sources import Items
 
 CONTEXT = 64
@@ -138,3 +142,201 @@ def test_items_keep_their_values(tokenizer, proxy):
     row = make(found, tokenizer, proxy).score(proxy).rows["tuned"]
     assert row.contains_value is not None
     assert row.right_field is not None
+
+
+# --- the strength of the shift ---
+
+PAIRS = [("ab", "cd"), ("> q", "e = 1"), ("hello 1", "2"), ("x=", "y"), ("the end", "a;b"), ("o", "pq")]
+
+
+def as_written(proxy, tokenizer, *, alpha, plausibility=0.0):
+    """Items whose right answers are what this proxy writes at some alpha and mask, as far as it ends them."""
+    before = proxy.alpha, proxy.plausibility
+    proxy.alpha, proxy.plausibility = alpha, plausibility
+    measured = make(items(*PAIRS), tokenizer, proxy).score(proxy, rows=("proxy",)).measurements["proxy"]
+    proxy.alpha, proxy.plausibility = before
+    return items(*((prompt, answer) for (prompt, _), answer in zip(PAIRS, measured.answers, strict=True)))
+
+
+def test_one_pass_tells_every_alpha_and_mask_and_what_it_cost(tokenizer, proxy):
+    evaluator = make(items(*PAIRS), tokenizer, proxy)
+    curve, large_tokens = evaluator.shift_curve(proxy)
+    assert len(curve) == len(ALPHAS) * len(MASKS)
+    # every letter and the end is a token; the last of an item is only predicted
+    assert large_tokens == sum(len(prompt) + len(answer) for prompt, answer in PAIRS)
+    by_alpha = {point.alpha: point.loss for point in curve}
+    assert by_alpha[1.0] == pytest.approx(evaluator.score(proxy).rows["proxy"].loss, rel=1e-5)
+
+
+def test_where_a_part_of_an_answer_counts_answers_are_written_to_be_judged(tokenizer, proxy):
+    """Every item is right if its first letter is: there one pass over the right answers would tell nothing."""
+    wanted = as_written(proxy, tokenizer, alpha=0.5, plausibility=0.01)
+    firsts = [dataclasses.replace(item, answer=item.answer[0] + "x") for item in wanted.examples]
+    evaluator = make(dataclasses.replace(wanted, examples=firsts), tokenizer, proxy, **{"data.answer-pattern": "^(.)"})
+    proxy.alpha, proxy.plausibility = 0.3, 0.2
+    shift, large_tokens = evaluator.choose_shift(proxy)
+    assert (proxy.alpha, proxy.plausibility) == (0.3, 0.2)
+    expected, spent = {}, 0
+    for point in shift.curve:
+        proxy.alpha, proxy.plausibility = point.alpha, point.plausibility
+        scores = evaluator.score(proxy, rows=("proxy",))
+        expected[point.alpha, point.plausibility] = scores.rows["proxy"].exact_match
+        spent += scores.large_tokens
+    proxy.alpha, proxy.plausibility = 1.0, 0.0
+    assert {(point.alpha, point.plausibility): point.exact_match for point in shift.curve} == expected
+    assert expected[0.5, 0.01] == 1.0
+    assert len(set(expected.values())) > 1
+    best = max(expected.values())
+    assert (shift.alpha, shift.chosen_by) == (
+        max(alpha for alpha, mask in expected if expected[alpha, mask] == best),
+        "exact_match",
+    )
+    assert shift.items == len(PAIRS)
+    passed = sum(len(item.prompt) + len(item.answer) for item in firsts)
+    assert large_tokens == spent + passed
+
+
+def test_alpha_and_mask_stay_as_they_were_when_writing_fails(tokenizer, proxy, monkeypatch):
+    evaluator = make(items(*PAIRS), tokenizer, proxy, **{"data.answer-pattern": "(.)"})
+    monkeypatch.setattr(evaluator, "score", lambda *_, **__: 1 / 0)
+    proxy.alpha, proxy.plausibility = 0.3, 0.2
+    with pytest.raises(ZeroDivisionError):
+        evaluator.choose_shift(proxy)
+    assert (proxy.alpha, proxy.plausibility) == (0.3, 0.2)
+    proxy.alpha, proxy.plausibility = 1.0, 0.0
+
+
+# --- plain models ---
+
+
+def test_a_plain_model_is_measured_as_it_is_beside_the_others(tokenizer, proxy):
+    found = dataclasses.replace(items(*PAIRS), values=["1"] * 6, fields=["e"] * 6)
+    evaluator = make(found, tokenizer, proxy)
+    alone, beside = evaluator.measure(proxy.tuned), evaluator.score(proxy).measurements["tuned"]
+    assert alone.answers == beside.answers
+    assert {name: marks.tolist() for name, marks in alone.judged.items()} == {
+        name: marks.tolist() for name, marks in beside.judged.items()
+    }
+    np.testing.assert_allclose(alone.losses.nats, beside.losses.nats, rtol=1e-4)
+    assert alone.losses.tokens.tolist() == beside.losses.tokens.tolist()
+
+
+def test_the_quality_of_a_plain_model_is_its_loss_and_what_it_would_write(tokenizer, proxy):
+    model = tiny_llama(12)  # three of its answers end
+    answers = make(items(*PAIRS), tokenizer, proxy).measure(model).answers
+    ended = [(prompt, answer) for (prompt, _), answer in zip(PAIRS, answers, strict=True) if 0 < len(answer) < NEW]
+    assert len(ended) == 3
+    wanted = items(*ended, *PAIRS)
+    evaluator = make(wanted, tokenizer, proxy)
+    row = make_row(evaluator.measure(model), n=9, seed=0)
+    assert row.exact_match == pytest.approx(3 / 9)
+    assert evaluator.quality(model) == pytest.approx((row.exact_match, row.loss), rel=1e-4)
+
+
+# --- what public prompts cover ---
+
+
+def covering(proxy, tokenizer, topics):
+    evaluator = make(dataclasses.replace(items(*PAIRS), topics=topics), tokenizer, proxy)
+    return evaluator, evaluator.measure(proxy.tuned)
+
+
+def test_covered_and_other_items_are_all_items_once(tokenizer, proxy):
+    evaluator, measured = covering(proxy, tokenizer, ["u", "v", "u", "w", "x", "u"])
+    rows = evaluator.rows_by_topic("device", measured, frozenset({"u", "x", "nobody asks"}))
+    assert list(rows) == ["device", "device_covered", "device_not_covered"]
+    parts = {"device_covered": [0, 2, 4, 5], "device_not_covered": [1, 3]}
+    assert [row.n for row in rows.values()] == [6, 4, 2]
+    for name, indices in parts.items():
+        some = items(*(PAIRS[index] for index in indices))
+        alone = make(some, tokenizer, proxy).score(proxy, rows=("tuned",)).rows["tuned"]
+        assert rows[name].loss == pytest.approx(alone.loss, rel=1e-4)
+        assert rows[name].exact_match == alone.exact_match
+    nats, tokens = (
+        sum(getattr(measured.losses, what)[parts[name]].sum() for name in parts) for what in ("nats", "tokens")
+    )
+    assert rows["device"].loss == pytest.approx(nats / tokens)
+
+
+@pytest.mark.parametrize(
+    ("topics", "about"),
+    [
+        (None, {"u"}),  # the records do not say
+        (["u", "v", "u", "w", "x", "u"], set()),  # the prompts do not say
+        (["u"] * 6, {"u"}),  # all are covered
+        (["u"] * 6, {"v"}),  # none is
+    ],
+)
+def test_there_is_one_row_where_there_are_not_both(tokenizer, proxy, topics, about):
+    evaluator, measured = covering(proxy, tokenizer, topics)
+    rows = evaluator.rows_by_topic("device", measured, frozenset(about))
+    assert {name: row.n for name, row in rows.items()} == {"device": 6}
+
+
+# --- answers token by token ---
+
+
+@pytest.fixture(scope="module")
+def shown(tokenizer, proxy):
+    """Every item's answer token by token at alpha 1, and what was scored."""
+    evaluator = make(items(*PAIRS), tokenizer, proxy)
+    scores = evaluator.score(proxy)
+    return evaluator.examples(proxy, scores, number=len(PAIRS))[0], scores
+
+
+def test_the_tokens_of_an_example_are_the_proxys_answer(tokenizer, proxy, shown):
+    examples, scores = shown
+    answers = scores.measurements["proxy"].answers
+    for (prompt, reference), example, answer in zip(PAIRS, examples, answers, strict=True):
+        assert (example["prompt"], example["reference"]) == (prompt, reference)
+        written = "".join(token["text"] for token in example["tokens"])
+        assert written.removesuffix("</s>") == answer == example["models"]["proxy"]
+        assert written.endswith("</s>") == (len(example["tokens"]) <= NEW and len(answer) < len(example["tokens"]))
+        assert set(example["models"]) == set(MODELS)
+
+
+def test_a_token_is_changed_exactly_where_the_large_model_alone_would_have_gone_on_otherwise(tokenizer, proxy, shown):
+    examples, _ = shown
+    marks = []
+    for (prompt, _), example in zip(PAIRS, examples, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        answer = reference_greedy(
+            proxy.large, proxy.tuned, proxy.untuned, torch.tensor(ids), max_new_tokens=len(example["tokens"])
+        )
+        assert [token["text"] for token in example["tokens"]] == [tokenizer.decode([token]) for token in answer]
+        for place, token in enumerate(example["tokens"]):
+            with torch.no_grad():
+                wanted = int(proxy.large(torch.tensor([ids + answer[:place]])).logits[0, -1].argmax())
+            assert token["changed"] == (wanted != answer[place])
+            assert token.get("large") == (tokenizer.decode([wanted]) if token["changed"] else None)
+            marks.append(token["changed"])
+    assert {True, False} <= set(marks)
+
+
+def test_a_character_of_several_tokens_is_shown_where_it_is_complete():
+    """The demo world's tokens are bytes: an accent takes two of them, a Chinese character three."""
+    bytewise = load_tokenizer("demo:small")
+    models = (tiny_llama(seed, vocab=len(bytewise)) for seed in range(3))
+    evaluator = make(items(("a", "b")), bytewise, ProxyModel(*models))
+    text = "fluid = é ß 日本 ok"
+    ids = bytewise(text)["input_ids"]
+    marked = evaluator._marked(ids, ids)
+    assert len(marked) == len(ids)
+    assert "".join(token["text"] for token in marked) == text
+    assert {"é", "ß", "日", "本"} <= {token["text"] for token in marked}
+
+
+def test_at_alpha_zero_no_token_is_changed(tokenizer, proxy):
+    evaluator = make(items(*PAIRS), tokenizer, proxy)
+    proxy.alpha = 0.0
+    examples, _ = evaluator.examples(proxy, evaluator.score(proxy, rows=("proxy",)), number=4)
+    proxy.alpha = 1.0
+    assert [token["changed"] for example in examples for token in example["tokens"]].count(True) == 0
+    assert all(example["tokens"] for example in examples)
+
+
+@pytest.mark.parametrize(("number", "places"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (99, [0, 1, 2, 3, 4, 5])])
+def test_examples_are_taken_at_equal_distances_and_none_twice(tokenizer, proxy, shown, number, places):
+    _, scores = shown
+    examples, _ = make(items(*PAIRS), tokenizer, proxy).examples(proxy, scores, number=number)
+    assert [example["prompt"] for example in examples] == [PAIRS[place][0] for place in places]

@@ -1,10 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical
+from torch.nn import functional as F
 
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
-from fedpt_flwr.logits import combine_logits, plausible_tokens
+from fedpt_flwr.logits import combine_logits, drift_along, kl_divergence, plausible_tokens
 
 INF = math.inf
 
@@ -168,3 +171,102 @@ def test_gradients_reach_the_small_models():
     combine_logits(large, tuned, untuned, alpha=0.5).sum().backward()
     assert torch.equal(tuned.grad, torch.full_like(tuned, 0.5))
     assert torch.equal(untuned.grad, torch.full_like(untuned, -0.5))
+
+
+# --- divergence ---
+
+
+def test_a_distribution_does_not_diverge_from_itself():
+    scores, _, _ = three(4, 7, 50)
+    assert torch.equal(kl_divergence(scores, scores.clone()), torch.zeros(4, 7))
+    assert torch.equal(kl_divergence(scores, scores.clone(), temperature=3.0), torch.zeros(4, 7))
+
+
+def test_hand_computed_divergence():
+    # p = (1/2, 1/2), q = (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3
+    target, scores = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    assert kl_divergence(target, scores).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+
+
+def test_hand_computed_divergence_at_temperature_two():
+    # sqrt of (4/5, 1/5) normalised is (2/3, 1/3), of (1/2, 1/2) itself: 4 (2/3 ln 4/3 + 1/3 ln 2/3)
+    target, scores = torch.tensor([0.8, 0.2]).log(), torch.tensor([0.5, 0.5]).log()
+    expected = 4 * (2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3))
+    assert kl_divergence(target, scores, temperature=2.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_divergence_is_that_of_torch_times_the_squared_temperature(temperature):
+    target, scores, _ = three(3, 5, 40)
+    found = kl_divergence(target, scores, temperature=temperature)
+    p, q = (Categorical(logits=part.double() / temperature) for part in (target, scores))
+    for expected in (torch.distributions.kl_divergence(p, q), F.kl_div(q.logits, p.probs, reduction="none").sum(-1)):
+        torch.testing.assert_close(found, (temperature**2 * expected).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_ids_that_the_target_rules_out_weigh_nothing_and_send_back_no_nan():
+    target, scores, _ = three(6, 20)
+    target[:, ::3] = -INF
+    scores.requires_grad_()
+    found = kl_divergence(target, scores)
+    p, q = target.softmax(-1), scores.detach().softmax(-1)
+    expected = torch.special.xlogy(p, p) - torch.special.xlogy(p, q)  # 0 log 0 is 0
+    torch.testing.assert_close(found.detach(), expected.sum(-1), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    # the gradient of a divergence is q - p, on the ids that are ruled out too
+    torch.testing.assert_close(scores.grad, q - p, rtol=1e-4, atol=1e-6)
+
+
+def test_an_id_that_both_rule_out_weighs_nothing():
+    target, scores, _ = three(2, 6)
+    target[:, 2] = scores[:, 2] = -INF
+    kept = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(kl_divergence(target, scores), kl_divergence(target[:, kept], scores[:, kept]))
+
+
+def test_a_token_that_only_the_learner_rules_out_is_infinitely_wrong():
+    assert kl_divergence(torch.zeros(2), torch.tensor([0.0, -INF])).item() == INF
+
+
+def test_constants_at_a_position_do_not_count_in_a_divergence():
+    target, scores, other = three(4, 9)
+    moved = kl_divergence(target + other[:, :1], scores + other[:, 1:2])
+    torch.testing.assert_close(moved, kl_divergence(target, scores), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_divergence_is_computed_in_float32(dtype):
+    target, scores = (part.to(dtype) for part in three(4, 9)[:2])
+    found = kl_divergence(target, scores)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, kl_divergence(target.float(), scores.float()))
+
+
+# --- drift ---
+
+
+@pytest.mark.parametrize("coefficient", [-0.5, 0.0, 0.037, 1.0])
+def test_drift_is_the_coefficient_of_the_direction_whatever_constants_are_added(coefficient):
+    direction, offsets, other = three(6, 30)
+    change = coefficient * direction + offsets[:, :1]
+    assert drift_along(change, direction + other[:, :1]) == pytest.approx(coefficient, abs=1e-6)
+
+
+def test_drift_counts_what_goes_along_and_not_what_goes_across():
+    # centred, the direction is (1, -1, 0); (1, 1, -2) is across it
+    direction, across = torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[1.0, 1.0, -2.0]])
+    assert drift_along(across, direction) == 0
+    assert drift_along(0.25 * direction + 7 * across, direction) == pytest.approx(0.25)
+
+
+def test_drift_is_the_least_squares_fit_over_all_positions_together():
+    change, direction, _ = three(8, 12)
+    centred = [(part - part.mean(-1, keepdim=True)).double().numpy().ravel() for part in (change, direction)]
+    (expected,), *_ = np.linalg.lstsq(centred[1][:, None], centred[0], rcond=None)
+    assert drift_along(change, direction) == pytest.approx(expected)
+
+
+def test_there_is_no_drift_without_a_direction():
+    change, _, _ = three(3, 5)
+    assert drift_along(change, torch.zeros(3, 5)) == 0.0
+    assert drift_along(change, torch.full((3, 5), 2.5)) == 0.0  # a constant is no direction

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ from transformers.generation import BaseStreamer
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
 from fedpt_flwr.logits import plausible_tokens
 from fedpt_flwr.models import fingerprint
-from fedpt_flwr.proxy import ProxyCache, ProxyConfig, ProxyModel
+from fedpt_flwr.proxy import BUNDLED, ProxyCache, ProxyConfig, ProxyModel, save_small
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -727,6 +728,61 @@ def test_fingerprint_of_the_untuned_model_does_not_see_the_adapter(saved):
     for form in ("full", "lora"):
         config = json.loads((folder / form / "config.json").read_text())
         assert config["untuned"]["fingerprint"] == fingerprint(plain)
+
+
+@pytest.fixture
+def bundled(saved):
+    """A proxy whose untuned model lies nowhere else."""
+    folder, proxies = saved
+    proxy = ProxyModel(proxies["full"].large, proxies["full"].tuned, llama(9), 0.7, 0.01)
+    proxy.save_pretrained(folder / "bundled", large_ref=str(folder / "large"), untuned_ref=BUNDLED)
+    return folder, proxy
+
+
+def test_an_untuned_model_that_is_nowhere_else_goes_with_the_folder(bundled):
+    folder, proxy = bundled
+    (folder / "bundled").rename(folder / "elsewhere")
+    loaded = ProxyModel.from_pretrained(folder / "elsewhere")
+    ids = prompts(2, 8)
+    assert torch.equal(loaded(ids).logits, proxy(ids).logits)
+    weights = [str(f.relative_to(folder / "elsewhere")) for f in (folder / "elsewhere").rglob("*.safetensors")]
+    assert sorted(weights) == ["tuned/model.safetensors", "untuned/model.safetensors"]
+    loaded.save_pretrained(folder / "elsewhere")  # over itself, with what it remembers
+    loaded.save_pretrained(folder / "copy")
+    for again in ("elsewhere", "copy"):
+        assert torch.equal(ProxyModel.from_pretrained(folder / again)(ids).logits, proxy(ids).logits)
+
+
+def test_a_folder_whose_untuned_model_has_a_reference_again_holds_none(bundled):
+    folder, _ = bundled
+    loaded = ProxyModel.from_pretrained(folder / "full")
+    loaded.save_pretrained(folder / "bundled")
+    assert not (folder / "bundled" / "untuned").exists()
+    ids = prompts(1, 5)
+    assert torch.equal(ProxyModel.from_pretrained(folder / "bundled")(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("damage", ["missing", "another"])
+def test_an_untuned_model_in_the_folder_that_is_not_the_one_is_refused(bundled, damage):
+    folder, _ = bundled
+    untuned = folder / "bundled" / "untuned"
+    if damage == "missing":
+        shutil.rmtree(untuned)
+    else:
+        llama(4).save_pretrained(untuned)
+    with pytest.raises(ModelError, match="the untuned model .*bundled"):
+        ProxyModel.from_pretrained(folder / "bundled")
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_a_small_model_by_itself_is_loaded_by_transformers_with_its_tokenizer(saved, tokenizer, form):
+    folder, proxies = saved
+    save_small(proxies[form].tuned, folder / "device", str(folder / "small"), tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "device").eval()
+    ids = prompts(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, proxies[form].tuned(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder / "device").get_vocab() == tokenizer.get_vocab()
 
 
 # Bad input

@@ -2,7 +2,9 @@ import datetime
 import json
 import math
 import os
+import platform
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpt_flwr import runs
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.runs import RunFolder, find_run, read_json, replace_link, runs_root, write_file, write_json
 
@@ -267,6 +270,8 @@ print(seen, missing)
 
 def checkpoint(text):
     def write(folder):
+        (folder / "arrays").write_text(text)
+        (folder / "round.json").write_text("{}")
         (folder / "proxy").mkdir()
         (folder / "proxy" / "weights").write_text(text)
 
@@ -339,12 +344,383 @@ def test_what_an_interrupted_process_left_is_no_round_and_is_replaced(run):
     (run.path / "rounds" / ".0001.tmp" / "old").touch()
     assert run.rounds() == []
     run.save_round(1, checkpoint("one"), keep=1)
-    assert names(run.path / "rounds" / "0001") == ["proxy"]
+    assert names(run.path / "rounds" / "0001") == ["arrays", "lines.json", "proxy", "round.json"]
     assert names(run.path / "rounds") == ["0001"]
 
 
 def test_a_run_without_checkpoints_has_no_rounds(run):
     assert run.rounds() == []
+
+
+def test_only_whole_checkpoints_are_rounds(run):
+    run.save_round(1, checkpoint("one"), keep=0)
+    rounds = run.path / "rounds"
+    (rounds / "0002" / "proxy").mkdir(parents=True)  # round.json is missing
+    (rounds / ".0003.tmp").mkdir()
+    (rounds / ".0003.tmp" / "round.json").write_text("{}")
+    (rounds / "0004 copy").mkdir()
+    (rounds / "0004 copy" / "round.json").write_text("{}")
+    assert run.rounds() == [1]
+
+
+def test_a_folder_is_whole_and_replaces_one_of_its_name(run):
+    run.save_folder("device", checkpoint("old"))
+    assert run.save_folder("device", checkpoint("new")) == run.path / "device"
+    assert (run.path / "device" / "proxy" / "weights").read_text() == "new"
+
+    def fails(folder):
+        checkpoint("half")(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"device: cannot be written \(No space left on device\)"):
+        run.save_folder("device", fails)
+    assert (run.path / "device" / "proxy" / "weights").read_text() == "new"
+    assert names(run.path) == [".lock", "device"]
+
+
+# --- one writer ---
+
+
+def test_a_run_that_is_being_written_has_no_second_writer(run):
+    run.write_config({})
+    with pytest.raises(RunError) as refused:
+        RunFolder.open(run.path)
+    assert str(refused.value) == (
+        f"{run.path}: a run has one writer at a time, got 'process {os.getpid()} on {platform.node()}'; "
+        "wait until that process has ended, or end it"
+    )
+    run.close()
+    with RunFolder.open(run.path) as second:
+        assert second.path == run.path
+        with pytest.raises(RunError, match="one writer"):
+            RunFolder.open(run.path)
+    RunFolder.open(run.path)
+
+
+HOLDS_RUN = """
+import pathlib, sys
+from fedpt_flwr.runs import RunFolder
+run = RunFolder.open(pathlib.Path(sys.argv[1]))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_writer_that_is_killed_leaves_the_run_free(run):
+    run.write_config({})
+    run.close()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_RUN, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"open\n"
+    with pytest.raises(RunError, match=f"one writer at a time, got 'process {holder.pid} on"):
+        RunFolder.open(run.path)
+    holder.kill()
+    holder.communicate(timeout=60)
+    RunFolder.open(run.path).close()
+
+
+def test_readers_need_no_lock_and_leave_no_file(run):
+    run.write_config({"seed": 1})
+    run.append("metrics.jsonl", {"round": 1})
+    reader = RunFolder(run.path)
+    assert reader.read_config() == {"seed": 1}
+    assert reader.read_lines("metrics.jsonl") == [{"round": 1}]
+    reader.close()
+    assert find_run(run.path.name, root=run.path.parent) == run.path
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), None], ids=["no locks", "no fcntl"])
+def test_where_there_are_no_locks_a_run_goes_on_without(run, monkeypatch, error):
+    def flock(*_):
+        raise error
+
+    if error is None:
+        monkeypatch.setattr(runs, "fcntl", None)
+    else:
+        monkeypatch.setattr(runs.fcntl, "flock", flock)
+    run.write_config({})
+    RunFolder.open(run.path)
+
+
+def test_a_folder_without_config_is_no_run_to_go_on_with(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RunError, match="a run that can go on has a config.json, and there is none; start a new"):
+            RunFolder.open(path)
+    assert names(tmp_path) == []
+
+
+def test_a_run_is_opened_under_its_own_name_wherever_a_link_leads(run):
+    run.write_config({})
+    run.save_round(1, checkpoint("one"), keep=1)
+    run.close()
+    again = RunFolder.open(run.path.parent / "latest")
+    assert again.path == run.path
+    again.save_round(2, checkpoint("two"), keep=1)
+    assert (run.path.parent / "latest").readlink() == Path(run.path.name)
+
+
+# --- the config of a run that goes on ---
+
+
+def test_the_flower_runs_that_wrote_a_run_are_kept_in_order(run):
+    run.write_config({"seed": 1, "flower_run_ids": [77], "versions": {}})
+    run.add_flower_run(2**63 + 1)
+    run.add_flower_run(5)
+    run.add_flower_run(5)
+    assert run.read_config() == {"seed": 1, "flower_run_ids": [77, 2**63 + 1, 5], "versions": {}}
+    run.write_config({"seed": 1})
+    run.add_flower_run(6)
+    assert run.read_config() == {"seed": 1, "flower_run_ids": [6]}
+
+
+def test_a_config_that_is_no_object_is_reported(run):
+    (run.path / "config.json").write_text("[1]")
+    with pytest.raises(RunError, match=r"config\.json: must hold a JSON object, got \[1\]"):
+        run.read_config()
+
+
+# --- going on ---
+
+
+def round_of(run, server_round, *, keep=0):
+    """What a server writes in a round."""
+    run.append("metrics.jsonl", {"round": server_round, "phase": "train", "note": "x\u2028y"})
+    run.append("costs.jsonl", {"round": server_round, "device": 0}, {"round": server_round, "device": 1})
+    run.append("metrics.jsonl", {"round": server_round, "phase": "validation"})
+    run.save_round(server_round, checkpoint(f"round {server_round}"), keep=keep)
+
+
+def end_of(run, last_round):
+    """What it writes after the last."""
+    run.append("costs.jsonl", {"round": last_round, "device": "server", "phase": "test"})
+    run.append("examples.jsonl", {"text": "a"})
+    run.save_folder("device", checkpoint("device"))
+    run.append("answers.jsonl", {"text": "b"}, {"text": "c"})
+    run.write_results({"rounds": last_round})
+
+
+def contents(folder):
+    """Every file and link, by its path, without the lock."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock" and (path.is_symlink() or path.is_file())
+    }
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_rewinding_undoes_all_that_was_written_after_a_round(run, last):
+    run.write_config({"seed": 1})
+    before = contents(run.path)
+    for server_round in (1, 2, 3):
+        round_of(run, server_round)
+        if server_round == last:
+            before = contents(run.path)
+    end_of(run, 3)
+    run.rewind(last)
+    after = contents(run.path)
+    if last == 0:
+        assert {after.pop(name) for name in ("metrics.jsonl", "costs.jsonl")} == {b""}
+    assert after == before
+    assert contents(run.path.parent)["latest"] == run.path.name
+
+
+def test_rewinding_twice_is_rewinding_once(run):
+    for server_round in (1, 2):
+        round_of(run, server_round)
+    run.rewind(2)
+    before = contents(run.path)
+    run.rewind(2)
+    assert contents(run.path) == before
+
+
+def test_a_line_that_was_being_written_is_cut(run):
+    round_of(run, 1)
+    before = contents(run.path)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"round": 2, "phase": "tr')
+    run.rewind(1)
+    assert contents(run.path) == before
+
+
+def test_what_was_left_under_temporary_names_is_removed_and_nothing_else(run):
+    round_of(run, 1)
+    (run.path / ".notes.txt").write_text("the user's")
+    (run.path / "own.jsonl").write_text("the user's")
+    before = contents(run.path)
+    others = run.path.parent / ".latest.99"
+    others.symlink_to("20260101T000000Z-1")
+    (run.path.parent / ".latest.98").symlink_to(run.path.name)
+    (run.path / ".proxy.4711").symlink_to("rounds/0002/proxy")
+    (run.path / ".metrics.jsonl.ab_d3f9h").write_text("half")
+    for folder in (".device.tmp", "rounds/.0002.tmp", "rounds/.0001.old", "rounds/0002"):
+        (run.path / folder / "proxy").mkdir(parents=True)
+    run.rewind(1)
+    assert contents(run.path) == before
+    assert not (run.path / ".device.tmp").exists()
+    assert names(run.path / "rounds") == ["0001"]
+    assert names(run.path.parent) == [".latest.99", run.path.name, "latest"]
+
+
+@pytest.mark.parametrize("link", ["rounds/0001/proxy", "nowhere", None])
+def test_links_that_point_elsewhere_are_put_right(run, link):
+    for server_round in (1, 2):
+        round_of(run, server_round)
+    for path, target in ((run.path / "proxy", link), (run.path.parent / "latest", link and "another")):
+        path.unlink()
+        if target:
+            path.symlink_to(target)
+    run.rewind(2)
+    assert (run.path / "proxy" / "weights").read_text() == "round 2"
+    assert find_run(root=run.path.parent) == run.path
+
+
+def test_a_round_without_checkpoint_cannot_be_gone_back_to(run):
+    for server_round in (1, 2, 3):
+        round_of(run, server_round, keep=2)
+    before = contents(run.path)
+    with pytest.raises(RunError, match="round 1 has no complete checkpoint; there are those of rounds: 2, 3"):
+        run.rewind(1)
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: b"x" + data, lambda data: None])
+def test_lines_that_are_missing_are_reported_before_anything_is_removed(run, spoil):
+    for server_round in (1, 2):
+        round_of(run, server_round)
+    end_of(run, 2)
+    path = run.path / "metrics.jsonl"
+    data = spoil(path.read_bytes())
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    before = contents(run.path)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: must begin with the \d+ bytes that were there when the last"):
+        run.rewind(2)
+    assert contents(run.path) == before
+
+
+# --- killed at any moment ---
+
+
+def written_run(root):
+    """All that a run of three rounds writes."""
+    run = RunFolder.create(root, 1, now=NOW)
+    run.write_config({"seed": 1})
+    gone_on_run(run, 0)
+
+
+def gone_on_run(run, last):
+    for server_round in range(last + 1, 4):
+        round_of(run, server_round, keep=2)
+        if server_round == 2:
+            run.save_round(2, checkpoint("round 2"), keep=2)
+    end_of(run, 3)
+
+
+def rewound_run(root):
+    run = RunFolder.open(next(root.glob("2*")))
+    last = max(run.rounds(), default=0)
+    run.rewind(last)
+    return run, last
+
+
+KILLS_AT_EVERY_CHANGE = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_runs
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.chmod"}
+left = None  # changes that this process may still make
+
+def count(event, arguments):
+    global left
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if left is not None and (writes or event in CHANGES):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+os.fsync = lambda handle: None  # what was written outlives a killed process in any case
+task, folders = getattr(test_runs, sys.argv[2]), map(pathlib.Path, sys.argv[3:])
+for number, folder in enumerate(folders):
+    child = os.fork()
+    if child == 0:
+        left = number
+        task(folder)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    print(status)
+"""
+
+
+def killed_at_every_change(task, folders):
+    """Run a task of this module once a folder, killed before its first, its second, ... change of the file system."""
+    program = [sys.executable, "-c", KILLS_AT_EVERY_CHANGE, str(Path(__file__).parent), task.__name__]
+    done = subprocess.run([*program, *map(str, folders)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    statuses = [int(line) for line in done.stdout.split()]
+    assert statuses[-1] == 0, "there are more changes than folders"
+    assert statuses == sorted(statuses, reverse=True)
+    return folders[: statuses.index(0)]
+
+
+def assert_like_an_unbroken_run(root, expected):
+    found = contents(root)
+    # An old checkpoint is removed when the next is saved; after the last round nobody comes to do it.
+    old = {name for name in found if "rounds/0001/" in name}
+    assert {name: found[name] for name in found.keys() - old} == expected
+
+
+@pytest.fixture
+def unbroken(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    written_run(tmp_path / "unbroken")
+    return contents(tmp_path / "unbroken")
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_folder(tmp_path, unbroken):
+    killed = killed_at_every_change(written_run, [tmp_path / f"{number:03d}" for number in range(200)])
+    assert len(killed) > 60
+    lasts = []
+    for root in killed:
+        if not list(root.glob("2*/config.json")):  # killed so early that nothing is lost
+            continue
+        reader = RunFolder(next(root.glob("2*")))
+        for server_round in reader.rounds():
+            assert names(reader.round_path(server_round)) == ["arrays", "lines.json", "proxy", "round.json"]
+            assert (reader.round_path(server_round) / "proxy" / "weights").read_text() == f"round {server_round}"
+        run, last = rewound_run(root)
+        gone_on_run(run, last)
+        lasts.append(last)
+        run.close()
+        assert_like_an_unbroken_run(root, unbroken)
+    assert lasts == sorted(lasts)
+    assert {0, 1, 2, 3} == set(lasts)
+
+
+def test_rewinding_that_is_killed_at_any_moment_can_be_done_again(tmp_path, unbroken):
+    broken = tmp_path / "broken"
+    written_run(broken)
+    run = next(broken.glob("2*"))
+    (run / "rounds" / "0003").rename(run / "rounds" / ".0003.tmp")  # killed before round 3 was complete, and
+    (run / "rounds" / "0002").rename(run / "rounds" / ".0002.old")  # while another 2 was put in its place
+    (run / ".proxy.4711").symlink_to("rounds/0003/proxy")
+    (broken / ".latest.4711").symlink_to(run.name)
+    folders = [tmp_path / f"{number:03d}" for number in range(60)]
+    for folder in folders:
+        shutil.copytree(broken, folder, symlinks=True)
+    killed = killed_at_every_change(rewound_run, folders)
+    assert len(killed) > 15
+    for root in killed:
+        again, last = rewound_run(root)
+        assert last == 2
+        gone_on_run(again, last)
+        assert_like_an_unbroken_run(root, unbroken)
 
 
 # --- a full disk ---

@@ -8,7 +8,7 @@ from fedpt_flwr import data as data_module
 from fedpt_flwr.config import DataConfig
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.prompts import Example
-from fedpt_flwr.sources import device_shard, held_out_items, local_shard, public_texts
+from fedpt_flwr.sources import Prompts, device_shard, held_out_items, local_shard, public_prompts, public_texts
 
 SEED = 3
 
@@ -42,6 +42,8 @@ def data(tmp_path):
         group_field="user",
         value_field="v",
         name_field="n",
+        prompts="",
+        cover_field="user",
         partitioner="iid",
         holdout_fraction=0.1,
     )
@@ -199,8 +201,24 @@ def test_the_first_items_keep_their_columns_and_zero_means_all(data):
     assert items.first(0) == items.first(99) == items
     two = items.first(2)
     assert (two.examples, two.values, two.fields) == (items.examples[:2], items.values[:2], items.fields[:2])
-    without = dataclasses.replace(items, values=None, fields=None).first(2)
-    assert (len(without.examples), without.values, without.fields) == (2, None, None)
+    without = dataclasses.replace(items, values=None, fields=None, topics=None).first(2)
+    assert (len(without.examples), without.values, without.fields, without.topics) == (2, None, None, None)
+
+
+def test_some_items_keep_their_columns_in_the_order_asked_for(data):
+    items = held_out_items(data, "test", seed=SEED)
+    some = items.only([3, 0])
+    assert some.examples == [items.examples[3], items.examples[0]]
+    for column in ("values", "fields", "topics"):
+        whole = getattr(items, column)
+        assert getattr(some, column) == [whole[3], whole[0]]
+
+
+def test_what_an_item_is_about_is_said_by_the_cover_field(data):
+    items = held_out_items(data, "test", seed=SEED)
+    assert items.topics == ["abcde"[int(prompt[1:-1]) % 5] for prompt in prompts(items.examples)]
+    for name in ("", "absent"):
+        assert held_out_items(dataclasses.replace(data, cover_field=name), "test", seed=SEED).topics is None
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -239,3 +257,69 @@ def test_a_public_template_that_is_none_is_refused(data, tmp_path, template):
     public = write(tmp_path / "public.jsonl", [{"text": "one"}])
     with pytest.raises(ConfigError, match=r"^data\.public-template: "):
         public_texts(dataclasses.replace(data, public=public, public_template=template))
+
+
+# --- public prompts ---
+
+
+def with_prompts(data, tmp_path, records, **changes):
+    return dataclasses.replace(data, prompts=write(tmp_path / "prompts.jsonl", records), **changes)
+
+
+def test_public_prompts_are_written_as_the_devices_are_and_need_no_answers(data, tmp_path):
+    asked = [{"q": "one", "user": "x"}, {"q": "two", "user": "y"}, {"q": "three", "user": "x"}]
+    found = public_prompts(with_prompts(data, tmp_path, asked))
+    assert found == Prompts(texts=["one?", "two?", "three?"], topics=frozenset({"x", "y"}))
+
+
+def test_without_public_prompts_there_are_none(data):
+    assert public_prompts(data) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "cover_field"),
+    [
+        ([{"q": "one", "user": "x"}], ""),
+        ([{"q": "one", "user": "x"}], "absent"),
+        ([{"q": "one", "user": "x"}, {"q": "two"}], "user"),  # not every record says
+        ([{"q": "one", "user": ""}], "user"),
+    ],
+)
+def test_prompts_whose_records_do_not_say_it_are_about_nothing_in_particular(data, tmp_path, asked, cover_field):
+    found = public_prompts(with_prompts(data, tmp_path, asked, cover_field=cover_field))
+    assert found.texts == [f"{record['q']}?" for record in asked]
+    assert found.topics == frozenset()
+
+
+def test_topics_of_prompts_and_items_are_the_same_texts(data, tmp_path):
+    """A number in one file is the number in the other."""
+    own = write(tmp_path / "own.jsonl", [record(7, user=3), record(8, user=4)])
+    data = with_prompts(data, tmp_path, [{"q": "one", "user": 3}], test=own)
+    items, found = held_out_items(data, "test", seed=SEED), public_prompts(data)
+    assert [topic in found.topics for topic in items.topics] == [True, False]
+
+
+def test_a_prompt_that_lacks_a_field_is_named(data, tmp_path):
+    with pytest.raises(DataError, match=r"prompts\.jsonl, record 2: the record has no field 'q'; its fields are 'x'"):
+        public_prompts(with_prompts(data, tmp_path, [{"q": "one"}, {"x": "two"}]))
+
+
+def test_public_prompts_that_are_not_there_are_reported_with_their_path(data, tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl: there is no such file or folder"):
+        public_prompts(dataclasses.replace(data, prompts=str(tmp_path / "none.jsonl")))
+
+
+def test_a_file_without_prompts_is_refused(data, tmp_path):
+    with pytest.raises(DataError, match=r"prompts\.jsonl"):
+        public_prompts(with_prompts(data, tmp_path, []))
+
+
+def test_the_packaged_prompts_are_about_units_and_some_of_the_test_questions_are_about_these():
+    data = DataConfig()
+    found, items = public_prompts(data), held_out_items(data, "test", seed=0)
+    covered = [topic in found.topics for topic in items.topics]
+    assert (covered.count(True), covered.count(False)) == (
+        192,
+        144,
+    )  # four of seven units of eight kinds, six facts each
+    assert all(text.startswith("> ") and text.endswith("]\n") for text in found.texts)

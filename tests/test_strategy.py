@@ -1,19 +1,39 @@
 import logging
+import pickle
 import random
 import re
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from local_grid import LocalGrid
 
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
-from fedpt_flwr.errors import ConfigError, RoundError
+from fedpt_flwr.errors import ConfigError, RoundError, RunError
 from fedpt_flwr.records import DeviceCard, refusal
-from fedpt_flwr.strategy import FedPT, make_inner_strategy, sample_devices
+from fedpt_flwr.strategy import (
+    RESUMABLE,
+    FedPT,
+    check_resumable,
+    inner_state,
+    make_inner_strategy,
+    sample_devices,
+    set_inner_state,
+)
 
 NUM_DEVICES = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_collection():
+    """Bulyan collects garbage once a reply, which takes longer than all else together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gc.collect", lambda *_: 0)
+        yield
 
 
 def start_arrays():
@@ -34,6 +54,10 @@ def make_device(*, code_hash="", examples=examples_of, groups=None):
                 device=device, num_examples=examples(device), groups=groups or {"a": 1}, code_hash=code_hash
             )
             return Message(content=card.to_content(), reply_to=message)
+        if message.metadata.message_type == "evaluate":
+            error = float(message.content["arrays"]["scale"].numpy()[0]) * (device + 1)
+            metrics = MetricRecord({"num-examples": examples(device), "error": error})
+            return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
         server_round = message.content["config"]["server-round"]
         step = np.random.default_rng([device, server_round]).normal()
         arrays = {
@@ -350,6 +374,15 @@ def test_a_strategy_that_cannot_aggregate_is_named():
         run(strategy, LocalGrid(make_device(), 2))
 
 
+def test_a_strategy_that_needs_more_replies_says_so_and_may_try_again():
+    with pytest.raises(RoundError, match=r"Bulyan cannot aggregate round 1 .*does it need more than 2 replies"):
+        run(fedpt(inner="Bulyan"), LocalGrid(make_device(), 2))
+    outcomes = []
+    grid = LocalGrid(make_device(), 3, tamper=lambda d, m, reply: lost_in({1})(d, m, reply) if d == 2 else reply)
+    run(fedpt(inner="Bulyan", max_failed_rounds=1, after_aggregate=outcomes.append), grid, rounds=2)
+    assert [outcome.server_round for outcome in outcomes] == [2]
+
+
 def test_other_code_is_refused_with_the_remedy():
     with pytest.raises(RoundError) as caught:
         run(fedpt(code_hash="aaaa"), LocalGrid(make_device(code_hash="bbbb"), 2))
@@ -417,3 +450,407 @@ def test_strategy_arguments_arrive():
 def test_a_bare_flower_strategy_can_be_wrapped_as_a_library_would():
     inner = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     assert_same(run(FedPT(inner), LocalGrid(make_device(), 2)), run(fedpt(), LocalGrid(make_device(), 2)))
+
+
+# --- the rounds ---
+
+
+def test_the_rounds_are_those_of_flowers_own_loop():
+    """Flower's ``start``, called on our strategy, is the reference for ours."""
+
+    def run_with(start):
+        asked = []
+
+        def evaluate(server_round, arrays):
+            asked.append(server_round)
+            return MetricRecord({"sum": float(arrays["weight"].numpy().sum())}) if server_round != 2 else None
+
+        inner = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+        grid = LocalGrid(make_device(), 3, tamper=lost_in({2}))
+        result = start(
+            FedPT(inner, max_failed_rounds=1, wait_timeout_s=1.0),
+            grid,
+            initial_arrays=start_arrays(),
+            num_rounds=4,
+            timeout=5,
+            train_config=ConfigRecord({"key": 7}),
+            evaluate_config=ConfigRecord({"key": 8}),
+            evaluate_fn=evaluate,
+        )
+        types = [message.metadata.message_type for message in grid.sent]
+        keys = [m.content["config"]["key"] for m in grid.sent if m.metadata.message_type != "query"]
+        return result, asked, types, keys
+
+    (ours, *traffic), (flowers, *expected) = run_with(FedPT.start), run_with(Strategy.start)
+    assert traffic == expected
+    assert_same(ours.arrays, flowers.arrays)
+    for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
+        mine, theirs = getattr(ours, name), getattr(flowers, name)
+        assert mine.keys() == theirs.keys()
+        # Flower shuffles the devices that evaluate, so sums may differ in the last bit.
+        for server_round in mine:
+            assert dict(mine[server_round]) == pytest.approx(dict(theirs[server_round]), rel=1e-12)
+    assert ours.evaluate_metrics_clientapp.keys() == {1, 2, 3, 4}
+
+
+def lost_in(rounds):
+    """No reply comes in these rounds."""
+
+    def tamper(device, message, reply):
+        is_train = message.metadata.message_type == "train"
+        return None if is_train and message.content["config"]["server-round"] in rounds else reply
+
+    return tamper
+
+
+def test_without_a_complete_round_the_result_is_what_was_given():
+    grid = LocalGrid(make_device(), 2, tamper=nobody)
+    assert_same(run(fedpt(max_failed_rounds=9), grid, rounds=2), start_arrays())
+    result = fedpt().start(grid, initial_arrays=start_arrays(), num_rounds=3, first_round=4)
+    assert_same(result.arrays, start_arrays())
+
+
+def test_the_outcome_says_what_the_devices_began_with():
+    outcomes, grid = [], LocalGrid(make_device(), 2)
+    got = run(fedpt(after_aggregate=outcomes.append), grid, rounds=2)
+    assert_same(outcomes[0].sent, start_arrays())
+    assert_same(outcomes[1].sent, outcomes[0].arrays)
+    assert_same(outcomes[1].arrays, got)
+
+
+def test_a_device_that_orders_its_memory_otherwise_does_not_decide_how_checkpoints_lie_in_memory():
+    def columns_first(device, message, reply):
+        if message.metadata.message_type == "query":
+            return reply
+        return changed(reply, arrays=lambda a: as_arrays({name: np.asfortranarray(x) for name, x in a.items()}))
+
+    got = run(fedpt(), LocalGrid(make_device(), 2, tamper=columns_first), rounds=1)
+    assert_same(got, run(fedpt(), LocalGrid(make_device(), 2), rounds=1))
+    assert all(part.flags.c_contiguous for part in values(got).values())
+
+
+@pytest.mark.parametrize("name", ["FedAdam", "FedAvgM"])
+def test_state_can_be_written_in_whatever_order_the_arrays_lie_in_memory(name):
+    arrays = ArrayRecord({"weight": Array(np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)))})
+    device = make_device()
+
+    def handle(message, context):  # an update that differs from value to value
+        reply = device(message, context)
+        if message.metadata.message_type == "query":
+            return reply
+        return changed(reply, arrays=lambda a: as_arrays({key: value**2 for key, value in a.items()}))
+
+    [(outcome, _)] = outcomes_of(name, arrays=arrays, rounds=1, handle=handle)
+    for key, value in from_disk(outcome.inner_state).items():
+        np.testing.assert_array_equal(value, outcome.inner_state[key])
+    assert len({*outcome.inner_state[next(iter(outcome.inner_state))].flat}) == 6
+
+
+def test_a_run_that_goes_on_is_not_evaluated_before_its_first_round():
+    asked = []
+    fedpt().start(
+        LocalGrid(make_device(), 2),
+        initial_arrays=start_arrays(),
+        num_rounds=4,
+        first_round=3,
+        evaluate_fn=lambda server_round, arrays: asked.append(server_round),
+    )
+    assert asked == [3, 4]
+
+
+# --- an early end ---
+
+
+def asked_after(num_questions):
+    """A question that is answered with yes at the n-th time, and the list of the answers."""
+    answers = []
+
+    def is_good_enough():
+        answers.append(len(answers) + 1 >= num_questions)
+        return answers[-1]
+
+    return is_good_enough, answers
+
+
+@pytest.mark.parametrize(("yes_at", "last_round"), [(1, 1), (2, 2), (4, 4), (9, 4)])
+def test_a_run_ends_after_the_round_that_is_good_enough(yes_at, last_round):
+    question, answers = asked_after(yes_at)
+    outcomes = []
+    run(fedpt(after_aggregate=outcomes.append, is_good_enough=question), LocalGrid(make_device(), 2), rounds=4)
+    assert [outcome.server_round for outcome in outcomes] == list(range(1, last_round + 1))
+    assert len(answers) == last_round
+
+
+def test_a_failed_round_is_not_asked_about():
+    question, answers = asked_after(2)
+    outcomes = []
+    strategy = fedpt(after_aggregate=outcomes.append, is_good_enough=question, max_failed_rounds=2)
+    run(strategy, LocalGrid(make_device(), 2, tamper=lost_in({1, 3})), rounds=6)
+    assert [outcome.server_round for outcome in outcomes] == [2, 4]
+    assert answers == [False, True]
+
+
+def test_a_run_that_goes_on_asks_first_whether_it_need():
+    question, _ = asked_after(1)
+    grid = LocalGrid(make_device(), 2)
+    fedpt(is_good_enough=question).start(grid, initial_arrays=start_arrays(), num_rounds=5, first_round=3)
+    assert grid.sent == []
+
+
+# --- going on ---
+
+ARGUMENTS = {
+    "FedAvgM": "server-momentum = 0.9, server-learning-rate = 0.7",
+    "FedAdam": "eta = 0.3, beta-1 = 0.8, beta-2 = 0.95",
+    "FedYogi": "eta = 0.2",
+    "FedTrimmedAvg": "beta = 0.34",
+    "MultiKrum": "num-nodes-to-select = 2",
+}
+
+
+def shifted(outcome):
+    """Arrays other than the aggregated, as a distilled model has them; they depend on the round."""
+    return ArrayRecord(
+        {
+            name: Array(array.numpy() * np.float32(0.75) + np.float32(outcome.server_round))
+            for name, array in outcome.arrays.items()
+        }
+    )
+
+
+def outcomes_of(
+    name, *, first_round=1, arrays=None, state=None, replace=None, tamper=None, handle=None, rounds=4, **settings
+):
+    """Outcomes of the rounds, each with the arrays that the next one sends."""
+    found = []
+
+    def remember(outcome):
+        following = replace(outcome) if replace else None
+        found.append((outcome, following or outcome.arrays))
+        return following
+
+    strategy = fedpt(
+        inner=name, arguments=ARGUMENTS.get(name, ""), after_aggregate=remember, max_failed_rounds=9, **settings
+    )
+    if state is not None:
+        set_inner_state(strategy.inner, state, arrays)
+    grid = LocalGrid(handle or make_device(), NUM_DEVICES, tamper=tamper)
+    strategy.start(grid, initial_arrays=arrays or start_arrays(), num_rounds=rounds, timeout=5, first_round=first_round)
+    return found
+
+
+def from_disk(arrays):
+    """Arrays as they come back from a checkpoint: of another memory, and in another order."""
+    return safetensors.numpy.load(safetensors.numpy.save(dict(arrays)))
+
+
+def assert_goes_on(name, whole, stopped, **settings):
+    """Going on after the ``stopped``-th complete round gives what the whole run gave."""
+    outcome, following = whole[stopped - 1]
+    rest = outcomes_of(
+        name,
+        first_round=outcome.server_round + 1,
+        arrays=ArrayRecord({key: Array(value) for key, value in from_disk(values(following)).items()}),
+        state=from_disk(outcome.inner_state),
+        **settings,
+    )
+    assert len(rest) == len(whole) - stopped
+    for (mine, mine_sends), (expected, expected_sends) in zip(rest, whole[stopped:], strict=True):
+        assert_same(mine.sent, expected.sent)
+        assert_same(mine.arrays, expected.arrays)
+        assert_same(mine_sends, expected_sends)
+        assert mine.inner_state.keys() == expected.inner_state.keys()
+        for key, value in expected.inner_state.items():
+            assert mine.inner_state[key].dtype == value.dtype
+            np.testing.assert_array_equal(mine.inner_state[key], value)
+        assert (mine.server_round, mine.train_loss) == (expected.server_round, expected.train_loss)
+        assert mine.devices == expected.devices
+
+
+@pytest.mark.parametrize("replace", [None, shifted], ids=["aggregated", "replaced"])
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_going_on_after_any_round_gives_the_same_bits_as_not_stopping(name, replace):
+    settings = {"replace": replace, "fraction_train": 0.5, "seed": 5}
+    whole = outcomes_of(name, **settings)
+    assert len(whole) == 4
+    for stopped in (1, 2, 3, 4):
+        assert_goes_on(name, whole, stopped, **settings)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(RESUMABLE),
+    fraction=st.sampled_from([0.34, 0.5, 0.8, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+    lost=st.sets(st.integers(1, 5), max_size=3),
+    replace=st.sampled_from([None, shifted]),
+    data=st.data(),
+)
+def test_rounds_without_replies_change_nothing_about_that(name, fraction, seed, lost, replace, data):
+    settings = {
+        "fraction_train": fraction,
+        "min_replies": 3,  # Bulyan's least
+        "seed": seed,
+        "replace": replace,
+        "tamper": lost_in(lost),
+        "rounds": 5,
+    }
+    whole = outcomes_of(name, **settings)
+    assert [outcome.server_round for outcome, _ in whole] == sorted({1, 2, 3, 4, 5} - lost)
+    assert_goes_on(name, whole, data.draw(st.integers(1, len(whole))), **settings)
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_the_order_of_the_arrays_changes_no_bit(name):
+    # It is one in a model, another in a file, and any in what after_aggregate returns.
+    def reversed_(outcome):
+        return ArrayRecord(dict(reversed(list(shifted(outcome).items())))) if outcome.server_round % 2 else None
+
+    def in_order(outcome):
+        return shifted(outcome) if outcome.server_round % 2 else None
+
+    backwards = ArrayRecord(dict(reversed(list(start_arrays().items()))))
+    mixed = outcomes_of(name, replace=reversed_, arrays=backwards)
+    for (mine, _), (expected, _) in zip(mixed, outcomes_of(name, replace=in_order), strict=True):
+        assert_same(mine.arrays, expected.arrays)
+        for key, value in expected.inner_state.items():
+            np.testing.assert_array_equal(mine.inner_state[key], value)
+
+
+@pytest.mark.parametrize("name", INNER_STRATEGIES)
+def test_a_strategy_that_remembers_anything_else_would_be_noticed(name):
+    strategy = fedpt(inner=name, arguments=ARGUMENTS.get(name, ""))
+    before = {field: pickle.dumps(value) for field, value in vars(strategy.inner).items()}
+    run(strategy, LocalGrid(make_device(), NUM_DEVICES))
+    after = {field: pickle.dumps(value) for field, value in vars(strategy.inner).items()}
+    changed_fields = {field for field in after if after[field] != before.get(field)}
+    saved = {key.split("/")[0] for key in inner_state(strategy.inner)}
+    assert changed_fields - {"current_arrays"} == saved  # current_arrays is what the round sends
+    assert name in RESUMABLE
+
+
+def test_a_strategy_has_no_state_before_its_first_round():
+    for name in RESUMABLE:
+        assert inner_state(make_inner_strategy(StrategyConfig(name=name, arguments=ARGUMENTS.get(name, "")))) == {}
+
+
+def test_state_is_named_after_the_arrays_and_can_be_computed_by_hand():
+    strategy = fedpt(inner="FedAdam", arguments="beta-1 = 0.5, beta-2 = 0.75")
+    run(strategy, LocalGrid(make_device(), 1), rounds=1)
+    step = np.random.default_rng([0, 1]).normal()
+    state = inner_state(strategy.inner)
+    assert sorted(state) == ["m_t/scale", "m_t/weight", "v_t/scale", "v_t/weight"]
+    np.testing.assert_allclose(state["m_t/weight"], np.full((2, 3), 0.5 * step), rtol=1e-6)
+    np.testing.assert_allclose(state["v_t/weight"], np.full((2, 3), 0.25 * step**2), rtol=1e-6)
+
+
+def test_updates_start_from_what_was_broadcast_not_from_what_the_strategy_made():
+    outcomes = []
+
+    def distilled(outcome):
+        outcomes.append(outcome)
+        return ArrayRecord({name: Array(array.numpy() + 100) for name, array in outcome.arrays.items()})
+
+    strategy = fedpt(inner="FedAvgM", arguments="server-momentum = 0.9", after_aggregate=distilled)
+    run(strategy, LocalGrid(make_device(), 1), rounds=3)
+    # Of one device, whatever it is sent, round r aggregates to sent + s_r: the pseudo-gradient is -s_r, the momentum
+    # m_r = 0.9 m_(r-1) - s_r, and the result sent - m_r. Without the 100 that was put on top, of which no device knows.
+    steps = [np.random.default_rng([0, server_round]).normal() for server_round in (1, 2, 3)]
+    momentum, sent = 0.0, 0.0
+    for outcome, step in zip(outcomes, steps, strict=True):
+        momentum = 0.9 * momentum - step
+        np.testing.assert_allclose(outcome.inner_state["momentum_vector/weight"], momentum, rtol=1e-4)
+        np.testing.assert_allclose(outcome.sent["weight"].numpy(), sent, rtol=1e-6)
+        np.testing.assert_allclose(outcome.arrays["weight"].numpy(), sent - momentum, rtol=1e-6)
+        sent += -momentum + 100
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_arrays_that_are_moved_after_every_round_move_the_result_and_nothing_else(name):
+    # The devices' steps do not depend on where they begin, so no strategy may take the move for their doing.
+    def moved(outcome):
+        return ArrayRecord({key: Array(array.numpy() + np.float32(4)) for key, array in outcome.arrays.items()})
+
+    plain, far = outcomes_of(name), outcomes_of(name, replace=moved)
+    for (here, _), (there, _) in zip(plain, far, strict=True):
+        by = 4 * (here.server_round - 1)
+        for key in here.arrays:
+            np.testing.assert_allclose(there.arrays[key].numpy(), here.arrays[key].numpy() + by, atol=1e-4)
+
+
+def huge_in(server_round, size):
+    """Devices send finite numbers of which the strategy makes infinite ones."""
+
+    def tamper(device, message, reply):
+        if message.metadata.message_type == "query" or message.content["config"]["server-round"] != server_round:
+            return reply
+        return changed(reply, arrays=lambda a: as_arrays({**a, "scale": np.float32([size])}))
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("FedAdam", 1e30), ("FedYogi", 1e30), ("FedAdagrad", 1e30), ("FedAvgM", -3e38)],
+)
+def test_a_round_of_which_a_strategy_makes_infinite_numbers_leaves_no_trace_in_it(name, size, monkeypatch):
+    monkeypatch.setitem(ARGUMENTS, "FedAvgM", "server-momentum = 0.9, server-learning-rate = 2.0")
+    infinite = outcomes_of(name, tamper=huge_in(2, size))
+    lost = outcomes_of(name, tamper=lost_in({2}))
+    assert [outcome.server_round for outcome, _ in infinite] == [1, 3, 4]
+    for (mine, _), (expected, _) in zip(infinite, lost, strict=True):
+        assert_same(mine.arrays, expected.arrays)
+        for key, value in expected.inner_state.items():
+            np.testing.assert_array_equal(mine.inner_state[key], value)
+
+
+def saved_state(name="FedAdam"):
+    strategy = fedpt(inner=name, arguments=ARGUMENTS.get(name, ""))
+    run(strategy, LocalGrid(make_device(), 2), rounds=1)
+    return inner_state(strategy.inner)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {}, r"the saved state of FedAdam must hold 4 arrays, got \"4 missing \['m_t/scale'\], 0 unknown"),
+        (lambda s: {**s, "m_t/bias": s["m_t/scale"]}, r"4 arrays, got \"0 missing \[\], 1 unknown \['m_t/bias'\]"),
+        (lambda s: {**s, "m_t/scale": np.zeros(2, np.float32)}, r"m_t/scale must have shape \(1,\), got '\(2,\)'"),
+        (lambda s: {**s, "m_t/scale": np.zeros(1, np.int64)}, "m_t/scale must be float32 or float64, got 'int64'"),
+        (lambda s: {**s, "v_t/scale": np.float32([np.inf])}, "v_t/scale must be finite numbers, got '1 that are not'"),
+    ],
+    ids=["none", "one too many", "shape", "type", "infinite"],
+)
+def test_state_that_does_not_fit_is_refused(change, message):
+    inner = make_inner_strategy(StrategyConfig(name="FedAdam", arguments=ARGUMENTS["FedAdam"]))
+    with pytest.raises(RunError, match=message):
+        set_inner_state(inner, change(saved_state()), start_arrays())
+    assert inner_state(inner) == {}
+
+
+def test_state_of_another_strategy_is_refused():
+    inner = make_inner_strategy(StrategyConfig(name="FedAvgM", arguments=ARGUMENTS["FedAvgM"]))
+    with pytest.raises(RunError, match="the saved state of FedAvgM must hold 2 arrays"):
+        set_inner_state(inner, saved_state("FedAdam"), start_arrays())
+    with pytest.raises(RunError, match="the saved state of FedAvg must hold 0 arrays"):
+        set_inner_state(make_inner_strategy(StrategyConfig()), saved_state("FedAvgM"), start_arrays())
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_runs_with_these_strategies_can_go_on(name):
+    check_resumable(name)
+
+
+def test_a_strategy_whose_state_is_not_known_is_refused_with_those_that_can_go_on():
+    with pytest.raises(ConfigError) as caught:
+        check_resumable("QFedAvg")
+    assert str(caught.value) == (
+        "strategy.name: what this strategy remembers from round to round cannot be saved, got 'QFedAvg'; "
+        "a run can be resumed with " + ", ".join(RESUMABLE)
+    )
+
+    class Own(FedAvg):
+        pass
+
+    with pytest.raises(ConfigError, match="got 'Own'"):
+        set_inner_state(Own(), {}, start_arrays())

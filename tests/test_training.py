@@ -1,4 +1,8 @@
+import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +14,14 @@ from fedpt_flwr.config import TrainConfig, TuningConfig
 from fedpt_flwr.data import TokenizedExample, batches, collate
 from fedpt_flwr.errors import DataError, DeviceError
 from fedpt_flwr.models import cpu_threads, make_tunable, set_arrays, tunable_arrays
-from fedpt_flwr.training import count_flops, device_seed, num_steps, round_learning_rate, train_locally
+from fedpt_flwr.training import (
+    TaskMemory,
+    count_flops,
+    device_seed,
+    num_steps,
+    round_learning_rate,
+    train_locally,
+)
 
 # peft and this project ask transformers by names that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -389,3 +400,74 @@ def test_a_model_is_as_good_as_new_after_a_training_that_failed():
     set_arrays(model, begun_with)
     train(model)
     assert equal(tunable_arrays(model), trained())
+
+
+# --- memory of a task ---
+
+ON_LINUX = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
+
+TASKS = """
+import json, mmap
+from fedpt_flwr.training import TaskMemory
+
+def take():
+    # Pages that go back to the system at once when nobody needs them any more.
+    memory = mmap.mmap(-1, 50 * 2**20)
+    for place in range(0, len(memory), 4096):
+        memory[place] = 1
+    memory.close()
+
+def forget():
+    # What train_locally does, to take a peak of its own.
+    open("/proc/self/clear_refs", "w").write("5")
+
+def nothing():
+    pass
+
+def growth(loading, training):
+    memory, grown = TaskMemory(), []
+    for _ in range(2):
+        forget()
+        memory.begin()
+        loading()
+        peak = memory.peak_before_training()
+        forget()
+        training()
+        grown.append(memory.growth_bytes(peak))
+    return grown
+
+print(json.dumps([growth(take, nothing), growth(nothing, take), growth(take, take), growth(nothing, nothing)]))
+"""
+
+
+@ON_LINUX
+def test_the_growth_of_a_first_task_is_all_that_it_takes_and_a_second_one_has_none():
+    """50 MiB in loading, in training, in both one after the other, and in neither."""
+    done = subprocess.run([sys.executable, "-c", TASKS], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert [second for _, second in found] == [None] * 4
+    assert [first / 2**20 for first, _ in found] == pytest.approx([50, 50, 50, 0], abs=5)
+
+
+def test_a_system_that_does_not_tell_gives_none(monkeypatch):
+    monkeypatch.setattr(training, "_resident_bytes", lambda name: None)
+    memory = TaskMemory()
+    memory.begin()
+    assert memory.peak_before_training() is None
+    assert memory.growth_bytes(None) is None
+
+
+def test_growth_is_from_the_beginning_to_the_highest_peak(monkeypatch):
+    told = {"VmRSS": 100, "VmHWM": 130}
+    monkeypatch.setattr(training, "_resident_bytes", told.get)
+    memory = TaskMemory()
+    memory.begin()
+    assert memory.growth_bytes(150) == 50
+    assert memory.growth_bytes(110) == memory.growth_bytes(None) == 30
+    told["VmHWM"] = 90
+    assert memory.growth_bytes(None) == 0
+
+
+def test_a_task_that_was_never_begun_has_no_growth():
+    memory = TaskMemory()
+    assert memory.growth_bytes(memory.peak_before_training()) is None

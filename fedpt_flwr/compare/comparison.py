@@ -1,0 +1,235 @@
+"""The whole comparison: its folder, which cell's turn it is, and what to do when one ends."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from multiprocessing import connection as connections
+from pathlib import Path
+from typing import Any
+
+from fedpt_flwr.compare.cell import app_hash, made, result_path
+from fedpt_flwr.compare.plan import FEDPT, Cell, Plan, Result
+from fedpt_flwr.compare.summary import summarise
+from fedpt_flwr.compare.workers import Worker, WorkerSettings
+from fedpt_flwr.config import Scalar
+from fedpt_flwr.errors import ConfigError, RunError, naming
+from fedpt_flwr.runs import read_json, runs_root, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows; there nothing keeps a second writer out
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A cell has ended.
+
+    Attributes:
+        name: The cell's.
+        error: Why it failed, or empty.
+        done: Cells that have ended, failed ones counted.
+        total: Cells in all.
+        seconds: Since the cell began.
+    """
+
+    name: str
+    error: str
+    done: int
+    total: int
+    seconds: float
+
+
+class Comparison:
+    """A comparison and its folder. It has one writer at a time, until :meth:`close` or the end of the process.
+
+    Args:
+        plan: What is compared.
+        folder: A new or empty one, or that of a comparison with the same plan, which then goes on.
+        app: Folder of the Flower app.
+
+    Attributes:
+        settled: Results by cell, None for a cell that failed.
+        num_found: Cells that were finished before.
+        num_outdated: Cells that were finished before by other code or with another config, and are run again: they do
+            not belong into one table with the others. Their files stay until they are replaced.
+
+    Raises:
+        ConfigError: The folder holds another comparison (says which keys differ), or there is no such app.
+        RunError: The folder holds something else, another process writes to it, or it cannot be written.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, *, app: Path) -> None:
+        self.plan, self.folder, self._app = plan, folder.absolute(), app.absolute()
+        self._code_hash = app_hash(self._app)
+        _refuse_other_grid(plan, self.folder)
+        self._lock = _lock(self.folder)
+        write_json(self.folder / "grid.json", plan.to_json())
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        self.settled: dict[str, Result | None] = {}
+        self.num_outdated = 0
+        self._open: list[Cell] = []
+        self._known: set[str] = set()
+        self._look_for_cells()
+        self.num_found = len(self.settled)
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        os.close(self._lock)
+
+    def run(self, *, jobs: int, keep_runs: bool = False, on_cell: Callable[[Progress], None] | None = None) -> None:
+        """Run what is missing.
+
+        A cell that fails leaves a file in ``errors/``; the others go on.
+
+        Args:
+            jobs: Worker processes at most.
+            keep_runs: Whether run folders are kept.
+            on_cell: Called whenever a cell has ended.
+        """
+        told = WorkerSettings(folder=self.folder, app=self._app, num_devices=self.plan.num_devices, keep_runs=keep_runs)
+        idle: list[Worker] = []
+        busy: dict[Any, tuple[Worker, Cell, float]] = {}
+        try:
+            while self._open or busy:
+                while self._open and len(busy) < jobs:
+                    worker, cell = idle.pop() if idle else Worker(told), self._open.pop(0)
+                    busy[worker.connection] = worker, cell, time.perf_counter()
+                    worker.begin(cell, self.plan.run_config(cell))
+                for ready in connections.wait(list(busy)):
+                    worker, cell, begun = busy.pop(ready)
+                    said, is_alive = worker.outcome()
+                    idle += [worker] if is_alive else []
+                    error = self._settle(cell, said)
+                    if on_cell is not None:
+                        on_cell(self._progress(cell, error, time.perf_counter() - begun))
+        finally:
+            for worker in [*idle, *(worker for worker, _, _ in busy.values())]:
+                worker.end()
+            shutil.rmtree(self.folder / "work", ignore_errors=True)
+
+    def _progress(self, cell: Cell, error: str, seconds: float) -> Progress:
+        total = self.plan.num_cells
+        return Progress(name=cell.name, error=error, done=len(self.settled), total=total, seconds=seconds)
+
+    def errors(self) -> dict[str, str]:
+        """What went wrong, by cell; also of the kinds for which no learning rate is left."""
+        failed = {name: self._error_path(name) for name, result in self.settled.items() if result is None}
+        found = {name: str(read_json(path)["error"]) for name, path in failed.items()}
+        for world in self.plan.worlds:
+            for kind in self.plan.kinds:
+                if kind != FEDPT and not self.plan.chosen(world, kind, self.settled):
+                    found[f"{world}, {kind}"] = "no learning rate could be chosen, so the other seeds were not run"
+        return found
+
+    def _settle(self, cell: Cell, error: str) -> str:
+        """Take up how a cell ended; the error that counts."""
+        result = None if error else self._finished(cell)
+        if result is None and not error:
+            error = "the app's code was changed while the comparison ran; start it again"
+        self.settled[cell.name] = result
+        path = self._error_path(cell.name)
+        if error:
+            log = str(self.folder / "logs" / f"{cell.name}.log")
+            write_json(path, {"name": cell.name, "error": error, "log": log})
+        else:
+            path.unlink(missing_ok=True)
+        self._look_for_cells()
+        return error
+
+    def _look_for_cells(self) -> None:
+        """Settle cells that are finished, queue the others; either may let new cells begin."""
+        while new := [cell for cell in self.plan.cells(self.settled) if cell.name not in self._known]:
+            for cell in new:
+                self._known.add(cell.name)
+                result = self._finished(cell)
+                if result is None:
+                    self.num_outdated += result_path(self.folder, cell).exists()
+                    self._open.append(cell)
+                else:
+                    self.settled[cell.name] = result
+        self._open.sort(key=lambda cell: cell.kind == FEDPT)  # the long ones first, or workers idle at the end
+
+    def _finished(self, cell: Cell) -> Result | None:
+        """The cell's result, if it is there and was made with this config and this code."""
+        path = result_path(self.folder, cell)
+        if not path.exists():
+            return None
+        result: Result = read_json(path)
+        is_same = result.get("run_config") == self.plan.run_config(cell) and result.get("code_hash") == self._code_hash
+        return result if is_same else None
+
+    def _error_path(self, name: str) -> Path:
+        return self.folder / "errors" / f"{name}.json"
+
+    def summary(self, *, title: str, command: str) -> dict[str, Any]:
+        """What ``summary.json`` holds; see :func:`summarise`.
+
+        Args:
+            title: Of a report.
+            command: The command that made the comparison.
+        """
+        head = {"title": title, "command": command, "code_hash": self._code_hash}
+        return {**head, **summarise(self.plan, self.settled), "errors": self.errors()}
+
+
+def _refuse_other_grid(plan: Plan, folder: Path) -> None:
+    path = folder / "grid.json"
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
+            raise RunError("must be a new folder or that of a comparison", place=str(folder))
+        return
+    was, now = _flat(read_json(path)), _flat(plan.to_json())
+    differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if differing:
+        shown = [f"{key} (was {was.get(key, 'absent')!r}, is {now.get(key, 'absent')!r})" for key in differing]
+        raise ConfigError(
+            f"holds another comparison; {len(differing)} of its settings differ",
+            place=str(folder),
+            remedy="give another --out, or the settings that it has",
+            problems=shown,
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    parts = (_flat(part, f"{prefix}{key}.") for key, part in value.items())
+    return {key: part for found in parts for key, part in found.items()}
+
+
+def _lock(folder: Path) -> int:
+    """Keep other processes out of a folder, which is made; until the file handle is closed."""
+    with naming(str(folder)):
+        try:
+            handle = os.open(made(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"cannot be written ({error.strerror})", remedy="give another --out") from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise RunError("another process works on this comparison", remedy="wait until it has ended") from None
+            except OSError:  # some network file systems have no locks; a comparison there is better than none
+                pass
+    return handle
+
+
+def new_folder() -> Path:
+    """Where a comparison lies that is given no folder."""
+    now = datetime.datetime.now(datetime.UTC)
+    return runs_root().parent / "comparisons" / f"{now:%Y%m%dT%H%M%SZ}"
+
+
+def default_jobs(configs: Iterable[Mapping[str, Scalar]]) -> int:
+    """As many workers as their threads leave room for on the CPUs that this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = [flat.get(f"threads.{part}", 1) for flat in configs for part in ("device", "server")]
+    return max(1, cpus // max(int(number) for number in threads))

@@ -1,0 +1,59 @@
+"""A run, or a comparison of runs, on one page: ``report.html``, and its plots as PNG files.
+
+The page needs nothing but itself: plots are SVG inside it, it has no script, and it forbids the browser to load
+anything. All texts of a run (prompts, answers, config values, names of groups) are untrusted and are escaped.
+
+A folder's files are read leniently. A run that was killed leaves a line cut short, an older one lacks files, one that
+is still running has no results yet: what is not there is left out, with a sentence in its place. Nothing here knows
+models, data sources or Flower.
+
+    reading      files and values as far as they are what they should be
+    wording      numbers as a person reads them
+    plots        points, curves and bars
+    page         what a page is made of, and its HTML
+    run          the sections of a run
+    comparison   the sections of a comparison
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpt_flwr.report.comparison import SUMMARY, comparison_page
+from fedpt_flwr.report.page import render
+from fedpt_flwr.report.run import run_page
+from fedpt_flwr.runs import find_run, write_file
+
+PAGE = "report.html"
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a comparison, if ``name`` is the path of one, or of a run; see :func:`~fedpt_flwr.runs.find_run`.
+
+    Raises:
+        RunError: There is neither.
+    """
+    path = Path(name).expanduser()
+    return path.resolve() if (path / SUMMARY).is_file() else find_run(name)
+
+
+def make_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the page and its plots.
+
+    Args:
+        folder: Of a run, or of a comparison (one that holds ``summary.json``).
+        out: Folder for the files, made if it is not there; None: ``folder``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: The folder holds neither, its run has no complete round, or a file cannot be written.
+    """
+    page = comparison_page(folder) if (folder / SUMMARY).is_file() else run_page(folder)
+    html = render(page).encode("utf-8", "replace")  # JSON may hold half a surrogate pair
+    out = out or folder
+    for plot in page.plots():
+        write_file(out / f"{plot.name}.png", plot.png())
+    write_file(out / PAGE, html)
+    return out / PAGE

@@ -1,0 +1,690 @@
+"""`fedpt compare`: the grid of one process, cells, their summary, and going on after a kill."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from federation import QUICK, federate, final_arrays
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from typer.testing import CliRunner
+
+from fedpt_flwr import cli
+from fedpt_flwr.compare import LARGE, LARGE_LORA, Cell, Comparison, Plan, comparison, default_jobs, summarise
+from fedpt_flwr.compare.plan import FEDPT, choose_cell
+from fedpt_flwr.compare.summary import summary_text, t_interval, t_quantile
+from fedpt_flwr.config import flat_values, parse_run_config
+from fedpt_flwr.errors import ConfigError, FedPTError, RunError
+from fedpt_flwr.grid import LocalGrid
+from fedpt_flwr.models import load_causal_lm, tunable_arrays
+
+APP = Path(__file__).parents[1]
+TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A flat run config with few validation items, since all of them are scored."""
+    lines = (APP / "fedpt_demo_world" / "validation.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path_factory.mktemp("data") / "validation.jsonl"
+    path.write_text("".join(lines[:6]))
+    return flat_values(parse_run_config({})) | TINY | {"data.validation": str(path)}
+
+
+def make_plan(config, **changes):
+    settings = {
+        "worlds": {"demo": config},
+        "kinds": (FEDPT, LARGE),
+        "modes": ("off",),
+        "seeds": (0, 1),
+        "num_devices": 2,
+        "learning_rates": {LARGE: (2e-4, 1e-3), LARGE_LORA: (3e-3,)},
+    }
+    return Plan(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def done(config, tmp_path_factory):
+    """The folder of a comparison of five cells, and what was told of them; it was interrupted after two cells."""
+    folder = tmp_path_factory.mktemp("comparisons") / "one"
+    told = []
+
+    def interrupt(progress):
+        told.append(progress)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    begun = Comparison(make_plan(config), folder, app=APP)
+    with pytest.raises(KeyboardInterrupt):
+        begun.run(jobs=1, keep_runs=True, on_cell=interrupt)
+    begun.close()
+    assert multiprocessing.active_children() == []
+    comparison = Comparison(make_plan(config), folder, app=APP)
+    assert comparison.num_found == 2
+    comparison.run(jobs=1, keep_runs=True, on_cell=told.append)
+    assert comparison.errors() == {}
+    comparison.close()
+    return folder, told
+
+
+def result_of(folder, name):
+    return json.loads((folder / "cells" / f"{name}.json").read_text())
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+# --- the grid of one process ---
+
+
+def echo_grid(handle):
+    grid = LocalGrid(handle, 2)
+    arrays = ArrayRecord({"weight": Array(np.arange(3, dtype=np.float32))})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": 1})})
+    return grid, [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
+
+
+def test_messages_arrive_as_copies_with_the_same_values_and_ids():
+    received = []
+
+    def handle(message, context):
+        received.append(message)
+        content = RecordDict({"arrays": message.content["arrays"], "config": ConfigRecord(dict(context.node_config))})
+        message.content["config"]["round"] = 99  # what a device does to its copy stays there
+        return Message(content, reply_to=message)
+
+    grid, messages = echo_grid(handle)
+    replies = list(grid.send_and_receive(messages))
+    assert [reply.metadata.reply_to_message_id for reply in replies] == [m.metadata.message_id for m in messages]
+    assert len({message.metadata.message_id for message in messages}) == 2
+    assert [reply.content["config"]["partition-id"] for reply in replies] == [1, 0]  # node ids are in another order
+    for message, got, reply in zip(messages, received, replies, strict=True):
+        assert got is not message
+        assert message.content["config"]["round"] == 1
+        np.testing.assert_array_equal(reply.content["arrays"]["weight"].numpy(), np.arange(3))
+
+
+def test_an_exception_on_a_device_becomes_its_reply():
+    def handle(message, context):
+        raise ValueError("no disk left")
+
+    grid, messages = echo_grid(handle)
+    replies = list(grid.send_and_receive(messages))
+    assert all(reply.has_error() and "no disk left" in reply.error.reason for reply in replies)
+    assert list(grid.pull_messages([message.metadata.message_id for message in messages])) == []  # answered once
+
+
+# --- what is compared ---
+
+
+def test_direct_kinds_put_the_large_model_in_the_small_ones_place_and_change_nothing_else(config):
+    plan = make_plan(
+        config | {"proxy.alpha": "auto", "stop.metric": "loss", "stop.patience": 1, "scoring.round-items": 2}
+    )
+    as_given = plan.run_config(Cell(world="demo", kind=FEDPT, seed=1, mode="carry"))
+    direct = plan.run_config(Cell(world="demo", kind=LARGE, seed=1, learning_rate=0.5))
+    adapter = plan.run_config(Cell(world="demo", kind=LARGE_LORA, seed=1, learning_rate=0.5))
+    assert (as_given["seed"], as_given["distillation.mode"], as_given["proxy.alpha"]) == (1, "carry", "auto")
+    differing = {key: value for key, value in direct.items() if value != as_given[key]}
+    assert differing == {
+        "model.small": "demo:large",
+        "train.learning-rate": 0.5,
+        "proxy.alpha": 1.0,
+        "distillation.mode": "off",
+        "stop.metric": "",
+        "stop.patience": 0,
+        "scoring.rows": "tuned",
+        "scoring.round-items": 0,
+    }
+    assert {key: value for key, value in adapter.items() if value != direct[key]} == {"tuning.mode": "lora"}
+
+
+def test_an_adapter_may_be_tuned_on_a_model_in_a_shorter_type_but_all_weights_may_not(config):
+    plan = make_plan(config | {"model.large-dtype": "bfloat16"})
+    cells = [Cell(world="demo", kind=kind, seed=0, learning_rate=0.1) for kind in (LARGE, LARGE_LORA)]
+    assert [plan.run_config(cell)["model.small-dtype"] for cell in cells] == ["float32", "bfloat16"]
+
+
+def validated(exact_match, **loss):
+    """A result without any test row: a choice that looks at one would fail."""
+    return {"validation_rows": {LARGE: {"exact_match": exact_match, **loss}}}
+
+
+@pytest.mark.parametrize(
+    ("results", "chosen"),
+    [
+        ([validated(0.2, loss=0.1), validated(0.3, loss=9.0), validated(0.1, loss=0.1)], 1),
+        ([validated(0.3, loss=0.5), validated(0.3, loss=0.4), validated(0.2, loss=0.1)], 1),
+        (
+            [validated(0.0, loss=0.5), validated(0.0), validated(0.0, loss=0.9)],
+            0,
+        ),  # a loss that is not finite is absent
+        ([None, validated(0.0, loss=2.0), None], 1),
+        ([None, None, None], None),
+    ],
+)
+def test_the_learning_rate_is_chosen_by_validation_exact_match_then_loss(results, chosen, config):
+    plan = make_plan(config, learning_rates={LARGE: (1e-4, 2e-4, 3e-4)})
+    candidates = plan.candidates("demo", LARGE)
+    settled = {cell.name: result for cell, result in zip(candidates, results, strict=True)}
+    assert choose_cell(candidates, settled) == (None if chosen is None else candidates[chosen])
+
+
+def test_other_seeds_wait_until_every_candidate_has_ended(config):
+    plan = make_plan(config, kinds=(LARGE,), seeds=(3, 4, 5))
+    first, second = plan.candidates("demo", LARGE)
+    assert plan.cells({}) == [first, second]
+    assert plan.cells({first.name: validated(0.5)}) == [first, second]
+    settled = {first.name: validated(0.5), second.name: validated(0.6)}
+    assert [(cell.seed, cell.learning_rate) for cell in plan.cells(settled)] == [
+        (3, 2e-4),
+        (3, 1e-3),
+        (4, 1e-3),
+        (5, 1e-3),
+    ]
+    assert plan.num_cells == 4
+    assert plan.cells({first.name: None, second.name: None}) == [first, second]
+
+
+def test_a_single_learning_rate_needs_no_choice(config):
+    plan = make_plan(config, kinds=(LARGE_LORA,), seeds=(0, 1))
+    assert [cell.seed for cell in plan.cells({})] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"kinds": ("fedpt", "direct")}, r"--kinds: must be some of fedpt, large_federated, .*direct"),
+        ({"modes": ()}, "--modes: must name at least one"),
+        ({"seeds": (1, 1)}, "--seeds: must not name anything twice"),
+        ({"learning_rates": {}}, "learning rates of large_federated: must name at least one"),
+        ({"learning_rates": {LARGE: (0.1, 0.10000000001)}}, "names of worlds and learning rates must differ"),
+        ({"learning_rates": {LARGE: (-1.0,)}}, "train.learning-rate: must be greater than 0, got -1.0"),
+        ({"seeds": (0, -1), "kinds": (LARGE,)}, "^seed: must be from 0"),
+        ({"set": {"seed": 4}}, "^seed: a comparison sets this key itself, got 4"),
+        ({"set": {"output-dir": "/tmp/x"}}, "output-dir: a comparison sets this key itself"),
+        ({"set": {"data.partitioner": "node-local"}}, "deals out data.train itself"),
+        ({"set": {"trian.epochs": 1}}, "did you mean train.epochs"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_says_why_before_anything_runs(changes, match, config):
+    changes = {"worlds": {"demo": config | changes.pop("set", {})}} | changes
+    with pytest.raises(ConfigError, match=match):
+        make_plan(config, **changes)
+
+
+def test_of_several_worlds_the_wrong_one_is_named(config):
+    with pytest.raises(ConfigError, match="^world b, train.batch-size: must be at least 1, got 0"):
+        make_plan(config, worlds={"a": config, "b": config | {"train.batch-size": 0}})
+
+
+def test_workers_leave_each_other_room_for_their_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert default_jobs([{}]) == 8
+    assert default_jobs([{}, {"threads.device": 3}]) == 2
+    assert default_jobs([{"threads.server": 99}]) == 1
+
+
+# --- cells ---
+
+
+def test_every_cell_leaves_one_file_and_is_told_of_once(done):
+    folder, told = done
+    names = [
+        "demo-fedpt-off-seed0",
+        "demo-fedpt-off-seed1",
+        "demo-large_federated-lr0.0002-seed0",
+        "demo-large_federated-lr0.001-seed0",
+    ]
+    assert sorted(path.stem for path in (folder / "cells").iterdir())[:4] == names
+    assert [(part.done, part.total, part.error) for part in told] == [(n, 5, "") for n in range(1, 6)]
+    assert {part.name for part in told} == {path.stem for path in (folder / "cells").iterdir()}
+    assert {path.stem for path in (folder / "logs").iterdir()} == {part.name for part in told}
+    assert "Run folder" in (folder / "logs" / "demo-fedpt-off-seed0.log").read_text()
+    assert not (folder / "work").exists()
+
+
+def test_a_cell_says_what_it_is_and_what_came_of_it(done, config):
+    folder, _ = done
+    cell = result_of(folder, "demo-fedpt-off-seed1")
+    assert (cell["kind"], cell["world"], cell["seed"], cell["mode"], cell["learning_rate"]) == (
+        FEDPT, "demo", 1, "off", None
+    )  # fmt: skip
+    assert list(cell["rows"]) == ["large", "untuned", "tuned", "proxy"]
+    assert cell["rows"]["proxy"]["n"] == 4
+    assert {name: row["n"] for name, row in cell["validation_rows"].items()} == {"large": 6, "tuned": 6, "proxy": 6}
+    assert {"proxy_minus_tuned", "alpha", "plausibility", "costs", "seconds", "code_hash"} <= cell.keys()
+    expected = {key: value for key, value in config.items() if key not in ("output-dir", "resume")} | {"seed": 1}
+    assert cell["run_config"] == expected
+
+
+def test_a_cell_equals_the_same_federation_without_workers(done, config, tmp_path):
+    """Not the first one of its worker: what ran there before must not matter."""
+    folder, told = done
+    assert told[-1].name == "demo-fedpt-off-seed1"
+    torch.set_num_threads(1)
+    alone = federate(tmp_path, 2, config | {"seed": 1, "output-dir": str(tmp_path)})
+    kept = folder / "runs" / "demo-fedpt-off-seed1"
+    assert_same(final_arrays(alone), final_arrays(kept))
+    assert result_of(folder, kept.name)["rows"] == json.loads((alone / "results.json").read_text())["rows"]
+
+
+def test_large_federated_tunes_and_scores_the_large_model_itself(done):
+    folder, _ = done
+    name = "demo-large_federated-lr0.001-seed0"
+    large = load_causal_lm("demo:large").requires_grad_(True)
+    before = {name: weight.numpy() for name, weight in tunable_arrays(large).items()}
+    after = final_arrays(folder / "runs" / name)
+    assert {name: weight.shape for name, weight in after.items()} == {n: w.shape for n, w in before.items()}
+    assert all(not np.array_equal(after[name], before[name]) for name in before)
+    cell = result_of(folder, name)
+    assert list(cell["rows"]) == list(cell["validation_rows"]) == [LARGE]
+    untouched = result_of(folder, "demo-fedpt-off-seed0")
+    assert cell["rows"][LARGE]["loss"] < untouched["rows"]["large"]["loss"] - 1
+    assert cell["validation_rows"][LARGE]["loss"] < untouched["validation_rows"]["large"]["loss"] - 1
+    bytes_of_large = sum(4 * weight.size for weight in before.values())
+    assert cell["costs"]["bytes_up_per_device_and_round"] == pytest.approx(bytes_of_large, rel=0.02)
+    assert "alpha" not in cell  # there is no proxy
+
+
+def test_the_learning_rate_that_validates_best_is_used_with_the_other_seed(done):
+    folder, _ = done
+    tried = {rate: result_of(folder, f"demo-large_federated-lr{rate:g}-seed0") for rate in (2e-4, 1e-3)}
+    merit = {
+        rate: (cell["validation_rows"][LARGE]["exact_match"], -cell["validation_rows"][LARGE]["loss"])
+        for rate, cell in tried.items()
+    }
+    best = max(merit, key=merit.get)
+    others = [path.stem for path in (folder / "cells").glob("*large_federated*seed1.json")]
+    assert others == [f"demo-large_federated-lr{best:g}-seed1"]
+
+
+# --- going on ---
+
+
+def copy_of(done, tmp_path):
+    return shutil.copytree(done[0], tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+
+
+def test_a_finished_comparison_runs_nothing_again(done, config, tmp_path, monkeypatch):
+    folder = copy_of(done, tmp_path)
+    monkeypatch.setattr(comparison, "Worker", None)
+    again = Comparison(make_plan(config), folder, app=APP)
+    assert (again.num_found, again.num_outdated) == (5, 0)
+    again.run(jobs=2)
+    assert again.errors() == {}
+
+
+def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, config, tmp_path):
+    folder = copy_of(done, tmp_path)
+    (folder / "cells" / "demo-fedpt-off-seed0.json").unlink()
+    other_code, other_config = (folder / "cells" / f"{name}.json" for name in (
+        "demo-fedpt-off-seed1", "demo-large_federated-lr0.0002-seed0"
+    ))  # fmt: skip
+    other_code.write_text(json.dumps(json.loads(other_code.read_text()) | {"code_hash": "0" * 16}))
+    cell = json.loads(other_config.read_text())
+    cell["run_config"]["train.max-steps"] += 1
+    other_config.write_text(json.dumps(cell))
+    again = Comparison(make_plan(config), folder, app=APP)
+    # A candidate is missing, so the learning rate is open again, and with it the other seed.
+    assert set(again.settled) == {"demo-large_federated-lr0.001-seed0"}
+    assert again.num_outdated == 2
+
+
+def test_another_grid_is_refused_with_the_keys_that_differ(done, config):
+    folder, _ = done
+    worlds = {"demo": config | {"train.max-steps": 3}}
+    with pytest.raises(ConfigError, match="holds another comparison; 2 of its settings differ") as caught:
+        Comparison(make_plan(config, seeds=(0, 1, 2), worlds=worlds), folder, app=APP)
+    assert "seeds (was [0, 1], is [0, 1, 2])" in str(caught.value)
+    assert "worlds.demo.train.max-steps (was 2, is 3)" in str(caught.value)
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match="must be a new folder or that of a comparison"):
+        Comparison(make_plan(config), tmp_path, app=APP)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_comparison_has_one_writer_at_a_time(done, config, tmp_path):
+    folder = copy_of(done, tmp_path)
+    first = Comparison(make_plan(config), folder, app=APP)
+    with pytest.raises(RunError, match="another process works on this comparison"):
+        Comparison(make_plan(config), folder, app=APP)
+    first.close()
+    Comparison(make_plan(config), folder, app=APP).close()
+
+
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(config, tmp_path):
+    worlds = {"bad": config | {"data.train": "/no/such.jsonl"}, "good": config}
+    plan = make_plan(config, worlds=worlds, kinds=(FEDPT,), seeds=(0,))
+    folder = tmp_path / "one"
+    told = []
+    comparison = Comparison(plan, folder, app=APP)
+    comparison.run(jobs=1, on_cell=told.append)
+    assert [(part.name, bool(part.error)) for part in told] == [
+        ("bad-fedpt-off-seed0", True),
+        ("good-fedpt-off-seed0", False),
+    ]
+    assert [path.stem for path in (folder / "cells").iterdir()] == ["good-fedpt-off-seed0"]
+    error = json.loads((folder / "errors" / "bad-fedpt-off-seed0.json").read_text())
+    assert "/no/such.jsonl" in error["error"]
+    assert "FEDPT-RUN-FAILED" in Path(error["log"]).read_text()
+    summary = comparison.summary(title="t", command="c")
+    assert {row["world"] for row in summary["rows"]} == {"good"}
+    assert list(summary["errors"]) == ["bad-fedpt-off-seed0"]
+    comparison.close()
+
+
+def test_a_worker_that_dies_costs_its_cell_alone(config, tmp_path):
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "client_app.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    (app / "server_app.py").write_text("")
+    comparison = Comparison(make_plan(config, kinds=(FEDPT,), seeds=(0, 1)), tmp_path / "one", app=app)
+    comparison.run(jobs=1)
+    errors = comparison.errors()
+    assert list(errors) == ["demo-fedpt-off-seed0", "demo-fedpt-off-seed1"]
+    assert all("ended by SIGKILL; is there enough memory" in error for error in errors.values())
+    comparison.close()
+
+
+def test_an_interrupted_command_says_how_to_go_on(config, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    arguments = ["compare", "--app", str(APP), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 130
+    assert f"the same command with --out {tmp_path / 'out'} goes on" in result.stderr.replace("\n", " ")
+
+
+# --- the command ---
+
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+class Command:
+    """`fedpt compare` in a process of its own."""
+
+    def __init__(self, folder, config, *options):
+        lines = [f'"{key}" = {json.dumps(config[key])}' for key in (*TINY, "data.validation")]
+        (folder / "config.toml").write_text("\n".join(lines))
+        self.out = folder / "out"
+        self.words = [
+            sys.executable, "-m", "fedpt_flwr.cli", "compare", "--app", str(APP), "--out", str(self.out),
+            "-c", str(folder / "config.toml"), "--devices", "2", *options,
+        ]  # fmt: skip
+
+    def start(self, *options):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*self.words, *options], env=environment, text=True, **PIPES)
+
+    def start_and_wait_for(self, num_cells):
+        """The process as soon as there are so many cells, and the ids of its workers."""
+        process = self.start()
+        while len(list(self.out.glob("cells/*.json"))) < num_cells:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return process, [int(child) for child in children]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(config, tmp_path):
+    command = Command(tmp_path, config, "--kinds", "fedpt", "--seeds", "0,1,2", "--jobs", "2")
+    process, workers = command.start_and_wait_for(1)
+    process.kill()
+    process.communicate()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.02)
+    whole = {path: (json.loads(path.read_text()), path.stat().st_mtime_ns) for path in command.out.glob("cells/*")}
+    assert 1 <= len(whole) < 3
+
+    process = command.start("--jobs", "1")  # how many there are at once is no part of what is compared
+    shown, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert f"3 federations, {len(whole)} of them done before" in said
+    assert f"[{len(whole) + 1}/3] demo-fedpt-off-seed" in said
+    assert all(path.stat().st_mtime_ns == written for path, (_, written) in whole.items())
+    assert {path.name for path in command.out.iterdir()} == {".lock", "cells", "grid.json", "logs", "summary.json"}
+    summary = json.loads((command.out / "summary.json").read_text())
+    assert [row["n_seeds"] for row in summary["rows"]] == [3, 3, 3, 3]
+    assert summary["command"].startswith("fedpt compare --app ")
+    assert "proxy" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--app", "/"], "pyproject.toml: cannot be read .*--app"),
+        (["--kinds", "direct"], "--kinds: must be some of fedpt"),
+        (["--seeds", "a"], "--seeds: must be numbers separated by commas, got 'a'"),
+        (["--world", "elsewhere"], "--world: must be a TOML file of a run config, or demo, got 'elsewhere'"),
+        (["--world", "/a/x/c.toml", "--world", "/b/x/c.toml"], "two worlds must lie in folders of different names"),
+        (["--world", "demo", "--world", "demo"], "different names, got 'demo'"),
+        (["--world", "/a/x/c.toml"], "cannot be read .*No such file"),
+        (["-c", "nope"], "must be key=value pairs"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options, match, tmp_path):
+    arguments = ["compare", "--out", str(tmp_path / "out"), "--app", str(APP), *options]
+    with pytest.raises(FedPTError, match=match):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worlds_file_goes_before_what_is_given_for_all(done, config, tmp_path):
+    """Refused as another grid, which shows what each world would have been told."""
+    folder = copy_of(done, tmp_path)
+    for label, steps in (("a", 5), ("b", 6)):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "run-config.toml").write_text(
+            f'"train.max-steps" = {steps}\n"train.batch-size" = {steps}\n'
+        )
+    worlds = [word for label in "ab" for word in ("--world", str(tmp_path / label / "run-config.toml"))]
+    arguments = ["compare", "--app", str(APP), "--out", str(folder), *worlds, "-c", "train.batch-size=7"]
+    with pytest.raises(FedPTError) as caught:
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    told = str(caught.value)
+    for said in ("a.train.max-steps (was 'absent', is 5)", "b.train.max-steps (was 'absent', is 6)"):
+        assert f"worlds.{said}" in told
+    assert told.count("train.batch-size (was 'absent', is 7)") == 2
+    assert "learning_rates.large_federated_lora (was 'absent', is [0.001, 0.003, 0.01])" in told
+
+
+# --- the summary ---
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    # 97.5 % points of Student's t, from the tables of any textbook.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)],
+)
+def test_quantiles_are_those_of_the_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
+
+
+def test_the_interval_is_the_hand_computed_one():
+    # Mean 0.9, standard deviation 0.1; 4.3027 * 0.1 / sqrt(3) = 0.24842.
+    assert t_interval([0.8, 0.9, 1.0]) == pytest.approx((0.65158, 1.14842), abs=1e-5)
+    assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+    assert t_interval([0.5]) is None
+
+
+def fedpt_result(seed, proxy, large=0.1, loss=0.5):
+    rows = {"large": {"exact_match": large, "loss": 7.0}, "proxy": {"exact_match": proxy}}
+    if loss is not None:
+        rows["proxy"]["loss"] = loss
+    costs = {
+        "seconds": 9.0,
+        "bytes_up_per_device_and_round": 100.0 + seed,
+        "device_seconds_per_round": 2.0,
+        "device_peak_memory_bytes": 5,
+        "server_large_tokens": 10 * (seed + 1),
+        "server_large_tokens_test": 4,
+    }
+    return {"seed": seed, "rows": rows, "costs": costs, "seconds": 11.0}
+
+
+def direct_result(seed, exact_match, validation):
+    costs = {"seconds": 9.0, "bytes_up_per_device_and_round": 800.0, "server_large_tokens": 7}
+    return {
+        "seed": seed,
+        "rows": {LARGE: {"exact_match": exact_match, "loss": 0.2}},
+        "validation_rows": {LARGE: {"exact_match": validation, "loss": 0.3}},
+        "costs": costs,
+        "seconds": 12.0,
+    }
+
+
+@pytest.fixture
+def settled(config):
+    """Two worlds, two seeds: in world b tuning the large model gains nothing with seed 1."""
+    plan = make_plan(config, worlds={"a": config, "b": config})
+    return plan, {
+        "a-fedpt-off-seed0": fedpt_result(0, 0.7),
+        "a-fedpt-off-seed1": fedpt_result(1, 0.9, loss=0.7),
+        "a-large_federated-lr0.0002-seed0": direct_result(0, 0.2, 0.4),
+        "a-large_federated-lr0.001-seed0": direct_result(0, 0.9, 0.8),
+        "a-large_federated-lr0.001-seed1": direct_result(1, 1.1, 0.8),
+        "b-fedpt-off-seed0": fedpt_result(0, 0.6),
+        "b-fedpt-off-seed1": fedpt_result(1, 0.5, loss=None),
+        "b-large_federated-lr0.0002-seed0": direct_result(0, 0.6, 0.9),
+        "b-large_federated-lr0.001-seed0": None,
+        "b-large_federated-lr0.0002-seed1": direct_result(1, 0.1, 0.9),
+    }
+
+
+def rows_by_place(part, *keys):
+    return {tuple(row[key] for key in keys): row for row in part}
+
+
+def test_the_summary_has_the_hand_computed_means(settled):
+    rows = rows_by_place(summarise(*settled)["rows"], "world", "mode", "row")
+    assert list(rows)[:3] == [("a", "off", "large"), ("a", "off", "proxy"), ("a", None, LARGE)]
+    proxy = rows["a", "off", "proxy"]
+    assert (proxy["n_seeds"], proxy["seeds"]) == (2, [0, 1])
+    # Standard deviation of 0.7 and 0.9: sqrt(0.02); 12.7062 * sqrt(0.02) / sqrt(2) = 1.27062.
+    assert proxy["exact_match"]["mean"] == pytest.approx(0.8)
+    assert proxy["exact_match"]["ci95"] == pytest.approx([0.8 - 1.27062, 0.8 + 1.27062], abs=1e-5)
+    assert proxy["exact_match"]["values"] == [0.7, 0.9]
+    assert proxy["loss"]["mean"] == pytest.approx(0.6)
+    assert rows["a", None, LARGE]["exact_match"]["values"] == [0.9, 1.1]  # of the chosen learning rate alone
+
+
+def test_a_loss_that_is_not_there_leaves_no_mean_to_flatter(settled):
+    loss = rows_by_place(summarise(*settled)["rows"], "world", "mode", "row")["b", "off", "proxy"]["loss"]
+    assert loss == {"mean": None, "ci95": None, "values": [0.5, None]}
+
+
+def test_the_gap_closed_is_taken_seed_by_seed_and_then_world_by_world(settled):
+    plan, results = settled
+    gaps = rows_by_place(summarise(plan, results)["gap_closed"], "world", "mode")
+    # Seed 0: (0.7 - 0.1) / (0.9 - 0.1) = 0.75; seed 1: (0.9 - 0.1) / (1.1 - 0.1) = 0.8.
+    assert gaps["a", "off"]["values"] == pytest.approx([0.75, 0.8])
+    assert gaps["a", "off"]["mean"] == pytest.approx(0.775)
+    # (0.6 - 0.1) / (0.6 - 0.1) = 1; with seed 1 the reference is no better than the large model.
+    assert gaps["b", "off"]["values"] == [pytest.approx(1.0), None]
+    assert gaps["b", "off"]["mean"] is None
+    assert gaps["all", "off"] == {
+        "world": "all", "mode": "off", "mean": None, "ci95": None, "values": [pytest.approx(0.775), None]
+    }  # fmt: skip
+    results["b-large_federated-lr0.0002-seed1"] = direct_result(1, 0.9, 0.9)  # (0.5 - 0.1) / (0.9 - 0.1) = 0.5
+    everywhere = rows_by_place(summarise(plan, results)["gap_closed"], "world", "mode")["all", "off"]
+    # World means 0.775 and 0.75, their standard deviation 0.025 / sqrt(2): 12.7062 * 0.025 / 2 = 0.158828.
+    assert everywhere["mean"] == pytest.approx(0.7625)
+    assert everywhere["ci95"] == pytest.approx([0.7625 - 0.158828, 0.7625 + 0.158828], abs=1e-5)
+
+
+def test_a_seed_without_its_reference_closes_no_gap(settled):
+    plan, results = settled
+    del results["a-large_federated-lr0.001-seed1"]
+    gap = rows_by_place(summarise(plan, results)["gap_closed"], "world", "mode")["a", "off"]
+    assert (gap["seeds"], gap["values"], gap["ci95"]) == ([0], [pytest.approx(0.75)], None)
+
+
+def test_all_learning_rates_that_were_tried_are_listed_with_their_validation_scores(settled):
+    rates = [
+        (row["world"], row["learning_rate"], row["exact_match"], row["loss"], row["chosen"])
+        for row in summarise(*settled)["learning_rates"]
+    ]
+    assert rates == [
+        ("a", 2e-4, 0.4, 0.3, False),
+        ("a", 1e-3, 0.8, 0.3, True),
+        ("b", 2e-4, 0.9, 0.3, True),
+        ("b", 1e-3, None, None, False),
+    ]
+
+
+def test_costs_are_means_and_a_large_model_beside_the_tuned_one_is_none_of_them(settled):
+    costs = rows_by_place(summarise(*settled)["costs"], "world", "mode", "row")
+    proxy, direct = costs["a", "off", "proxy"], costs["a", None, LARGE]
+    assert proxy["bytes_up_per_device_and_round"] == 100.5
+    assert (proxy["server_large_tokens"], proxy["server_large_tokens_test"]) == (15.0, 4.0)
+    assert proxy["worker_peak_memory_bytes"] == 5
+    assert direct["bytes_up_per_device_and_round"] == 800
+    assert "server_large_tokens" not in direct
+
+
+def test_the_summary_is_fit_for_json_and_for_a_terminal(settled):
+    summary = summarise(*settled)
+    json.dumps(summary, allow_nan=False)
+    text = summary_text(summary)
+    assert "a      off   proxy            2      80 [-47.06, 207.1]" in text
+    assert text.isascii()
+
+
+# --- against Flower's own simulation ---
+
+
+@pytest.fixture
+def flower(tmp_path, monkeypatch):
+    """Flower with a home and a port of its own."""
+    import test_simulation
+
+    monkeypatch.setattr(test_simulation, "free_port", lambda: 39613)
+    home = tmp_path / "flower"
+    home.mkdir()
+    flower = test_simulation.Flower(home)
+    yield flower
+    flower.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_cell_gives_what_flwr_run_gives_bit_for_bit(flower, config, tmp_path):
+    log, entry = flower.run(3, {key: value for key, value in config.items() if key in (*TINY, "data.validation")})
+    assert entry["status"] == "finished:completed", log
+    plan = make_plan(config, kinds=(FEDPT,), seeds=(1, 0), num_devices=3)
+    comparison = Comparison(plan, tmp_path / "one", app=APP)
+    comparison.run(jobs=1, keep_runs=True)
+    comparison.close()
+    simulated = (flower.home / "fedpt" / "runs" / "latest").resolve()
+    kept = tmp_path / "one" / "runs" / "demo-fedpt-off-seed0"
+    assert_same(final_arrays(simulated), final_arrays(kept))
+    found, expected = (json.loads((run / "results.json").read_text())["rows"] for run in (kept, simulated))
+    assert found == expected

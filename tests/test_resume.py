@@ -1,0 +1,358 @@
+"""Runs that are killed and gone on with, against runs that are left alone: every file must come out the same.
+
+Each run is a process of its own. They are forked from one that has imported everything, because importing takes longer
+than a run; it has no threads and has computed nothing, so a fork is as good as a new process.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpt_flwr.runs import RunFolder
+
+NUM_DEVICES = 4
+NUM_ROUNDS = 3
+
+FORKS_RUNS = """
+import importlib, itertools, json, os, signal, sys
+sys.path[:0] = sys.argv[1:]
+import federation
+from pathlib import Path
+from fedpt_flwr import grid, proxy, runs, strategy
+
+OWNERS = {"Path": Path, "LocalGrid": grid.LocalGrid, "ProxyModel": proxy.ProxyModel, "runs": runs}
+OWNERS |= {"RunFolder": runs.RunFolder, "FedPT": strategy.FedPT}
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def write_half_a_line_and_die(run, name, *rows):
+    with (run.path / name).open("a") as file:
+        file.write(json.dumps(rows[0])[:-9])
+    die()
+
+def kill_at(function, number, torn):
+    owner, name = function.split(".")
+    original, calls = getattr(OWNERS[owner], name), itertools.count(1)
+
+    def killing(*args, **kwargs):
+        if next(calls) == number:
+            (write_half_a_line_and_die if torn else die)(*args)
+        return original(*args, **kwargs)
+
+    setattr(OWNERS[owner], name, killing)
+
+def run(job, number):
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    federation._run_ids = itertools.count(number)
+    if job["kill"]:
+        kill_at(*job["kill"])
+    federation.federate(Path(job["root"]), job["num_devices"], job["config"])
+    Path(job["modules"]).write_text(json.dumps(sorted(sys.modules)))
+
+for number, line in enumerate(sys.stdin, start=1):
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        failed = 1
+        try:
+            run(job, number)
+            failed = 0
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        finally:
+            os._exit(failed)
+    print(os.waitpid(child, 0)[1], flush=True)
+    if number == 1:  # what the first run imported on its way, the others need not
+        for name in json.loads(Path(job["modules"]).read_text()):
+            try:
+                importlib.import_module(name)
+            except Exception:
+                pass
+"""
+
+
+class Federations:
+    """Runs federations in processes of their own, one at a time."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder, folder / "log"
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS_RUNS, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, root, config, kill=None):
+        """Run until the end, or until the process kills itself: it must if and only if it is told to."""
+        status = self._status(root, config, kill)
+        assert status == (signal.SIGKILL if kill else 0), self.log.read_text()
+
+    def error(self, root, config):
+        """How a run fails that must."""
+        assert os.waitstatus_to_exitcode(self._status(root, config, None)) == 1, self.log.read_text()
+        return self.log.read_text().splitlines()[-1]
+
+    def _status(self, root, config, kill):
+        job = {
+            "root": str(root),
+            "config": config,
+            "num_devices": NUM_DEVICES,
+            "kill": kill and [kill[0], kill[1], kill[2:] == ("torn",)],
+            "log": str(self.log),
+            "modules": str(self.folder / "modules.json"),
+        }
+        self.log.write_text("")
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def federations(tmp_path_factory):
+    found = Federations(tmp_path_factory.mktemp("federations"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The run config of a run that takes a second."""
+    folder, world = tmp_path_factory.mktemp("data"), Path(__file__).parents[1] / "fedpt_demo_world"
+    config = {
+        "num-server-rounds": NUM_ROUNDS,
+        "keep-rounds": 0,
+        "train.max-steps": 1,
+        "fraction-train": 0.5,
+        "proxy.alpha": "auto",
+        "distillation.mode": "off",
+        "scoring.rows": "tuned,proxy",
+        "scoring.num-items": 0,
+        "scoring.few-shot": 0,
+        "scoring.max-new-tokens": 2,
+        "data.public": "",
+    }
+    for name, count in (("train", 40), ("validation", 2), ("test", 2), ("prompts", 4)):
+        lines = (world / f"{name}.jsonl").read_text().splitlines()
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[:: len(lines) // count]))
+        config[f"data.{name}"] = str(folder / f"{name}.jsonl")
+    return config
+
+
+KINDS = {
+    "FedAvg": {"strategy.name": "FedAvg"},
+    "FedAdam": {"strategy.name": "FedAdam", "strategy.arguments": "eta = 0.001"},
+    "FedAvgM": {"strategy.name": "FedAvgM", "strategy.arguments": "server-momentum = 0.9"},
+    "Krum": {"strategy.name": "Krum", "fraction-train": 1.0},
+    "lora": {"strategy.name": "FedAdam", "strategy.arguments": "eta = 0.001", "tuning.mode": "lora"},
+    "keep one": {"keep-rounds": 1},
+    "good enough": {"stop.metric": "loss", "stop.target": 1e9},  # after round 1
+    "given alpha": {"proxy.alpha": 1.5},
+    **{
+        f"{mode} {name}": {
+            "distillation.mode": mode,
+            "distillation.steps": 2,
+            "distillation.final-steps": 2,
+            "distillation.batch-size": 2,
+            "strategy.name": name,
+            "strategy.arguments": arguments,
+        }
+        for mode in ("paper", "carry", "paired", "final")
+        for name, arguments in (("FedAvg", ""), ("FedAvgM", "server-momentum = 0.9"))
+    },
+}
+"""What is put on top of the tiny config; ``carry FedAvgM`` distils in mode ``carry`` and aggregates with FedAvgM."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(federations, tiny, tmp_path_factory):
+    """The folder of a run of a kind that is left alone; made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            root = tmp_path_factory.mktemp("unbroken")
+            federations.run(root, tiny | KINDS[kind])
+            made[kind] = only_run(root)
+        return made[kind]
+
+    return make
+
+
+def only_run(root):
+    (run,) = root.glob("2*")
+    return run
+
+
+def without_measurements(value):
+    """What a run writes, without times and memory, which no two runs share.
+
+    A run that goes on scores the large model again, whose answers the process before had kept; its tokens count twice.
+    """
+    if isinstance(value, list):
+        return [without_measurements(item) for item in value]
+    if isinstance(value, dict):
+        kept = (name for name in value if not any(part in name for part in ("seconds", "memory", "large_tokens")))
+        return {name: without_measurements(value[name]) for name in kept}
+    return value
+
+
+def read_lines(path):
+    return [without_measurements(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def files(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(run, expected):
+    assert files(run) == files(expected)
+    for path in sorted(files(run)):
+        if path.parts[0] in ("rounds", "device") and path.name != "lines.json":
+            assert (run / path).read_bytes() == (expected / path).read_bytes(), path
+        elif path.suffix == ".jsonl":
+            assert read_lines(run / path) == read_lines(expected / path), path
+    mine, other = (
+        without_measurements(json.loads((folder / "results.json").read_text())) for folder in (run, expected)
+    )
+    assert mine == other
+    assert (run / "proxy").readlink() == (expected / "proxy").readlink()
+    assert (run.parent / "latest").readlink() == Path(run.name)
+
+
+# Four devices introduce themselves, then two a round train. A round writes: costs and metrics of training, metrics and
+# costs of the shift, metrics and costs of the validation. Round 1 makes the links, each later one changes `proxy`.
+KILLS = {
+    "in round 1 between two devices": [("LocalGrid.ask", 6)],
+    "in round 2 between two devices": [("LocalGrid.ask", 8)],
+    "while training": [("FedPT.aggregate_train", 3)],
+    "between two lines": [("RunFolder.append", 10)],
+    "in a line": [("RunFolder.append", 11, "torn")],
+    "before a checkpoint": [("RunFolder.save_round", 2)],
+    "in a checkpoint": [("ProxyModel.save_pretrained", 2)],
+    "before a round counts": [("Path.rename", 2)],
+    "before the first links": [("runs.replace_link", 1)],
+    "between the first links": [("runs.replace_link", 2)],
+    "before a later link": [("runs.replace_link", 3)],
+    "before old checkpoints are removed": [("RunFolder._remove_old_rounds", 2)],
+    "before the next round": [("FedPT.configure_train", 3)],
+    "before the test": [("RunFolder.rounds", 1)],
+    "after the test": [("RunFolder.append", 6 * NUM_ROUNDS + 1)],
+    "before the results": [("RunFolder.write_results", 1)],
+    "at the end, twice": [("RunFolder.write_results", 1), ("RunFolder.rewind", 1)],
+    "again and again": [
+        ("RunFolder.append", 4),
+        ("RunFolder.save_round", 2),
+        ("runs.replace_link", 1),
+        ("FedPT.configure_train", 1),
+        ("Path.rename", 1),
+        ("RunFolder.append", 6, "torn"),
+        ("RunFolder.write_results", 1),
+    ],
+}
+OFTEN = (
+    ("FedAvg", "in round 1 between two devices"),
+    ("FedAvg", "before a round counts"),
+    ("FedAvg", "before the first links"),
+    ("FedAvg", "before the results"),
+    ("FedAdam", "in round 2 between two devices"),
+    ("FedAdam", "in a line"),
+    ("FedAdam", "in a checkpoint"),
+    ("FedAdam", "again and again"),
+    ("paired FedAvgM", "before the next round"),
+    ("good enough", "before the test"),
+)
+
+
+def assert_goes_on(kind, kills, federations, tiny, unbroken, root):
+    config = tiny | KINDS[kind]
+    expected = unbroken(kind)
+    resume = {}
+    for kill in kills:
+        federations.run(root, config | resume, kill)
+        # `latest` means a run from its first checkpoint on.
+        resume = {"resume": "latest" if (root / "latest").exists() else str(only_run(root))}
+    federations.run(root, config | resume)
+    assert_same_run(only_run(root), expected)
+    assert len(RunFolder(only_run(root)).read_config()["flower_run_ids"]) == len(kills) + 1
+
+
+@pytest.mark.parametrize(("kind", "kill"), OFTEN)
+def test_a_killed_run_goes_on_to_the_same_files(kind, kill, federations, tiny, unbroken, tmp_path):
+    assert_goes_on(kind, KILLS[kill], federations, tiny, unbroken, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("kind", ["FedAvg", "FedAdam"])
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(kind, kill, federations, tiny, unbroken, tmp_path):
+    if (kind, kill) in OFTEN:
+        pytest.skip("runs with the other tests")
+    assert_goes_on(kind, KILLS[kill], federations, tiny, unbroken, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("FedAvg", "FedAdam", "good enough")])
+def test_a_run_of_any_kind_goes_on_to_the_same_files(kind, number, federations, tiny, unbroken, tmp_path):
+    assert_goes_on(kind, [("FedPT._evaluate_on_devices", number)], federations, tiny, unbroken, tmp_path)
+
+
+def test_two_runs_that_are_left_alone_are_the_same(federations, tiny, unbroken, tmp_path):
+    # Else the comparisons above would say nothing.
+    federations.run(tmp_path, tiny | KINDS["FedAvg"])
+    assert_same_run(only_run(tmp_path), unbroken("FedAvg"))
+    other = unbroken("FedAdam")
+    assert (other / "rounds/0002/arrays.safetensors").read_bytes() != (
+        unbroken("FedAvg") / "rounds/0002/arrays.safetensors"
+    ).read_bytes()
+
+
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    """A copy of a run that has ended."""
+    run = unbroken("FedAvg")
+    shutil.copytree(run.parent, tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs" / run.name
+
+
+def resuming(run, tiny, **changes):
+    return run.parent, tiny | KINDS["FedAvg"] | {"resume": run.name} | changes
+
+
+def test_a_finished_run_that_is_gone_on_with_is_scored_again_and_stays_the_same(finished, federations, tiny, unbroken):
+    federations.run(*resuming(finished, tiny))
+    assert_same_run(finished, unbroken("FedAvg"))
+    assert len(RunFolder(finished).read_config()["flower_run_ids"]) == 2
+
+
+def test_a_run_that_another_process_writes_is_left_alone(finished, federations, tiny, unbroken):
+    with RunFolder.open(finished):
+        said = federations.error(*resuming(finished, tiny))
+    assert f"RunError: {finished}: a run has one writer at a time, got 'process {os.getpid()} on" in said
+    assert_same_run(finished, unbroken("FedAvg"))
+
+
+def test_a_run_with_another_config_is_refused_with_the_keys_that_differ(finished, federations, tiny, unbroken):
+    said = federations.error(*resuming(finished, tiny, **{"seed": 3, "train.max-steps": 2}))
+    assert said.startswith(f"ConfigError: {finished}: a resumed run must be the same run")
+    assert "2 differ: seed (was 0, is 3), train.max-steps (was 1, is 2); give what config.json there says" in said
+    assert_same_run(finished, unbroken("FedAvg"))
+    assert len(RunFolder(finished).read_config()["flower_run_ids"]) == 1
+
+
+def test_a_run_that_is_not_there_is_refused(finished, federations, tiny):
+    said = federations.error(*resuming(finished, tiny, resume="nothing"))
+    assert said.startswith(f"RunError: nothing is not a run in {finished.parent}; the newest are: {finished.name}")
