@@ -297,7 +297,7 @@ class Server:
                 set_arrays(self.proxy.tuned, self.tuned)
             if self.config.distillation.mode == "paired" and self.proxy.untuned is not None:
                 if self.rounds_scored is not None:
-                    self._score_untouched(self.rounds_scored, last_round, "validation")
+                    self._score_untouched(self.rounds_scored, last_round, "resume")
                 set_arrays(self.proxy.untuned, _read_arrays(folder / "untuned.safetensors"))
                 self.next_untuned = _read_arrays(folder / "next-untuned.safetensors")
             sent = to_array_record(arrays)

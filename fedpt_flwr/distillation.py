@@ -76,7 +76,6 @@ def distil(
     vocab_size: int,
     seed: int,
     untuned: PreTrainedModel | None = None,
-    alpha: float = 1.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DistillationResult:
     """Teach a model in place.
@@ -93,7 +92,6 @@ def distil(
         vocab_size: Only the first so many scores are tokens.
         seed: Of the batches.
         untuned: A second student, which learns the teacher's ``large`` scores; None: there is none.
-        alpha: Strength of the shift with which both students make the proxy that is kept where it was.
         on_progress: Called with the steps done and of all.
 
     Raises:
@@ -114,7 +112,7 @@ def distil(
             divergences.append(loss.item())
             if untuned is not None:
                 loss = loss + kl_divergence(targets.large, scores[1], temperature=config.temperature).mean()
-                together = targets.large + alpha * (scores[0] - scores[1])
+                together = targets.large + scores[0] - scores[1]
                 loss = loss + config.gamma * kl_divergence(targets.proxy, together).mean()
             if not torch.isfinite(loss):
                 raise RoundError(

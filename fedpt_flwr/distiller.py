@@ -266,7 +266,6 @@ class Distiller:
                 vocab_size=self._vocab_size,
                 seed=int(generator.integers(2**32)),
                 untuned=untuned,
-                alpha=self._proxy.alpha,
                 on_progress=on_progress,
             )
             drift = drift_along(self._scores(student, texts, shown) - before, direction)
