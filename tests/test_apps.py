@@ -697,7 +697,7 @@ def chosen(tmp_path_factory):
     torch.set_num_threads(1)
     settings = {
         "num-server-rounds": 4, "keep-rounds": 0, "train.max-steps": 5, "proxy.alpha": "auto",
-        "stop.metric": "exact_match", "stop.patience": 1, "distillation.mode": "carry",
+        "stop.metric": "exact_match", "stop.patience": 1, "train.learning-rate": 0.02, "distillation.mode": "carry",
     }  # fmt: skip
     return federate(tmp_path_factory.mktemp("chosen"), 2, settings)
 
