@@ -449,8 +449,8 @@ def _app_config(app_dir: Path) -> dict[str, Any]:
     return dict(flatten_dict(defaults))
 
 
-def _given_config(overrides: list[str] | None) -> dict[str, Any]:
-    """What a user gives, read as `flwr run` would."""
+def _given_config(overrides: list[str] | None, *, place: str = "--run-config") -> dict[str, Any]:
+    """What a user gives with the option ``place``, read as `flwr run` would."""
     import tomllib
 
     from click import ClickException
@@ -460,9 +460,9 @@ def _given_config(overrides: list[str] | None) -> dict[str, Any]:
         given = parse_config_args(overrides)
     except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
         message = error.message if isinstance(error, ClickException) else str(error)
-        raise ConfigError(f"cannot be read ({message})", value=overrides, place="--run-config") from error
+        raise ConfigError(f"cannot be read ({message})", value=overrides, place=place) from error
     if overrides and not given:  # Flower passes over what is no pair
-        raise ConfigError("must be key=value pairs or one TOML file", value=" ".join(overrides), place="--run-config")
+        raise ConfigError("must be key=value pairs or one TOML file", value=" ".join(overrides), place=place)
     return dict(given)
 
 
@@ -477,7 +477,7 @@ def _worlds(names: list[str]) -> dict[str, dict[str, Any]]:
         if label in files:
             raise ConfigError("two worlds must lie in folders of different names", value=label, place="--world")
         files[label] = name if is_file else None
-    return {label: _given_config([file]) if file else {} for label, file in files.items()}
+    return {label: _given_config([file], place="--world") if file else {} for label, file in files.items()}
 
 
 def _listed(text: str) -> list[str]:

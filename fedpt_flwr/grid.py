@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from logging import ERROR
-from typing import Any, NoReturn
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -73,9 +73,11 @@ class LocalGrid(Grid):
         """Unknown."""
         return None
 
-    def create_message(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         """Flower's older way to make messages."""
-        raise NotImplementedError("make a Message by its constructor")
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the nodes that can be seen."""

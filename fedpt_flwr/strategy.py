@@ -29,7 +29,7 @@ from flwr.serverapp import strategy as flower_strategies
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi, Result, Strategy
 from numpy.typing import NDArray
 
-from fedpt_flwr.config import StrategyConfig
+from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
 from fedpt_flwr.records import (
     ARRAYS,
@@ -43,19 +43,7 @@ from fedpt_flwr.records import (
     refusal_reason,
 )
 
-RESUMABLE = (
-    "Bulyan",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedMedian",
-    "FedProx",
-    "FedTrimmedAvg",
-    "FedYogi",
-    "Krum",
-    "MultiKrum",
-)
+RESUMABLE = INNER_STRATEGIES
 """Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
 
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")

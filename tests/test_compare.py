@@ -486,7 +486,7 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
         (["--world", "elsewhere"], "--world: must be a TOML file of a run config, or demo, got 'elsewhere'"),
         (["--world", "/a/x/c.toml", "--world", "/b/x/c.toml"], "two worlds must lie in folders of different names"),
         (["--world", "demo", "--world", "demo"], "different names, got 'demo'"),
-        (["--world", "/a/x/c.toml"], "cannot be read .*No such file"),
+        (["--world", "/a/x/c.toml"], "--world: cannot be read .*No such file"),
         (["-c", "nope"], "must be key=value pairs"),
     ],
 )
@@ -688,3 +688,14 @@ def test_a_cell_gives_what_flwr_run_gives_bit_for_bit(flower, config, tmp_path):
     assert_same(final_arrays(simulated), final_arrays(kept))
     found, expected = (json.loads((run / "results.json").read_text())["rows"] for run in (kept, simulated))
     assert found == expected
+
+
+def test_a_message_that_the_grid_makes_reaches_its_device():
+    """Flower's older way to make messages, which some strategies may still use."""
+    grid = LocalGrid(lambda message, _: Message(message.content, reply_to=message), 2)
+    content = RecordDict({"config": ConfigRecord({"word": "hello"})})
+    for node in grid.get_node_ids():
+        message = grid.create_message(content, "train", node, "1")
+        (reply,) = grid.send_and_receive([message])
+        assert reply.metadata.src_node_id == node
+        assert reply.content["config"]["word"] == "hello"
