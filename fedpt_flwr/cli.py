@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -37,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+_MODELS = ("proxy", "large", "tuned", "untuned")
+_COMPARED = ("large", "tuned", "proxy")
 _Number = TypeVar("_Number", int, float)
 
 Run = Annotated[
@@ -79,6 +81,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
     large: Large = None,
     device: Device = "auto",
+    url: Annotated[str | None, typer.Option(help="Ask the service at this address instead; see `fedpt serve`.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FEDPT_API_KEY", help="The service's key.")] = None,
 ) -> None:
     """Write one answer with a run's proxy-tuned model.
 
@@ -86,6 +90,16 @@ def generate(
     """
     if (prompt is None) == (example is None):
         raise ConfigError("give either a prompt or --example", remedy="see fedpt generate --help")
+    if model not in _MODELS:
+        raise ConfigError(f"must be one of {', '.join(_MODELS)}", value=model, place="--model")
+    if url is not None:
+        if large is not None or run != "latest":
+            raise ConfigError(
+                "a service has its own run and models", place="--url", remedy="leave --run and --large out"
+            )
+        settings = {"alpha": alpha, "plausibility": plausibility, "temperature": temperature, "seed": seed}
+        _ask_service(url, api_key, prompt, example, _COMPARED if compare else (model,), max_new_tokens, settings)
+        return
     folder, config = _open_run(run)
     import torch
 
@@ -95,14 +109,13 @@ def generate(
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
-    text = _standard_input() if prompt == "-" else str(prompt).replace("\\n", "\n")
+    text = _prompt_text(str(prompt))
     models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
-    if model not in models:
-        raise ConfigError("must be proxy, large, tuned or untuned", value=model, place="--model")
     limit = max_new_tokens or config.scoring.max_new_tokens
     ids = _prompt_ids(text, tokenizer, proxy, limit)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     # As the run's own scoring decodes, whatever a model's generation config would like.
     sampling |= {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
@@ -110,6 +123,8 @@ def generate(
         untuned = proxy.without_adapter() if _is_shared(proxy, name) else nullcontext()
         with torch.inference_mode(), cpu_threads(config.threads.server), untuned:
             speaker = models[name] if models[name] is not None else proxy.tuned
+            torch.manual_seed(seed)  # for the three that know no seeds
+            seeded = {"seed": seed} if speaker is proxy else {}
             output = speaker.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -118,6 +133,7 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=streamer,
                 **sampling,
+                **seeded,
             )
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
@@ -128,15 +144,7 @@ def generate(
         if answer is not None:
             _err.print(f"right answer: {answer}", markup=False, highlight=False, style="dim")
         return
-    table = Table(show_lines=True)
-    table.add_column("model")
-    table.add_column("answer", overflow="fold")
-    table.add_row("prompt", _plain(text.rstrip("\n")))
-    for name in ("large", "tuned", "proxy"):
-        table.add_row(name, _plain(write(name)))
-    if answer is not None:
-        table.add_row("right answer", _plain(answer))
-    _out.print(table)
+    _print_answers(text, {name: write(name) for name in _COMPARED}, answer)
 
 
 @app.command()
@@ -172,6 +180,97 @@ def score(
     _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file.absolute(), results)
+
+
+@app.command()
+def serve(
+    run: Run = "latest",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    follow: Annotated[bool, typer.Option("--follow", help="Go over to whatever run is the newest.")] = False,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="FEDPT_API_KEY", help="Ask for this key; several may be given, in the variable with spaces between."
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; whoever comes then gets a 429.")] = 128,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of the others' texts.")
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer that may be asked for, if the models' context allows it.")
+    ] = 4096,
+    request_timeout_s: Annotated[float, typer.Option(min=0.001, help="Until a request must be done.")] = 600.0,
+    grace_s: Annotated[float, typer.Option(min=0.0, help="Time for running requests after SIGTERM.")] = 30.0,
+    poll_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks for a new round.")] = 1.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="TLS certificate (chain) in PEM form.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, typer.Option(envvar="FEDPT_SSL_KEYFILE_PASSWORD", help="Password of the private key.")
+    ] = None,
+    alpha: Alpha = None,
+    plausibility: Plausibility = None,
+    large: Large = None,
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the run's.")] = None,
+) -> None:
+    """Serve a run's proxy-tuned model to everything that speaks the OpenAI API, with a page to try it at /.
+
+    New rounds of the run are picked up while it serves. Models: `proxy`, `large`, `tuned`, `untuned`.
+    """
+    folder, config = _open_run(run)
+    from transformers import logging as transformers_logging
+
+    from fedpt_flwr.logits import check_alpha, check_plausibility
+    from fedpt_flwr.service import server
+    from fedpt_flwr.service.guard import ServiceConfig
+    from fedpt_flwr.service.scheduler import Limits
+    from fedpt_flwr.service.versions import Loader
+
+    with naming("--alpha"):
+        check_alpha(1.0 if alpha is None else alpha)
+    with naming("--plausibility"):
+        check_plausibility(0.0 if plausibility is None else plausibility)
+    if any(not key.strip() or not key.isascii() for key in api_key or ()):
+        raise ConfigError("an API key must be ASCII text and not empty", place="--api-key")
+    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        said = f"fedpt: anybody who reaches {host} may use the service; --api-key asks for a key"
+        _err.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    transformers_logging.disable_progress_bar()
+    _err.print(f"Loading {folder}", markup=False, highlight=False, soft_wrap=True)
+
+    def on_ready(version: Any, address: str) -> None:
+        said = f"Serving {version.name} at {address} (the page) and {address}/v1 (for OpenAI clients); Ctrl-C ends it"
+        _err.print(said, markup=False, highlight=False, soft_wrap=True)
+
+    server.serve(
+        folder,
+        Loader(large=large, device=device, alpha=alpha, plausibility=plausibility),
+        server.ServerConfig(
+            host=host,
+            port=port,
+            grace_s=grace_s,
+            ssl_certfile=ssl_certfile,
+            ssl_keyfile=ssl_keyfile,
+            ssl_keyfile_password=ssl_keyfile_password,
+            follow=follow,
+            poll_s=poll_s,
+            num_threads=threads or config.threads.server,
+        ),
+        ServiceConfig(
+            api_keys=tuple(key.strip() for key in api_key or ()),
+            max_new_tokens=max_tokens,
+            request_timeout_s=request_timeout_s,
+            log_prompts=log_prompts,
+        ),
+        Limits(num_slots=slots, queue_size=queue, prefill_tokens=prefill_tokens),
+        on_ready=on_ready,
+    )
 
 
 @app.command()
@@ -380,6 +479,57 @@ def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: 
     topics = frozenset[str]() if prompts is None else prompts.topics
     rows = evaluator.rows_by_topic("device", evaluator.measure(model), topics)
     return {name: row.to_json() for name, row in rows.items()}
+
+
+def _ask_service(
+    url: str,
+    api_key: str | None,
+    prompt: str | None,
+    example: int | None,
+    names: Sequence[str],
+    max_new_tokens: int | None,
+    settings: dict[str, Any],
+) -> None:
+    """Let a running service write what ``generate`` writes."""
+    from contextlib import closing
+
+    from fedpt_flwr.service.client import ServiceClient
+
+    with closing(ServiceClient(url, api_key)) as client:
+        info = client.info()
+        answer = None
+        if example is not None:
+            if example > len(info["examples"]):
+                raise ConfigError(f"the service shows {len(info['examples'])} items", value=example, place="--example")
+            prompt, answer = info["examples"][example - 1]["prompt"], info["examples"][example - 1]["answer"]
+        text = _prompt_text(str(prompt))
+        body = settings | {"prompt": text, "max_tokens": max_new_tokens or info["max_tokens"]}
+        if len(names) > 1:
+            answers = {name: "".join(client.stream(body | {"model": name})) for name in names}
+            _print_answers(text, answers, answer)
+            return
+        for piece in client.stream(body | {"model": names[0]}):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if answer is not None:
+            _err.print(f"right answer: {answer}", markup=False, highlight=False, style="dim")
+
+
+def _print_answers(prompt: str, answers: Mapping[str, str], right_answer: str | None) -> None:
+    table = Table(show_lines=True)
+    table.add_column("model")
+    table.add_column("answer", overflow="fold")
+    table.add_row("prompt", _plain(prompt.rstrip("\n")))
+    for name, answer in answers.items():
+        table.add_row(name, _plain(answer))
+    if right_answer is not None:
+        table.add_row("right answer", _plain(right_answer))
+    _out.print(table)
+
+
+def _prompt_text(prompt: str) -> str:
+    return _standard_input() if prompt == "-" else prompt.replace("\\n", "\n")
 
 
 def _test_item(config: RunConfig, number: int) -> tuple[str, str]:

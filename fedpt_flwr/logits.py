@@ -3,18 +3,29 @@
     scores = large + alpha * (tuned - untuned)
 
 Liu et al. 2024, "Tuning language models by proxy" (arXiv:2401.08565). The plausibility mask is the one of
-contrastive decoding (Li et al. 2023, arXiv:2210.15097), taken over the tuned model. Nothing here knows models, caches
-or tokenizers.
+contrastive decoding (Li et al. 2023, arXiv:2210.15097), taken over the tuned model.
+
+Tokens are drawn by the Gumbel-max trick: the best of scores plus noise is a draw from their softmax. The noise is a
+hash of (seed, position, id), so a seed gives the same text whoever else is in the batch, and whenever it is drawn.
+
+Nothing here knows models, caches or tokenizers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
+
+# Below it, scores divided by the temperature could overflow float32.
+_COLDEST = 1e-30
+# SplitMix64: 2**64 divided by the golden ratio, and the factors of the finaliser, as int64 writes them.
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64
+_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 def combine_logits(
@@ -102,6 +113,120 @@ def plausible_tokens(tuned: Tensor, *, plausibility: float | Tensor) -> Tensor:
     best = scores.amax(dim=-1, keepdim=True)
     ratio = torch.as_tensor(_per_row(plausibility, scores), dtype=torch.float32, device=scores.device)
     return scores >= best + ratio.log()
+
+
+def choose_next(
+    scores: Tensor,
+    *,
+    temperature: Sequence[float],
+    top_p: Sequence[float],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+) -> Tensor:
+    """Choose the next token of each row: the best one, or a draw by :func:`keyed_gumbel`.
+
+    A row's token depends on nothing but that row. The settings come from the host, so that a batch which samples
+    nothing costs no more than its argmax, and none waits for the device.
+
+    Args:
+        scores: Of the next token, ``(rows, ids)``, float32. They are not changed.
+        temperature: Divides the scores of each row before the softmax; 0 takes the best token.
+        top_p: Draw from the smallest set of tokens with this probability, see :func:`nucleus_`; 1 draws from all.
+        seeds: Of each row's noise, any whole numbers; they count modulo 2**64.
+        positions: Index of the token to be chosen among the row's new ones, from 0.
+
+    Returns:
+        Ids, ``(rows,)``, int64, on the device of ``scores``.
+
+    Raises:
+        ModelError: The settings are not one per row.
+    """
+    lengths = {len(temperature), len(top_p), len(seeds), len(positions)}
+    if lengths != {scores.shape[0]}:
+        raise ModelError(
+            "the next tokens need one temperature, top_p, seed and position per row",
+            value=sorted(lengths),
+            remedy=f"the scores have {scores.shape[0]} rows",
+        )
+    drawn = [row for row, value in enumerate(temperature) if value >= _COLDEST]
+    if not drawn:
+        return scores.argmax(-1)
+    device = scores.device
+    rows = None if len(drawn) == scores.shape[0] else torch.tensor(drawn).to(device, non_blocking=True)
+    divisor = torch.tensor([temperature[row] for row in drawn]).to(device, torch.float32, non_blocking=True)
+    warmed = (scores if rows is None else scores.index_select(0, rows)) / divisor[:, None]
+    if any(top_p[row] < 1 for row in drawn):
+        nucleus_(warmed, torch.tensor([top_p[row] for row in drawn], dtype=torch.float64))
+    keys = torch.stack([as_int64(part[row] for row in drawn) for part in (seeds, positions)])
+    keys = keys.to(device, non_blocking=True)
+    warmed += keyed_gumbel(keys[0], keys[1], warmed.shape[-1])
+    best = warmed.argmax(-1)
+    return best if rows is None else scores.argmax(-1).index_copy_(0, rows, best)
+
+
+def nucleus_(scores: Tensor, top_p: Tensor) -> None:
+    """Set the scores of all but the likeliest tokens that together reach ``top_p`` to -inf, in place.
+
+    The same tokens as those of ``TopPLogitsWarper`` of transformers, which takes one ``top_p`` for all rows.
+
+    Args:
+        scores: Unnormalised, ``(rows, ids)``, float32.
+        top_p: ``(rows,)``, best float64 and on the CPU; a row at 1 or above stays as it is. The likeliest token always
+            remains.
+    """
+    # Rounded as transformers does: in float64 up to the difference, then to the dtype of the scores. Sorted by the same
+    # call too: it is not stable, so that another one could cut elsewhere among equals.
+    refused = (1 - top_p.double()).to(scores.dtype).to(scores.device, non_blocking=True)
+    untouched = (top_p >= 1).to(scores.device, non_blocking=True)
+    ordered, ids = torch.sort(scores, descending=False)
+    outside = ordered.softmax(-1).cumsum(-1) <= refused[:, None]
+    outside &= ~untouched[:, None]
+    outside[:, -1] = False
+    scores.masked_fill_(outside.scatter(1, ids, outside), -math.inf)
+
+
+def keyed_gumbel(seeds: Tensor, positions: Tensor, num_ids: int) -> Tensor:
+    """Standard Gumbel noise that depends on nothing but the seed, the position and the id.
+
+    Each value is a hash of the three, the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom
+    number generators") applied once per part: neither the batch, nor the device, nor ``num_ids`` has a share in it.
+
+    Args:
+        seeds: ``(rows,)``, int64.
+        positions: ``(rows,)``, int64, on the same device.
+        num_ids: How many ids to make noise for, from 0.
+
+    Returns:
+        ``(rows, num_ids)``, float32, finite, on the device of ``seeds``.
+    """
+    if seeds.device.type == "mps":  # which has no float64
+        return keyed_gumbel(seeds.cpu(), positions.cpu(), num_ids).to(seeds.device)
+    # A hash between seed and position: were they added as they are, (seed + 1, position) could be (seed, position + 1).
+    keys = _scramble_(_scramble_(seeds + _STRIDE) + positions * _STRIDE)
+    bits = _scramble_(keys[:, None] + torch.arange(num_ids, device=seeds.device) * _STRIDE)
+    # 52 bits and a half: the most that float64 holds exactly on both sides, so that u is neither 0 nor 1.
+    u = _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
+    return u.log_().neg_().log_().neg_().float()
+
+
+def as_int64(values: Iterable[int]) -> Tensor:
+    """Whole numbers of any size as a tensor, modulo 2**64."""
+    return torch.tensor([(int(value) + 2**63) % 2**64 - 2**63 for value in values], dtype=torch.int64)
+
+
+def _scramble_(bits: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in place; int64 wraps around as uint64 does."""
+    bits ^= _shift_right(bits, 30)
+    bits *= _FACTORS[0]
+    bits ^= _shift_right(bits, 27)
+    bits *= _FACTORS[1]
+    bits ^= _shift_right(bits, 31)
+    return bits
+
+
+def _shift_right(bits: Tensor, by: int) -> Tensor:
+    """A shift that brings in zeros; that of int64 brings in the sign."""
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def kl_divergence(target: Tensor, scores: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -65,6 +65,12 @@ class Template:
         """Names of the fields that are used, each once, in order of appearance."""
         return tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
 
+    @property
+    def ending(self) -> str:
+        """The template's own text after its last field; all of it where there are no fields."""
+        num_before = max((number for number, (_, name) in enumerate(self._parts, 1) if name is not None), default=0)
+        return "".join(literal for literal, _ in self._parts[num_before:])
+
     def render(self, record: Mapping[str, Any], *, place: str | None = None) -> str:
         """The text for one record; see `field_text` for how values are written.
 

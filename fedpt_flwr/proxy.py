@@ -35,8 +35,10 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -50,6 +52,8 @@ from fedpt_flwr.logits import (
     mask_implausible,
 )
 from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
+from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.sampling import Seeded, sample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -266,7 +270,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: An argument cannot be used with a proxy.
         """
-        _refuse(kwargs)
+        # generate() hands the tokenizer of its stop strings on to every pass.
+        _refuse({name: value for name, value in kwargs.items() if name != "tokenizer"})
         if input_ids is None:
             raise ModelError(
                 "a proxy reads input_ids: its models have different embeddings", value="inputs_embeds or nothing"
@@ -306,12 +311,53 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as every model of transformers does, but sample so that a seed gives each row the same text always.
+
+        Where ``do_sample`` is true, the tokens of a row are drawn by noise that depends only on the row's seed, the
+        index of the new token, and the id: neither on the rest of the batch nor on its order. Beams, assistants and
+        loops of ``custom_generate`` draw from torch's generators as ever.
+
+        Args:
+            inputs: The prompts, ``(batch, seq)``; or pass ``input_ids``.
+            generation_config: As in transformers.
+            logits_processor: As in transformers.
+            *args: As in transformers.
+            seed: Of sampling: one number, to which the index of the row is added, or one per row. Rows are those of
+                the result: each prompt counts ``num_return_sequences`` times. None draws one from torch's global
+                generator, so ``torch.manual_seed`` repeats a call.
+            **kwargs: As in transformers, and ``alpha`` and ``plausibility``.
+
+        Raises:
+            ModelError: ``seed`` is neither a whole number nor one per row, or an argument cannot be used with a proxy.
+        """
+        if seed is not None:
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), Seeded(seed)])
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
     def new_cache(self) -> ProxyCache:
         """An empty cache for this proxy's three models."""
         untuned = self.tuned if self.untuned is None else self.untuned
         return ProxyCache(
             [DynamicCache(config=_base_model(model).config) for model in (self.large, self.tuned, untuned)]
         )
+
+    def steppers(self) -> dict[str, Stepper]:
+        """A step function for each of ``large``, ``tuned`` and ``untuned``: what a scheduler batches requests with.
+
+        Raises:
+            ModelError: One of the models cannot take rows of different lengths.
+        """
+        untuned = Stepper(self.tuned, self.without_adapter) if self.untuned is None else Stepper(self.untuned)
+        return {"large": Stepper(self.large), "tuned": Stepper(self.tuned), "untuned": untuned}
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -398,6 +444,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         large: str | Path | PreTrainedModel | None = None,
+        like: ProxyModel | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         config: ProxyConfig | None = None,
@@ -408,6 +455,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: The folder of a run, or the proxy folder in it.
             large: Where the large model is on this machine, or the model itself, if not where the folder says.
+            like: A proxy that is loaded already. Its large and its untuned model are used again where they are the
+                ones that the folder refers to.
             device: Torch device of the models that are loaded, or ``auto``; None is that of ``large`` if it is loaded
                 already, else the CPU.
             dtype: Dtype to convert all three models to; None leaves them as they were when the proxy was saved.
@@ -429,7 +478,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         folder = _proxy_folder(Path(pretrained_model_name_or_path))
         config = _checked(_read_config(folder) if config is None else config, folder)
 
-        if isinstance(large, nn.Module):
+        if like is not None and _is_same(config.large, like.config.large):
+            large_model = like.large
+        elif isinstance(large, nn.Module):
             large_model = large
             if _dtype_name(large_model) != config.large["dtype"]:
                 _log.warning("the large model is not compared with the proxy's: it has another dtype")
@@ -439,7 +490,12 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             if large is not None:
                 config.large = {**config.large, "ref": _absolute(str(large))}
             large_model = _load("large", config.large, device, folder)
-        untuned: PreTrainedModel | None = _load("untuned", config.untuned, device, folder)
+        untuned: PreTrainedModel | None
+        if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
+            # Not under an adapter, which would be put into the very weights that the other proxy uses.
+            untuned = copy.deepcopy(like.untuned) if config.tuned["form"] == "adapter" else like.untuned
+        else:
+            untuned = _load("untuned", config.untuned, device, folder)
         tuned: PreTrainedModel | PeftModel
         if config.tuned["form"] == "adapter":
             tuned, untuned = _load_tuned(folder, config.tuned, device, base=untuned), None
@@ -478,6 +534,20 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = self.new_cache()
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        """What ``generate()`` decodes with where it has neither beams nor an assistant: draw by keyed noise."""
+        loop = super()._sample
+        if generation_config.do_sample:
+            return sample(loop, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        return loop(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _parts(self) -> Iterator[_Part]:
         """Large, tuned and untuned, each with the context in which it is that."""
@@ -803,6 +873,11 @@ def _one_device(device: str | torch.device | None, device_map: Any) -> str:
             remedy="load the three models as you like and call ProxyModel(large, tuned, untuned)",
         )
     return str(wanted)
+
+
+def _is_same(entry: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two entries of proxy configs mean one model, wherever it lies."""
+    return all(entry[key] == other.get(key) for key in ("fingerprint", "dtype"))
 
 
 def _dtype_name(model: nn.Module) -> str:

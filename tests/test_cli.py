@@ -100,7 +100,7 @@ def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
         (["generate", "x", "--example", "1"], "give either a prompt or --example"),
         (["generate", "x", "--run", "nope"], "nope is not a run in .*; the newest are"),
         (["generate", "--example", "99999"], "the run has 336 test items, got 99999"),
-        (["generate", "x", "--model", "expert"], "must be proxy, large, tuned or untuned, got 'expert'"),
+        (["generate", "x", "--model", "expert"], "must be one of proxy, large, tuned, untuned, got 'expert'"),
         (["generate", "x", "--alpha", "nan"], "finite"),
         (["generate", ""], "must not be empty"),
         (["score", "--plausibility", "2"], "plausibility"),

@@ -5,9 +5,20 @@ import pytest
 import torch
 from torch.distributions import Categorical
 from torch.nn import functional as F
+from transformers import TopPLogitsWarper
 
+from fedpt_flwr import logits
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
-from fedpt_flwr.logits import combine_logits, drift_along, kl_divergence, plausible_tokens
+from fedpt_flwr.logits import (
+    as_int64,
+    choose_next,
+    combine_logits,
+    drift_along,
+    keyed_gumbel,
+    kl_divergence,
+    nucleus_,
+    plausible_tokens,
+)
 
 INF = math.inf
 
@@ -270,3 +281,284 @@ def test_there_is_no_drift_without_a_direction():
     change, _, _ = three(3, 5)
     assert drift_along(change, torch.zeros(3, 5)) == 0.0
     assert drift_along(change, torch.full((3, 5), 2.5)) == 0.0  # a constant is no direction
+
+
+# --- noise ---
+
+MASK = 2**64 - 1
+STRIDE, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def scrambled(z):
+    """The finaliser of SplitMix64 over numbers of any size, masked to 64 bits: as its paper writes it."""
+    z = ((z ^ (z >> 30)) * FACTORS[0]) & MASK
+    z = ((z ^ (z >> 27)) * FACTORS[1]) & MASK
+    return z ^ (z >> 31)
+
+
+def unscrambled(z):
+    """The way back: shifts are undone from the top, factors by their inverses."""
+    z ^= (z >> 31) ^ (z >> 62)
+    z = (z * pow(FACTORS[1], -1, 2**64)) & MASK
+    z ^= (z >> 27) ^ (z >> 54)
+    z = (z * pow(FACTORS[0], -1, 2**64)) & MASK
+    return z ^ (z >> 30) ^ (z >> 60)
+
+
+def reference_gumbel(seed, position, token):
+    key = scrambled((scrambled((seed + STRIDE) & MASK) + position * STRIDE) & MASK)
+    bits = scrambled((key + token * STRIDE) & MASK)
+    return -math.log(-math.log(((bits >> 12) + 0.5) / 2**52))
+
+
+def noise(seeds, positions, num_ids):
+    return keyed_gumbel(as_int64(seeds), as_int64(positions), num_ids)
+
+
+def uniform(gumbel):
+    return gumbel.double().neg().exp().neg().exp()
+
+
+SEEDS = [0, 1, 7, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 0x9E3779B97F4A7C15]
+
+
+def test_noise_is_that_of_the_hash_written_with_numbers_of_any_size():
+    positions = [0, 1, 2, 3, 1000, 10**6, 5, 0, 2**40]
+    expected = [
+        [reference_gumbel(seed, position, token) for token in range(40)]
+        for seed, position in zip(SEEDS, positions, strict=True)
+    ]
+    found = noise(SEEDS, positions, 40)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_the_hash_is_splitmix64():
+    # The first outputs for seed 1234567 in Vigna's splitmix64.c, as Rosetta Code and others list them
+    state, expected = 1234567, [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [scrambled((state + n * STRIDE) & MASK) for n in (1, 2, 3)] == expected
+
+
+def test_the_most_extreme_bits_give_finite_noise():
+    for bits, expected in ((MASK, 53 * math.log(2)), (0, -math.log(53 * math.log(2)))):
+        seed = (unscrambled(unscrambled(unscrambled(bits))) - STRIDE) & MASK
+        # u = 1 - 2**-53, of which -log is 2**-53; or u = 2**-53
+        assert noise([seed], [0], 1).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_seeds_count_modulo_2_to_the_64():
+    assert as_int64([2**64 - 1, 2**64, 2**63, -(2**63) - 1]).tolist() == [-1, 0, -(2**63), 2**63 - 1]
+
+
+@pytest.mark.parametrize("num_ids", [1, 2, 7, 100, 4099])
+def test_noise_of_an_id_does_not_depend_on_how_many_there_are(num_ids):
+    assert torch.equal(noise(SEEDS, range(9), num_ids), noise(SEEDS, range(9), 5000)[:, :num_ids])
+
+
+def test_noise_of_a_row_does_not_depend_on_the_others_and_changes_no_input():
+    seeds, positions = as_int64(SEEDS), torch.arange(9)
+    together = keyed_gumbel(seeds, positions, 300)
+    assert torch.equal(seeds, as_int64(SEEDS))
+    assert torch.equal(positions, torch.arange(9))
+    for row in range(9):
+        assert torch.equal(keyed_gumbel(seeds[row : row + 1], positions[row : row + 1], 300)[0], together[row])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda: noise([3], [0], 100_000),
+        lambda: noise(range(100_000), [0] * 100_000, 1),
+        lambda: noise([-5] * 100_000, range(100_000), 1),
+    ],
+    ids=["ids", "seeds", "positions"],
+)
+def test_noise_is_gumbel_distributed(values):
+    # Kolmogorov and Smirnov: sqrt(n) times the largest distance stays below 1.95 with probability 0.999
+    found = uniform(values()).flatten().sort().values
+    steps = torch.arange(1, len(found) + 1, dtype=torch.float64) / len(found)
+    distance = torch.maximum((steps - found).abs(), (steps - 1 / len(found) - found).abs()).max()
+    assert distance * len(found) ** 0.5 < 1.95
+
+
+@pytest.mark.parametrize(
+    ("other_seed", "other_position", "other_id"),
+    [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, -1, 0), (-1, 1, 0), (2, -1, 0), (0, 1, -1), (1, 0, -1), (2**32, 0, 0)],
+)
+def test_noise_of_neighbours_is_independent(other_seed, other_position, other_id):
+    def at(seed, position, first):
+        seeds = [base + seed for base in range(100, 140) for _ in range(10)]
+        positions = [base + position for _ in range(40) for base in range(10, 20)]
+        return uniform(noise(seeds, positions, 301)[:, first : first + 300]).flatten()
+
+    cells = (at(0, 0, max(-other_id, 0)) * 8).long() * 8 + (at(other_seed, other_position, max(other_id, 0)) * 8).long()
+    assert chi_square(torch.bincount(cells, minlength=64), torch.full((64,), 1 / 64)) < limit(63)
+
+
+def test_no_two_of_many_seeds_and_positions_share_their_noise():
+    seeds, positions = torch.cartesian_prod(torch.arange(-200, 200), torch.arange(200)).T
+    found = keyed_gumbel(seeds, positions, 3)
+    assert len({tuple(row) for row in found.tolist()}) == len(found)
+
+
+# --- nucleus ---
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities.double() / probabilities.double().sum() * counts.sum()
+    assert (counts[expected == 0] == 0).all()
+    assert (expected[expected > 0] > 5).all()  # fewer would not be distributed like a chi-square
+    return ((counts - expected) ** 2 / expected)[expected > 0].sum().item()
+
+
+def limit(freedom):
+    return freedom + 4 * (2 * freedom) ** 0.5
+
+
+def warped(scores, top_p):
+    return torch.cat([TopPLogitsWarper(p)(None, row[None]) for row, p in zip(scores, top_p, strict=True)])
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0, 100.0])
+def test_nucleus_is_that_of_transformers(scale):
+    generator = torch.Generator().manual_seed(0)
+    for ids in (1, 2, 17, 3000):
+        scores = torch.randn(40, ids, generator=generator) * scale
+        top_p = torch.rand(40, generator=generator, dtype=torch.float64)
+        found = scores.clone()
+        nucleus_(found, top_p)
+        assert torch.equal(found, warped(scores, top_p.tolist()))
+        assert found.isfinite().any(1).all()
+
+
+@pytest.mark.parametrize("ids", [2, 3, 4, 5, 7, 10, 100, 2000])
+def test_nucleus_cuts_where_transformers_does_when_the_mass_is_met_exactly(ids):
+    # equal probabilities: the sums are multiples of 1 / ids, but for rounding
+    top_p = [part / ids for part in range(ids)] + [0.1, 0.3, 0.7, 0.9]
+    scores = torch.zeros(len(top_p), ids)
+    found = scores.clone()
+    nucleus_(found, torch.tensor(top_p, dtype=torch.float64))
+    assert torch.equal(found, warped(scores, top_p))
+
+
+def test_nucleus_treats_ids_that_are_ruled_out_and_equals_as_transformers_does():
+    scores = torch.randint(0, 9, (60, 200), generator=torch.Generator().manual_seed(1)).float()
+    scores[:30, ::3] = -INF
+    top_p = torch.linspace(0, 0.999, 60, dtype=torch.float64)
+    found = scores.clone()
+    nucleus_(found, top_p)
+    assert torch.equal(found, warped(scores, top_p.tolist()))
+
+
+def test_hand_computed_nucleus():
+    # .5, .3 and .15 make .95; .5 and .3 make .8
+    scores = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(5, 1)
+    nucleus_(scores, torch.tensor([0.9, 0.7, 0.4, 0.0, 1.0], dtype=torch.float64))
+    assert scores.isfinite().int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_a_nucleus_of_everything_leaves_even_the_least_likely():
+    scores = torch.tensor([[0.0, -200.0, -INF]])  # e**-200 is 0 in float32
+    before = scores.clone()
+    nucleus_(scores, torch.tensor([1.0]))
+    assert torch.equal(scores, before)
+
+
+# --- choice ---
+
+
+def settings(rows, *, temperature=1.0, top_p=1.0, seeds=0, positions=0):
+    every = {"temperature": temperature, "top_p": top_p, "seeds": seeds, "positions": positions}
+    return {name: list(value) if hasattr(value, "__iter__") else [value] * rows for name, value in every.items()}
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 1.0), (1.0, 0.8), (0.7, 0.9)])
+@pytest.mark.parametrize("what", ["seeds", "positions"])
+def test_choices_follow_the_softmax(temperature, top_p, what):
+    scores, _, _ = three(12, seed=3, scale=1.5)
+    expected = (scores / temperature)[None]
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    rows = scores.expand(20_000, 12)
+    drawn = choose_next(rows, **settings(20_000, temperature=temperature, top_p=top_p, **{what: range(20_000)}))
+    counts = torch.bincount(drawn, minlength=12)
+    probabilities = expected[0].softmax(-1)
+    kept = probabilities > 1e-3  # the others are too few to compare
+    assert chi_square(counts[kept], probabilities[kept]) < limit(int(kept.sum()) - 1)
+    assert (counts[probabilities == 0] == 0).all()
+
+
+def test_a_choice_is_the_best_of_warmed_scores_and_noise():
+    scores, _, _ = three(5, 30, scale=0.5)
+    seeds, positions = [5, -1, 2**64 - 1, 0, 9], [0, 3, 3, 1, 7]
+    drawn = choose_next(scores, **settings(5, temperature=0.5, seeds=seeds, positions=positions))
+    expected = (scores / 0.5 + noise(seeds, positions, 30)).argmax(-1)
+    assert torch.equal(drawn, expected)
+    assert drawn.dtype == torch.int64
+    assert not torch.equal(drawn, scores.argmax(-1))  # so the noise did decide
+
+
+def test_rows_at_temperature_zero_take_the_best_token():
+    scores, _, _ = three(200, 30, scale=0.1)
+    temperature = [0.0, 1.0] * 100
+    drawn = choose_next(scores, **settings(200, temperature=temperature, top_p=0.9, seeds=range(200)))
+    best = scores.argmax(-1)
+    assert torch.equal(drawn[::2], best[::2])
+    assert (drawn[1::2] != best[1::2]).sum() > 50
+    assert torch.equal(choose_next(scores, **settings(200, temperature=0.0, seeds=range(200))), best)
+
+
+def test_a_choice_does_not_depend_on_the_other_rows():
+    scores, _, _ = three(40, 500, scale=2.0)
+    generator = torch.Generator().manual_seed(4)
+    of_rows = {
+        "temperature": [(0.0, 0.7, 1.0, 2.0)[row % 4] for row in range(40)],
+        "top_p": [(1.0, 0.9, 0.5)[row % 3] for row in range(40)],
+        "seeds": torch.randint(-(2**63), 2**63 - 1, (40,), generator=generator).tolist(),
+        "positions": list(range(40)),
+    }
+    together = choose_next(scores, **of_rows)
+    for order in (range(39, -1, -1), range(1, 40, 3), *([row] for row in range(40))):
+        some = {name: [values[row] for row in order] for name, values in of_rows.items()}
+        assert choose_next(scores[list(order)], **some).tolist() == together[list(order)].tolist()
+
+
+def test_choosing_changes_no_scores():
+    scores, _, _ = three(4, 20)
+    before = scores.clone()
+    choose_next(scores, **settings(4, top_p=0.5))
+    choose_next(scores, **settings(4, temperature=[0.0, 1.0, 0.0, 1.0], top_p=0.5))
+    assert torch.equal(scores, before)
+
+
+def test_ids_that_are_ruled_out_are_never_chosen():
+    scores = torch.full((500, 40), -INF)
+    scores[:, 7] = scores[:, 20] = 0.0
+    assert set(choose_next(scores, **settings(500, seeds=range(500))).tolist()) == {7, 20}
+    assert set(choose_next(scores, **settings(500, top_p=0.99, seeds=range(500))).tolist()) == {7, 20}
+
+
+def test_a_vanishing_temperature_takes_the_best_token():
+    # 2 / 1e-39 and 1 / 1e-39 are both infinite in float32
+    scores = torch.tensor([[1.0, 2.0, -1.0]])
+    for temperature in (1e-300, 1e-39, 1e-31, 1e-29, 1e-10):
+        assert choose_next(scores, **settings(1, temperature=temperature)).tolist() == [1]
+
+
+def test_work_that_no_row_asks_for_is_left_out(monkeypatch):
+    def never(*_):
+        raise AssertionError("not needed")
+
+    scores, _, _ = three(3, 9)
+    monkeypatch.setattr(logits, "nucleus_", never)
+    # a greedy row needs none, whatever its top_p
+    choose_next(scores, **settings(3, temperature=[0.0, 1.0, 1.0], top_p=[0.5, 1.0, 1.0]))
+    monkeypatch.setattr(logits, "keyed_gumbel", never)
+    choose_next(scores, **settings(3, temperature=0.0, top_p=0.5))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "seeds", "positions"])
+def test_settings_that_are_not_one_per_row_are_refused(name):
+    of_rows = settings(3) | {name: [1]}
+    with pytest.raises(ModelError, match=r"per row, got \[1, 3\]; the scores have 3 rows"):
+        choose_next(torch.zeros(3, 5), **of_rows)

@@ -26,6 +26,21 @@ def test_a_template_without_fields_is_the_same_for_every_record():
     assert Template("Continue.").render({}) == "Continue."
 
 
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        ("> {request}\n[{unit}]\n", "]\n"),
+        ("{a}", ""),
+        ("{a}b{{c}}d", "b{c}d"),
+        ("{a} {a}", ""),
+        ("a{{b}}", "a{b}"),
+        ("", ""),
+    ],
+)
+def test_a_templates_ending_is_its_own_text_after_its_last_field(text, ending):
+    assert Template(text).ending == ending
+
+
 def test_braces_inside_values_are_not_read_again():
     assert Template("{a}").render({"a": "{b}", "b": "secret"}) == "{b}"
 

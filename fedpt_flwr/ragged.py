@@ -1,0 +1,314 @@
+"""One forward pass over rows of different lengths: what continuous batching and speculation are made of.
+
+:class:`RaggedCache` keeps keys and values of every row from column 0 on, with a length per row. Rows join at the end
+and leave from anywhere; taking tokens back moves a length and copies nothing. :class:`Stepper` appends tokens to all
+rows of such a cache, each at its own place, under the forward pass that transformers has for the model.
+
+Where all rows have one length, no mask is built and the model takes the path that it takes in ``generate()``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from fedpt_flwr.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_COLUMNS_AT_ONCE = 64
+"""Columns by which a cache grows: copying it every so many tokens costs next to nothing."""
+
+
+class _Place:
+    """Where the tokens of the current forward pass go; shared by all layers of a cache."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.width = 0  # columns that hold something once the tokens are in
+        self.start: int | None = 0  # the column of every row's first new token, or None where rows differ
+        self.rows: Tensor | None = None  # (num_rows, 1) and
+        self.columns: Tensor | None = None  # (num_rows, new), int64, where rows differ
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer: ``(rows, heads, columns, head_dim)``, some of them spare."""
+
+    is_sliding = False  # all columns are kept; the mask forgets what has left a window
+
+    def __init__(self, place: _Place) -> None:
+        super().__init__()
+        self._place = place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate nothing yet: :meth:`update` does."""
+        # Zeros and not just memory: a masked column has no weight, but 0 * NaN would be NaN.
+        self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
+        self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Write the new tokens' states and return those of all rows and columns in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self._place
+        self.make_room(place.num_rows, place.width)
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if place.start is not None:
+                stored[: place.num_rows, :, place.start : place.width] = new
+            else:
+                stored[place.rows, :, place.columns] = new.transpose(1, 2)
+        return self.in_use()
+
+    def in_use(self) -> tuple[Tensor, Tensor]:
+        """Views of the rows and columns that hold something."""
+        rows, width = self._place.num_rows, self._place.width
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
+
+    def make_room(self, num_rows: int, width: int) -> None:
+        """Have at least so many rows and columns."""
+        rows, columns = self.keys.shape[0], self.keys.shape[2]
+        if num_rows <= rows and width <= columns:
+            return
+        wanted_rows = max(rows, num_rows)
+        wanted_columns = columns if width <= columns else -(-width // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
+        self.keys = _enlarged(self.keys, wanted_rows, wanted_columns)
+        self.values = _enlarged(self.values, wanted_rows, wanted_columns)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """Columns that attention sees, and the first of them."""
+        return self._place.width, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before the current ones, where all rows have as many."""
+        return self._place.start or 0
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+
+class RaggedCache(Cache):
+    """Keys and values of rows that have different lengths.
+
+    Args:
+        model: The model whose cache this is.
+
+    Attributes:
+        lengths: Tokens of each row.
+
+    Raises:
+        ModelError: The model remembers something else than keys and values, or its attention takes no dense mask.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._windows = _windows(model)
+        self._place = _Place()
+        self.lengths: list[int] = []
+        super().__init__(layers=[_RaggedLayer(self._place) for _ in self._windows])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are there."""
+        return len(self.lengths)
+
+    def add_rows(self, number: int) -> None:
+        """Add empty rows after the others."""
+        self.lengths += [0] * number
+
+    def append(self, other: RaggedCache, row: int, times: int = 1) -> None:
+        """Add copies of another cache's row after the others.
+
+        Args:
+            other: A cache of the same model.
+            row: Which of its rows.
+            times: How many copies.
+        """
+        length = other.lengths[row]
+        first = self.num_rows
+        self.lengths += [length] * times
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            # Rows come one at a time and go: some more are made at once.
+            spare = self.num_rows if self.num_rows <= mine.keys.shape[0] else 2 * first + times
+            mine.make_room(spare, max(self.lengths))
+            mine.keys[first : self.num_rows, :, :length] = theirs.keys[row, :, :length]
+            mine.values[first : self.num_rows, :, :length] = theirs.values[row, :, :length]
+
+    def remove(self, row: int) -> None:
+        """Take a row away; the last row gets its number. Without rows, the memory is given back."""
+        last = self.num_rows - 1
+        length = self.lengths.pop()
+        if row != last:
+            self.lengths[row] = length
+        for layer in self.layers:
+            if not self.lengths:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+                continue
+            for stored in (layer.keys, layer.values):
+                if row != last:
+                    stored[row] = stored[last]
+                stored[last] = 0  # whoever comes next masks what is left here, and 0 * NaN would be NaN
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Take back each row's last tokens.
+
+        Args:
+            lengths: How many tokens each row keeps, at most as many as it has.
+        """
+        self.lengths = [min(kept, length) for kept, length in zip(lengths, self.lengths, strict=True)]
+
+    def begin(self, num_new: int, device: torch.device) -> Tensor:
+        """Say that the next forward pass appends so many tokens to every row.
+
+        Args:
+            num_new: Tokens per row.
+            device: Where the model is.
+
+        Returns:
+            Positions of the new tokens, ``(rows, num_new)``, int64.
+        """
+        place, starts = self._place, self.lengths
+        place.num_rows = self.num_rows
+        place.width = max(starts) + num_new
+        place.start = starts[0] if min(starts) == max(starts) else None
+        steps = torch.arange(num_new, device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + steps
+        if place.start is None:
+            place.rows = torch.arange(self.num_rows, device=device)[:, None]
+            place.columns = positions
+        self.lengths = [start + num_new for start in starts]
+        return positions
+
+    def mask(self, positions: Tensor, dtype: torch.dtype | None) -> Tensor | dict[str, Tensor] | None:
+        """What each new token may look at.
+
+        Args:
+            positions: What :meth:`begin` returned.
+            dtype: None for a mask of truth values; else scores of this dtype to be added, 0 or the lowest there is.
+
+        Returns:
+            ``(rows, 1, new, columns)``; one mask per kind of layer, where a model mixes windows with full attention; or
+            None where all rows have one length, and the model knows by itself.
+        """
+        if self._place.start is not None:
+            return None
+        columns = torch.arange(self._place.width, device=positions.device)
+        seen = columns <= positions[:, None, :, None]
+        masks = {}
+        for window in dict.fromkeys(self._windows):
+            near = seen if window is None else seen & (columns > positions[:, None, :, None] - window)
+            if dtype is not None:
+                near = torch.zeros_like(near, dtype=dtype).masked_fill_(~near, torch.finfo(dtype).min)
+            masks["full_attention" if window is None else "sliding_attention"] = near
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class Stepper:
+    """One model, asked about the next tokens of rows that have different lengths.
+
+    Args:
+        model: The model, plain or with an adapter.
+        context: Makes the context in which it must be called.
+
+    Raises:
+        ModelError: The model cannot be called this way.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model = model
+        self._context = context
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._base = base
+        accepted = inspect.signature(base.forward).parameters
+        if "position_ids" not in accepted:
+            raise ModelError(
+                "a model whose rows have different lengths must take position_ids",
+                value=type(base).__name__,
+                remedy="use a model with rotary or learned positions; ALiBi's follow from the padding",
+            )
+        self._slices_itself = "logits_to_keep" in accepted
+        self.new_cache()  # says now what it would say later
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        device: torch.device = self.model.device
+        return device
+
+    def new_cache(self) -> RaggedCache:
+        """A cache without rows."""
+        return RaggedCache(self._base)
+
+    def __call__(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Tensor:
+        """Append tokens to every row of a cache, each at its own length, and score what comes next.
+
+        Args:
+            cache: The rows; extended in place.
+            ids: ``(rows, new)``, int64, on any device.
+            keep: Score only the last so many of the new positions (0 is all), or those in this tensor.
+
+        Returns:
+            ``(rows, kept, width)``, in the model's dtype and on its device.
+        """
+        device = self.device
+        positions = cache.begin(ids.shape[1], device)
+        dtype = self._base.dtype if self._base.config._attn_implementation == "eager" else None
+        keep = keep.to(device) if isinstance(keep, Tensor) else keep
+        settings = {"logits_to_keep": keep} if self._slices_itself else {}
+        with self._context():
+            logits: Tensor = self.model(
+                input_ids=ids.to(device),
+                position_ids=positions,
+                attention_mask=cache.mask(positions, dtype),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **settings,
+            ).logits
+        if self._slices_itself:
+            return logits
+        return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def _enlarged(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    rows, heads, columns, size = stored.shape
+    larger = stored.new_zeros((num_rows, heads, num_columns, size))
+    larger[:rows, :, :columns] = stored
+    return larger
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """The window of each layer, None where it sees everything."""
+    layers = DynamicCache(config=model.config).layers
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    if not plain or "chunked_attention" in kinds:
+        raise ModelError(
+            "rows of different lengths need a model that remembers keys and values of all its tokens, or of a window",
+            value=type(model).__name__,
+            remedy="use a model with full or sliding attention in every layer",
+        )
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ModelError(
+            "rows of different lengths need attention that takes a dense mask",
+            value=implementation,
+            remedy="load the model with attn_implementation='sdpa'",
+        )
+    return [getattr(layer, "sliding_window", None) for layer in layers]

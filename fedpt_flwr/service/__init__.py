@@ -1,0 +1,1 @@
+"""A run's proxy over HTTP, as OpenAI's clients speak it."""

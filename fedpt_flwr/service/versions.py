@@ -1,0 +1,264 @@
+"""The proxies that a service answers with: how one is loaded, and how a newer one is noticed.
+
+A run writes each round's proxy into a folder of its own and then points a link at it. :class:`Watcher` looks at that
+link now and then, loads what it points at beside what is being served, and hands over a whole :class:`Version`; one
+that cannot be loaded is reported, and the old one stays. The large model, and the untuned one where its weights are
+not the adapter's base, are shared by all versions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpt_flwr.config import RunConfig, parse_run_config
+from fedpt_flwr.errors import FedPTError, ModelError, RunError
+from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
+from fedpt_flwr.prompts import Template
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.runs import LATEST, find_run, read_json
+from fedpt_flwr.sources import held_out_items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+PARTS = ("large", "tuned", "untuned")
+"""The three models of a proxy, in the order of its formula."""
+
+_NUM_EXAMPLES = 12
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Version:
+    """A proxy as it was after one round, ready to be asked.
+
+    Attributes:
+        name: What responses call it.
+        run: Name of the run's folder.
+        server_round: The round, or None where the folder does not say.
+        proxy: The model.
+        tokenizer: Of all three models.
+        steppers: A step function for each of :data:`PARTS`.
+        end_ids: Tokens that end a text.
+        max_new_tokens: Longest answer of the run's own scoring, in tokens.
+        template: How the run makes prompts from records.
+        examples: Some of the run's test items: ``prompt`` and ``answer``.
+        scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
+    """
+
+    name: str
+    run: str
+    server_round: int | None
+    proxy: ProxyModel
+    tokenizer: PreTrainedTokenizerBase
+    steppers: Mapping[str, Stepper]
+    end_ids: frozenset[int]
+    max_new_tokens: int
+    template: Template
+    examples: Sequence[Mapping[str, str]]
+    scores: Mapping[str, Any] | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that are tokens."""
+        return int(self.proxy.config.real_vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """The longest text in tokens, prompt and answer together; None where no model says."""
+        length: int | None = self.proxy.config.max_position_embeddings
+        return length
+
+
+class Loader:
+    """Loads versions of runs, the same models only once.
+
+    Args:
+        large: Where the large model lies on this machine, if not where the runs found it.
+        device: ``auto`` or a torch device.
+        alpha: Strength of the shift instead of the runs'.
+        plausibility: Mask threshold instead of the runs'.
+    """
+
+    def __init__(
+        self,
+        *,
+        large: str | None = None,
+        device: str = "auto",
+        alpha: float | None = None,
+        plausibility: float | None = None,
+    ) -> None:
+        self._large = large
+        self._device = str(pick_device(device))
+        self._alpha = alpha
+        self._plausibility = plausibility
+        self._last: Version | None = None
+
+    def load(self, run: Path) -> Version:
+        """Load what a run's link ``proxy`` points at.
+
+        Raises:
+            RunError: The folder is no run, or the run has no complete round.
+            ModelError: The proxy is damaged, or a model of it cannot be loaded.
+        """
+        target = proxy_target(run)
+        config = _run_config(run)
+        last = self._last
+        proxy = ProxyModel.from_pretrained(
+            target, large=self._large, device=self._device, like=None if last is None else last.proxy
+        )
+        if self._alpha is not None:
+            proxy.alpha = self._alpha
+        if self._plausibility is not None:
+            proxy.plausibility = self._plausibility
+        for name, weight in proxy.tuned.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise ModelError("a tuned model's weights must be finite", value=name, place=str(target))
+        steppers = proxy.steppers()
+        if last is not None:  # one step function per model, so that rows of several versions share a pass
+            for part in PARTS:
+                if steppers[part].model is last.steppers[part].model:
+                    steppers[part] = last.steppers[part]
+        server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
+        ends = proxy.generation_config.eos_token_id
+        same_run = last is not None and last.run == run.name
+        self._last = Version(
+            name=f"{run.name}.r{server_round or 0:04d}.{fingerprint(proxy.tuned)[:8]}",
+            run=run.name,
+            server_round=server_round,
+            proxy=proxy,
+            tokenizer=load_tokenizer(str(target)),
+            steppers=steppers,
+            end_ids=frozenset([ends] if isinstance(ends, int) else ends or ()),
+            max_new_tokens=config.scoring.max_new_tokens,
+            template=Template(config.data.template),
+            examples=last.examples if last is not None and same_run else _examples(config),
+            scores=_scores(run),
+        )
+        return self._last
+
+
+class Watcher:
+    """Looks for newer versions in a thread of its own.
+
+    Args:
+        loader: Loads them.
+        run: The run that is served; with ``follow`` the first one.
+        follow: Go over to whatever run is the newest.
+        poll_s: Seconds between two looks.
+        on_version: Called in the watcher's thread with a version that is loaded.
+        on_failure: Called with why one was not; the same reason is not repeated.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        run: Path,
+        *,
+        follow: bool,
+        poll_s: float,
+        on_version: Callable[[Version], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._loader = loader
+        self._run = run
+        self._follow = follow
+        self._poll_s = poll_s
+        self._on_version = on_version
+        self._on_failure = on_failure
+        self._served = _mark(run)
+        self._reported = ""
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fedpt-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Start looking."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._poll_s):
+            try:
+                self.look()
+            except Exception as error:  # a version that is not there yet, or half removed: the old one goes on
+                if not isinstance(error, FedPTError | OSError):
+                    _log.exception("a new version could not be loaded")
+                if str(error) != self._reported:
+                    self._reported = str(error)
+                    self._on_failure(self._reported)
+
+    def look(self) -> None:
+        """Load the version that is there now, if it is not the one that is served."""
+        run = self._run
+        if self._follow:
+            newest = find_run(LATEST, root=run.parent)
+            if (newest / "proxy").is_dir():  # a run gets its link with its first round
+                run = newest
+        mark = _mark(run)
+        if mark == self._served:
+            return
+        version = self._loader.load(run)
+        self._run, self._served, self._reported = run, mark, ""
+        self._on_version(version)
+
+
+def proxy_target(run: Path) -> Path:
+    """What a run's link ``proxy`` points at.
+
+    Raises:
+        RunError: There is none.
+    """
+    if not (run / "proxy").is_dir():
+        raise RunError(
+            "the run has no proxy: it ended, or is, before its first round was complete",
+            place=str(run),
+            remedy="wait for its first round, or name another run",
+        )
+    return (run / "proxy").resolve()
+
+
+def _mark(run: Path) -> tuple[Path, int, int]:
+    """What changes when a run's proxy does; a resumed run may write the same round again."""
+    target = proxy_target(run)
+    config = (target / "config.json").stat()
+    return target, config.st_mtime_ns, config.st_ino
+
+
+def _run_config(run: Path) -> RunConfig:
+    recorded = read_json(run / "config.json")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
+        raise RunError("must hold a run's config", place=str(run / "config.json"), remedy="name the run's own folder")
+    return parse_run_config(recorded["run_config"])
+
+
+def _examples(config: RunConfig) -> list[dict[str, str]]:
+    try:
+        items = held_out_items(config.data, "test", seed=config.seed).first(_NUM_EXAMPLES)
+    except FedPTError as error:  # the data may be on another machine; the service does without
+        _log.info("no example prompts: %s", error)
+        return []
+    return [{"prompt": item.prompt, "answer": item.answer} for item in items.examples]
+
+
+def _scores(run: Path) -> dict[str, Any] | None:
+    if not (run / "results.json").is_file():
+        return None
+    try:
+        rows = read_json(run / "results.json")["rows"]
+        return {
+            name: {key: row.get(key) for key in ("exact_match", "loss")}
+            for name, row in rows.items()
+            if name in (*PARTS, "proxy")
+        }
+    except (RunError, KeyError, TypeError, AttributeError):  # only something to show
+        return None
