@@ -22,6 +22,11 @@ from fedpt_flwr.service.schemas import OpenAIError
 
 NO_STORE = {"cache-control": "no-store"}
 
+_ENDPOINTS = frozenset(
+    {"/", "/health", "/info", "/metrics", "/openapi.json", "/v1/chat/completions", "/v1/completions", "/v1/models"}
+)
+"""Paths that are counted by name: whoever asks for others must not make the metrics grow."""
+
 _MAX_BODY_BYTES = 4 << 20
 _BODY_TIMEOUT_S = 30.0
 
@@ -99,8 +104,8 @@ class Guard:
         finally:
             record["seconds"] = round(time.monotonic() - begun, 4)
             record.setdefault("outcome", "ok" if record.get("status", 500) < 400 else str(record.get("status", 500)))
-            route = scope.get("route")
-            self._service.metrics.requests.labels(getattr(route, "path", "other"), record["outcome"]).inc()
+            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+            self._service.metrics.requests.labels(endpoint, record["outcome"]).inc()
             log_request(record)
 
     def _check_key(self, scope: Scope) -> None:

@@ -819,5 +819,6 @@ def event_stream(chunk: type[BaseModel]) -> dict[str, Any]:
         named = inline(definitions[reference]) if reference else {}
         return named | {key: inline(value) for key, value in schema.items() if key != "$ref"}
 
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": inline(whole)}
+    piece = {"type": "string", "contentMediaType": "application/json", "contentSchema": inline(whole)}
+    data = {"anyOf": [{"const": "[DONE]"}, piece]}
     return {"text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}}
