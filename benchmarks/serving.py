@@ -34,6 +34,7 @@ import httpx
 import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.proxy import BUNDLED, ProxyModel
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    transformers_logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, VOCAB, (8, 64), generator=generator)
     long_prompt = torch.randint(2, VOCAB, (1, 512), generator=generator)
