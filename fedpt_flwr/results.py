@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.config import RunConfig, StopConfig
-from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.errors import ConfigError, RunError
 from fedpt_flwr.scoring import render_table, results_table, verdict
 
 _log = logging.getLogger(__name__)
@@ -102,9 +102,13 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: 
 
     Raises:
         ConfigError: A key of the run config differs, or a model or the held-out data is not what it was; says which.
+        RunError: ``config.json`` is damaged.
     """
     for part, what in (("run_config", "keys"), ("fingerprints", "models"), ("data_hashes", "data sets")):
         was, new = before.get(part, {}), now[part]
+        if not isinstance(was, dict):
+            remedy = "put back the file as the run wrote it"
+            raise RunError(f"its config.json must hold an object {part}", value=was, place=place, remedy=remedy)
         differing = sorted(name for name in {*was, *new} - {"resume", "output-dir"} if was.get(name) != new.get(name))
         if differing:
             shown = ", ".join(f"{name} (was {was.get(name)!r}, is {new.get(name)!r})" for name in differing[:10])

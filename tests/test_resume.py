@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fedpt_flwr.runs import RunFolder
 
@@ -434,3 +436,128 @@ def test_a_run_with_another_config_is_refused_with_the_keys_that_differ(finished
 def test_a_run_that_is_not_there_is_refused(finished, federations, tiny):
     said = federations.error(*resuming(finished, tiny, resume="nothing"))
     assert said.startswith(f"RunError: nothing is not a run in {finished.parent}; the newest are: {finished.name}")
+
+
+# --- damaged checkpoints: refused in one sentence that names the file and the way out, and nothing is changed ---
+
+
+def changed_arrays(path, change):
+    arrays = dict(load_file(path))
+    change(arrays, min(arrays))
+    save_file(arrays, path)
+
+
+def drop(arrays, name):
+    del arrays[name]
+
+
+def spoil(arrays, name):
+    arrays[name] = np.full_like(arrays[name], np.nan)
+
+
+def halve(arrays, name):
+    arrays[name] = arrays[name].astype(np.float16)
+
+
+def cut(arrays, name):
+    arrays[name] = arrays[name][:1]
+
+
+WRONG_ARRAYS = {
+    drop: "1 missing",
+    spoil: "must be finite numbers",
+    halve: "must be float32 of shape",
+    cut: "must be float32 of shape",
+}
+FILES_OF_MODES = [
+    ("FedAvg", "arrays"),
+    ("paired FedAvg", "tuned"),
+    ("paired FedAvg", "untuned"),
+    ("paired FedAvg", "next-untuned"),
+]
+
+
+def stopped_copy(kind, unbroken, tmp_path):
+    """A copy of a run of some kind as if it had been killed after round 2, but with all that is written at the end."""
+    run = unbroken(kind)
+    shutil.copytree(run.parent, tmp_path / "runs", symlinks=True)
+    copy = tmp_path / "runs" / run.name
+    shutil.rmtree(copy / "rounds/0003")
+    return copy
+
+
+def assert_refused(run, name, rule, federations, config):
+    before = contents(run)
+    said = federations.error(run.parent, config | {"resume": run.name})
+    folder = run / "rounds/0002"
+    assert said.startswith(f"RunError: {folder / name}: is damaged: "), said
+    assert rule in said
+    assert said.endswith(f"; remove {folder} to go on after round 1")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES_OF_MODES)
+@pytest.mark.parametrize("change", [drop, spoil])
+def test_weights_that_are_not_whole_are_refused(kind, name, change, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy(kind, unbroken, tmp_path)
+    changed_arrays(run / f"rounds/0002/{name}.safetensors", change)
+    assert_refused(run, f"{name}.safetensors", WRONG_ARRAYS[change], federations, tiny | KINDS[kind])
+
+
+@pytest.mark.parametrize("change", [halve, cut])
+def test_weights_of_another_type_or_shape_are_refused(change, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    changed_arrays(run / "rounds/0002/arrays.safetensors", change)
+    assert_refused(run, "arrays.safetensors", WRONG_ARRAYS[change], federations, tiny | KINDS["FedAvg"])
+
+
+def test_a_strategys_state_that_is_not_finite_is_refused(federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAdam", unbroken, tmp_path)
+    changed_arrays(run / "rounds/0002/inner.safetensors", spoil)
+    assert_refused(run, "inner.safetensors", "must be finite numbers", federations, tiny | KINDS["FedAdam"])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, [], {"metrics.jsonl": "1", "costs.jsonl": 2}, {"metrics.jsonl": -1, "costs.jsonl": 2}]
+)
+def test_a_checkpoint_that_does_not_know_its_lines_is_refused(sizes, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    (run / "rounds/0002/lines.json").write_text(json.dumps(sizes))
+    rule = "it must give the lengths of metrics.jsonl and costs.jsonl in bytes"
+    assert_refused(run, "lines.json", rule, federations, tiny | KINDS["FedAvg"])
+
+
+@pytest.mark.parametrize("gone", ["proxy", "proxy/config.json", "proxy/tuned"])
+def test_a_checkpoint_without_its_proxy_is_refused(gone, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    path = run / "rounds/0002" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert_refused(run, "proxy", "a proxy", federations, tiny | KINDS["FedAvg"])
+
+
+def test_without_the_damaged_round_a_run_goes_on_after_the_one_before(federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("paired FedAvg", unbroken, tmp_path)
+    shutil.rmtree(run / "rounds/0002")
+    federations.run(run.parent, tiny | KINDS["paired FedAvg"] | {"resume": "latest"})
+    assert_same_run(run, unbroken("paired FedAvg"))
+
+
+@pytest.mark.parametrize("line", [b'{"round": 1}', b"[1, 2]", b'{"phase": "shift"}', b'{"phase": "distillation"}'])
+def test_a_line_of_metrics_that_lacks_something_is_said_to(line, stopped, federations, tiny):
+    path, sizes = stopped / "metrics.jsonl", stopped / "rounds/0002/lines.json"
+    path.write_bytes(line + b"\n")
+    lengths = json.loads(sizes.read_text())
+    sizes.write_text(json.dumps(lengths | {"metrics.jsonl": len(line) + 1}))
+    before = contents(stopped)
+    said = federations.error(*resuming(stopped, tiny))
+    assert said.startswith(f"RunError: {path}: must hold what the run wrote, but a line of it lacks something")
+    assert said.endswith("; put back the file as the run wrote it")
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("part", ["run_config", "fingerprints", "data_hashes"])
+def test_a_config_of_another_kind_is_said_to_be(part, stopped, federations, tiny):
+    path = stopped / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: []}))
+    said = federations.error(*resuming(stopped, tiny))
+    assert said.startswith(f"RunError: {stopped}: its config.json must hold an object {part}, got []; put back")
