@@ -20,7 +20,7 @@ from rich.table import Table
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fedpt_flwr.config import RunConfig
     from fedpt_flwr.evaluation import Evaluator
@@ -99,6 +99,8 @@ def generate(
     models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
     if model not in models:
         raise ConfigError("must be proxy, large, tuned or untuned", value=model, place="--model")
+    if model == "untuned":
+        models["untuned"] = _untouched(folder, config, device) or proxy.untuned
     limit = max_new_tokens or config.scoring.max_new_tokens
     ids = _prompt_ids(text, tokenizer, proxy, limit)
     torch.manual_seed(seed)
@@ -163,6 +165,9 @@ def score(
     chosen = held_out_items(config.data, which, seed=config.seed).first(number)
     public = public_texts(config.data) if config.scoring.few_shot else []
     evaluator = Evaluator(chosen, tokenizer, config, proxy, place=f"data.{which}")
+    untouched = _untouched(folder, config, device)
+    if untouched is not None:
+        evaluator.remember_untuned(untouched)
     with _progress() as progress:
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
@@ -364,6 +369,26 @@ def _load_proxy(
     if plausibility is not None:
         proxy.plausibility = plausibility
     return proxy, load_tokenizer(str((folder / "proxy").resolve()))
+
+
+def _untouched(folder: Path, config: RunConfig, device: str) -> PreTrainedModel | None:
+    """The small model of round 0 where the proxy's untuned model is another one, as the mode `paired` makes it."""
+    from fedpt_flwr.models import fingerprint, load_causal_lm
+    from fedpt_flwr.runs import read_json
+
+    if config.distillation.mode != "paired":
+        return None
+    with naming("model.small"):
+        model = load_causal_lm(config.model.small, dtype=config.model.small_dtype, device=device)
+    recorded = read_json(folder / "config.json").get("fingerprints", {}).get("small")
+    if fingerprint(model) != recorded:
+        raise RunError(
+            f"{config.model.small} is not the small model that this run began with (fingerprint {recorded})",
+            value=fingerprint(model),
+            place=str(folder),
+            remedy="bring the original back",
+        )
+    return model
 
 
 def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: str) -> dict[str, Any]:
