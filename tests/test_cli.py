@@ -145,6 +145,7 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
         (["score", "--large", "/nope"], "must be a folder that exists"),
         (["check-config", "--app", "/"], "pyproject.toml: cannot be read"),
         (["check-config", "--app", str(APP), "--num-devices", "9"], "dirichlet"),
+        (["check-config", "--app", str(APP), "--num-devices", "1"], "min-devices: a run would wait in vain .*, got 2"),
         (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
     ],
 )
@@ -155,6 +156,10 @@ def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
 
 def test_check_config_accepts_the_defaults(fedpt):
     assert "The run config is fine" in fedpt("check-config", "--app", str(APP))
+
+
+def test_check_config_takes_as_many_devices_as_a_run_waits_for(fedpt):
+    assert "The run config is fine" in fedpt("check-config", "--app", str(APP), "-c", "min-devices=8")
 
 
 def test_check_config_says_everything_that_is_wrong_without_a_run(fedpt):
