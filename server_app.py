@@ -582,8 +582,9 @@ class Server:
         seconds = time.perf_counter() - begun
         self._spend(server_cost_row(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds))
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
-        if "proxy" in wanted:
+        if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
+        if "proxy" in wanted:
             self._write_examples(scores, rounds[-1])
         if self.distiller is not None and self.config.distillation.mode in WITH_DEVICE_COPY:
             results["rows"] |= self._device_copy(self.distiller, rounds[-1])
@@ -594,6 +595,7 @@ class Server:
             rounds=rounds[-1],
             num_devices=num_devices,
             seconds=time.perf_counter() - started,
+            resumed_after=self.resumed_after,
         )
         self.run.append("answers.jsonl", *scores.records)
         self.run.write_results(results)
@@ -655,10 +657,11 @@ class Server:
         lesson = taught.lesson
         log(
             INFO,
-            "Distilled in %d steps, KL %.3f to %.3f nats a token; the copy goes %g of the way there",
+            "Distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f; the copy goes %g of the way",
             lesson.result.num_steps,
             lesson.result.kl_first,
             lesson.result.kl_last,
+            lesson.drift,
             taught.share,
         )
         self._note(last_round, "device", taught.to_json())

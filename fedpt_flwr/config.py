@@ -687,6 +687,13 @@ def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None])
             stop.metric,
             "set stop.patience=3, say, or stop.target",
         )
+    if stop.metric == "exact_match" and stop.target > 1:
+        refuse(
+            "stop.metric and stop.target",
+            "exact match is a share, so no run can reach a target above 1",
+            stop.target,
+            "set stop.target=0.9, say",
+        )
     if stop.metric and not config.scoring.round_items:
         refuse(
             "stop.metric and scoring.round-items",

@@ -680,6 +680,21 @@ def test_answers_without_marked_tokens_are_shown_as_such(tmp_path):
     assert "Which tokens the proxy changed is not known" in sentences(page)["examples"][0]
 
 
+def test_an_alpha_from_the_config_was_not_chosen(tmp_path):
+    results = whole_run()["results.json"]
+    results["shift"]["chosen_by"] = "config"
+    plot = plots(run_page(write_run(tmp_path, results=results)))["plot-shift-exact-match"]
+    assert drawn(plot.figure, "from the config") == [([1.0], [pytest.approx(91.0)])]
+    assert "from the config: alpha 1, 91.0" in plot.alt
+    assert "chosen" not in plot.alt
+
+
+def test_the_time_of_a_resumed_run_is_said_to_be_of_a_part(tmp_path):
+    results = whole_run()["results.json"]
+    results["costs"]["seconds_after_round"] = 2
+    assert "took 83 s after round 2, where it was resumed" in run_page(write_run(tmp_path, results=results)).facts
+
+
 def test_an_alpha_from_the_config_is_said_with_and_without_a_curve(tmp_path):
     results = whole_run()["results.json"]
     results["shift"] |= {"chosen_by": "config", "curve": [], "plausibility": 0.0}
