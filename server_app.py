@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -46,7 +47,7 @@ from fedpt_flwr.models import (
     set_arrays,
     tunable_arrays,
 )
-from fedpt_flwr.proxy import BUNDLED, ProxyModel, save_small
+from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
 from fedpt_flwr.records import DeviceCard, code_hash, to_array_record, to_tensors
 from fedpt_flwr.results import (
     check_same_run,
@@ -57,7 +58,7 @@ from fedpt_flwr.results import (
     summary_lines,
     worse_by,
 )
-from fedpt_flwr.runs import RunFolder, find_run, read_json, runs_root, write_json
+from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
@@ -85,7 +86,8 @@ def main(grid: Grid, context: Context) -> None:
         root = runs_root(config.output_dir)
         if config.resume:
             check_resumable(config.strategy.name)
-            run = RunFolder.open(find_run(config.resume, root=root))
+            run = RunFolder.open(find_run_to_resume(config.resume, root=root))
+            log(INFO, "Resuming the run %s", run.path.name)
         else:
             run = RunFolder.create(root, context.run_id)
         with run:
@@ -115,7 +117,9 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
     arrays, last_round = server.initial_arrays, 0
     if config.resume:
         arrays, last_round = server.resume(inner)
-        log(INFO, "Going on after round %d of %d", last_round, config.num_server_rounds)
+        if server.is_over(last_round) and (run.path / "results.json").is_file():
+            log(INFO, "This run has ended after round %d and has its results: it is left as it is", last_round)
+            return
 
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
         server.write_shards(list(strategy.devices.values()))
@@ -131,8 +135,14 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         max_failed_rounds=config.max_failed_rounds,
         wait_timeout_s=config.wait_timeout_s,
         code_hash=CODE_HASH,
+        expected=server.devices_before() if config.resume else None,
         is_good_enough=server.is_good_enough,
     )
+    if config.resume:
+        if not server.is_over(last_round):
+            strategy.meet_devices(grid)  # nothing of the run may be lost for devices that cannot go on with it
+        server.go_on(last_round, flower_run_id)
+        log(INFO, "Going on after round %d of %d", last_round, config.num_server_rounds)
     strategy.start(
         grid,
         initial_arrays=arrays,
@@ -165,6 +175,8 @@ class Server:
         next_untuned: Weights that the proxy's untuned model gets with the next round; mode ``paired``.
         shift: Alpha and mask, and how they were chosen; None before the first round.
         course: The metric that may end the run early, round by round.
+        drifts: What distillation moved the small model along ``large - untuned``, round by round.
+        resumed_after: The last round before the run went on; 0 if it began with round 1.
     """
 
     config: RunConfig
@@ -183,6 +195,8 @@ class Server:
     next_untuned: dict[str, Tensor] | None = None
     shift: Shift | None = None
     course: list[float] = dataclasses.field(default_factory=list)
+    drifts: list[float] = dataclasses.field(default_factory=list)
+    resumed_after: int = 0
 
     @classmethod
     def load(cls, config: RunConfig, run: RunFolder, flower_run_id: int) -> Server:
@@ -272,7 +286,7 @@ class Server:
         )
 
     def resume(self, inner: Strategy) -> tuple[ArrayRecord, int]:
-        """Take up everything that the last complete round left.
+        """Take up everything that the last complete round left; nothing in the folder is changed, see :meth:`go_on`.
 
         Args:
             inner: Gets back what it carries from round to round.
@@ -281,42 +295,101 @@ class Server:
             The arrays that the next round begins with, and the last round's number, 0 if none was completed.
 
         Raises:
-            RunError: The checkpoint is damaged.
+            RunError: A file of the checkpoint is damaged; says which, and how to go on without that round.
         """
         last_round = max(self.run.rounds(), default=0)
-        self.run.rewind(last_round)
         if not last_round:
             return self.initial_arrays, 0
-        folder = self.run.round_path(last_round)
-        with naming(str(folder)):
-            arrays = _read_arrays(folder / "arrays.safetensors")
-            set_arrays(self.proxy.tuned, arrays)  # checks them
-            self.tuned = arrays
-            if self.config.distillation.mode in IN_ROUNDS:
-                self.tuned = _read_arrays(folder / "tuned.safetensors")
-                set_arrays(self.proxy.tuned, self.tuned)
-            if self.config.distillation.mode == "paired" and self.proxy.untuned is not None:
-                if self.rounds_scored is not None:
-                    self._score_untouched(self.rounds_scored, last_round, "resume")
-                set_arrays(self.proxy.untuned, _read_arrays(folder / "untuned.safetensors"))
-                self.next_untuned = _read_arrays(folder / "next-untuned.safetensors")
-            sent = to_array_record(arrays)
-            set_inner_state(inner, _read_numpy(folder / "inner.safetensors"), sent)
-        for row in self.run.read_lines("metrics.jsonl"):
-            if row["phase"] == "validation":
-                self._remember(row["rows"])
-            elif row["phase"] == "shift":
-                self.shift = Shift.from_json(row)
+        mode, like = self.config.distillation.mode, self.initial_arrays
+        with self._of_round(last_round, "arrays.safetensors") as path:
+            arrays = _read_arrays(path, like)
+        self.tuned = arrays
+        if mode in IN_ROUNDS:
+            with self._of_round(last_round, "tuned.safetensors") as path:
+                self.tuned = _read_arrays(path, like)
+        set_arrays(self.proxy.tuned, self.tuned)
+        if mode == "paired" and self.proxy.untuned is not None:
+            with self._of_round(last_round, "untuned.safetensors") as path:
+                set_arrays(self.proxy.untuned, _read_arrays(path, like))
+            with self._of_round(last_round, "next-untuned.safetensors") as path:
+                self.next_untuned = _read_arrays(path, like)
+        sent = to_array_record(arrays)
+        with self._of_round(last_round, "inner.safetensors") as path:
+            set_inner_state(inner, _read_numpy(path), sent)
+        with self._of_round(last_round, "proxy") as path:
+            check_proxy(path)
+        with self._of_round(last_round, SIZES):
+            self.run.sizes(last_round)
+        for row in self.run.read_lines_of_rounds("metrics.jsonl", last_round):
+            self._take_up(row)
         if self.shift is not None:
             self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
         return sent, last_round
 
+    @contextmanager
+    def _of_round(self, server_round: int, name: str) -> Iterator[Path]:
+        """Whatever is wrong with a file of a checkpoint: name it, and say how to go on without that round."""
+        folder = self.run.round_path(server_round)
+        before = max((number for number in self.run.rounds() if number < server_round), default=0)
+        go_on = f"go on after round {before}" if before else "begin again with round 1"
+        try:
+            yield folder / name
+        except FedPTError as error:
+            raise RunError(
+                f"is damaged: {error.rule}",
+                value=error.value,
+                place=str(folder / name),
+                remedy=f"remove {folder} to {go_on}",
+            ) from error
+
+    def _take_up(self, row: Mapping[str, Any]) -> None:
+        """Remember what a line of ``metrics.jsonl`` says about how the run goes on."""
+        try:
+            phase = row["phase"]
+            if phase == "validation":
+                self._remember(row["rows"])
+            elif phase == "shift":
+                self.shift = Shift.from_json(row)
+            elif phase == "distillation":
+                self.drifts.append(float(row["drift"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"must hold what the run wrote, but a line of it lacks something ({type(error).__name__}: {error})",
+                value=row,
+                place=str(self.run.path / "metrics.jsonl"),
+                remedy="put back the file as the run wrote it",
+            ) from error
+
+    def is_over(self, last_round: int) -> bool:
+        """Whether a run that was resumed needs no further round."""
+        return last_round >= self.config.num_server_rounds or (last_round > 0 and self.is_good_enough())
+
+    def devices_before(self) -> dict[int, DeviceCard] | None:
+        """The devices that the run had, by number; None where none has trained yet.
+
+        Raises:
+            RunError: ``shards.json`` is damaged.
+        """
+        path = self.run.path / "shards.json"
+        if not path.is_file():
+            return None
+        shards = read_json(path)
+        if not isinstance(shards, list):
+            raise RunError("must hold a list of devices", value=shards, place=str(path))
+        cards = [DeviceCard.from_shard(shard, place=str(path)) for shard in shards]
+        return {card.device: card for card in cards}
+
+    def go_on(self, last_round: int, flower_run_id: int) -> None:
+        """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
+        self.run.rewind(last_round)
+        self.run.add_flower_run(flower_run_id)
+        self.resumed_after = last_round
+        if last_round and self.config.distillation.mode == "paired" and self.rounds_scored is not None:
+            self._score_untouched(self.rounds_scored, last_round, "resume")
+
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
         """Write who has how many examples of what; of several nodes with one number, the first counts."""
-        shards = {
-            card.device: {"device": card.device, "num_examples": card.num_examples, "groups": dict(card.groups)}
-            for card in reversed(cards)
-        }
+        shards = {card.device: card.shard() for card in reversed(cards)}
         write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
 
     # --- after a round --------------------------------------------------------------------------------------------
@@ -420,8 +493,8 @@ class Server:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         following, untuned, lesson = distiller.teach_round(server_round, aggregated)
         mode = self.config.distillation.mode
-        drifts = [row["drift"] for row in self.run.read_lines("metrics.jsonl") if row["phase"] == "distillation"]
-        total = sum(drifts) + lesson.drift
+        self.drifts.append(lesson.drift)
+        total = sum(self.drifts)
         self._note(server_round, "distillation", {"mode": mode, **lesson.to_json(), "drift_total": total})
         self._spend(
             server_cost_row(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
@@ -509,8 +582,9 @@ class Server:
         seconds = time.perf_counter() - begun
         self._spend(server_cost_row(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds))
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
-        if "proxy" in wanted:
+        if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
+        if "proxy" in wanted:
             self._write_examples(scores, rounds[-1])
         if self.distiller is not None and self.config.distillation.mode in WITH_DEVICE_COPY:
             results["rows"] |= self._device_copy(self.distiller, rounds[-1])
@@ -521,6 +595,7 @@ class Server:
             rounds=rounds[-1],
             num_devices=num_devices,
             seconds=time.perf_counter() - started,
+            resumed_after=self.resumed_after,
         )
         self.run.append("answers.jsonl", *scores.records)
         self.run.write_results(results)
@@ -552,10 +627,10 @@ class Server:
         begun = time.perf_counter()
         learnt = _weights_of(untuned, self.initial_arrays)
         set_arrays(untuned, to_tensors(self.initial_arrays))
-        scores = evaluator.score(self.proxy, rows=("untuned",))
+        evaluator.remember_untuned(untuned)
         set_arrays(untuned, learnt)
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, phase, large_tokens=scores.large_tokens, seconds=seconds))
+        self._spend(server_cost_row(last_round, phase, large_tokens=0, seconds=seconds))
 
     def _shift(self, last_round: int) -> Shift:
         """The shift that was chosen; where it was given, what others would have given on the validation items."""
@@ -582,10 +657,11 @@ class Server:
         lesson = taught.lesson
         log(
             INFO,
-            "Distilled in %d steps, KL %.3f to %.3f nats a token; the copy goes %g of the way there",
+            "Distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f; the copy goes %g of the way",
             lesson.result.num_steps,
             lesson.result.kl_first,
             lesson.result.kl_last,
+            lesson.drift,
             taught.share,
         )
         self._note(last_round, "device", taught.to_json())
@@ -606,24 +682,37 @@ def _weights_of(model: PreTrainedModel, like: Iterable[str]) -> dict[str, Tensor
     return {name: weights[name].detach().to("cpu", torch.float32, copy=True) for name in like}
 
 
-def _read_arrays(path: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint."""
-    return {name: torch.from_numpy(array) for name, array in _read_numpy(path).items()}
+def _read_arrays(path: Path, like: ArrayRecord) -> dict[str, Tensor]:
+    """Weights of a checkpoint, which must have the names and shapes of ``like``.
+
+    Raises:
+        RunError: It cannot be read, or holds something else.
+    """
+    arrays = _read_numpy(path)
+    if arrays.keys() != like.keys():
+        missing, extra = sorted(like.keys() - arrays.keys()), sorted(arrays.keys() - like.keys())
+        raise RunError(
+            f"it must hold the {len(like)} arrays that are tuned",
+            value=f"{len(missing)} missing {missing[:1]}, {len(extra)} unknown {extra[:1]}",
+        )
+    for name, array in arrays.items():
+        wanted, found = ("float32", tuple(like[name].shape)), (array.dtype.name, array.shape)
+        if found != wanted:
+            raise RunError(f"its array {name} must be {wanted[0]} of shape {wanted[1]}", value=found)
+        if not np.isfinite(array).all():
+            raise RunError(f"its array {name} must be finite numbers")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _read_numpy(path: Path) -> dict[str, NDArray[Any]]:
     try:
         return load_numpy(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise RunError(
-            f"cannot be read ({error})",
-            place=str(path),
-            remedy=f"remove {path.parent} to go on after the round before it, if that was kept",
-        ) from error
+        raise RunError(f"it cannot be read ({error})") from error
 
 
 def _record(run: RunFolder, config: RunConfig, flower_run_id: int, found: Mapping[str, Any]) -> None:
-    """Write the run's ``config.json``, or make sure that a resumed run is the one that it says."""
+    """Write a new run's ``config.json``, or make sure that a resumed run is the one that it says."""
     record = {
         "run_config": flat_values(config),
         **found,
@@ -635,4 +724,3 @@ def _record(run: RunFolder, config: RunConfig, flower_run_id: int, found: Mappin
         run.write_config(record)
         return
     check_same_run(run.read_config(), record, place=str(run.path))
-    run.add_flower_run(flower_run_id)

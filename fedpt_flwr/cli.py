@@ -20,7 +20,7 @@ from rich.table import Table
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fedpt_flwr.config import RunConfig
     from fedpt_flwr.evaluation import Evaluator
@@ -111,6 +111,8 @@ def generate(
         prompt, answer = _test_item(config, example)
     text = _prompt_text(str(prompt))
     models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
+    if model == "untuned":
+        models["untuned"] = _untouched(folder, config, device) or proxy.untuned
     limit = max_new_tokens or config.scoring.max_new_tokens
     ids = _prompt_ids(text, tokenizer, proxy, limit)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -171,6 +173,9 @@ def score(
     chosen = held_out_items(config.data, which, seed=config.seed).first(number)
     public = public_texts(config.data) if config.scoring.few_shot else []
     evaluator = Evaluator(chosen, tokenizer, config, proxy, place=f"data.{which}")
+    untouched = _untouched(folder, config, device)
+    if untouched is not None:
+        evaluator.remember_untuned(untouched)
     with _progress() as progress:
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
@@ -298,8 +303,9 @@ def check_config(
     ] = None,
     app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
     num_devices: Annotated[
-        int, typer.Option(min=1, help="Number of devices that the training data is dealt out to.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, help="Number of devices that the training data is dealt out to; by default min-devices."),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of all keys instead, for docs/run-config.md.")
     ] = False,
@@ -373,7 +379,7 @@ def compare(
         seeds=tuple(_numbers(seeds, int, "--seeds")),
         num_devices=num_devices,
         learning_rates={
-            kind: tuple(_numbers(text, float, f"learning rates of {kind}")) or comparing.LEARNING_RATES[kind]
+            kind: tuple(_numbers(text, float, comparing.RATES_OPTIONS[kind])) or comparing.LEARNING_RATES[kind]
             for kind, text in rates.items()
         },
     )
@@ -383,16 +389,31 @@ def compare(
     _err.print(f"{plan.num_cells} federations, {comparison.num_found} of them done before", highlight=False)
     if comparison.num_outdated:
         _err.print(f"{comparison.num_outdated} were made by other code and are run again", highlight=False)
+    damaged = iter(comparison.damaged)  # more may turn up when learning rates have been chosen
+    title = f"Proxy-tuning beside tuning the large model: {', '.join(worlds)}"
+
+    def summarise() -> dict[str, Any]:
+        """Write summary.json, so that there is a report to be made at any time; say which cells were damaged."""
+        for path in damaged:
+            _err.print(f"{path} is damaged, so the cell is run again", markup=False, highlight=False, soft_wrap=True)
+        summary = comparison.summary(title=title, command=shlex.join(["fedpt", *sys.argv[1:]]))
+        write_json(folder / "summary.json", summary)
+        return summary
+
+    summary = summarise()
     try:
-        with _cell_progress(comparison.num_found, plan.num_cells) as on_cell:
+        with _cell_progress(comparison.num_found, plan.num_cells) as show:
+
+            def on_cell(cell: comparing.Progress) -> None:
+                summarise()
+                show(cell)
+
             comparison.run(jobs=jobs or comparing.default_jobs(worlds.values()), keep_runs=keep_runs, on_cell=on_cell)
     except KeyboardInterrupt:
         said = f"Ended; the same command with --out {folder} goes on"
         _err.print(said, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    title = f"Proxy-tuning beside tuning the large model: {', '.join(worlds)}"
-    summary = comparison.summary(title=title, command=shlex.join(["fedpt", *sys.argv[1:]]))
-    write_json(folder / "summary.json", summary)
+    summary = summarise()
     _out.print(comparing.summary_text(summary), markup=False, highlight=False, soft_wrap=True)
     _err.print(f"Summary: {folder / 'summary.json'}", markup=False, highlight=False, soft_wrap=True)
     if summary["errors"]:
@@ -463,6 +484,26 @@ def _load_proxy(
     if plausibility is not None:
         proxy.plausibility = plausibility
     return proxy, load_tokenizer(str((folder / "proxy").resolve()))
+
+
+def _untouched(folder: Path, config: RunConfig, device: str) -> PreTrainedModel | None:
+    """The small model of round 0 where the proxy's untuned model is another one, as the mode `paired` makes it."""
+    from fedpt_flwr.models import fingerprint, load_causal_lm
+    from fedpt_flwr.runs import read_json
+
+    if config.distillation.mode != "paired":
+        return None
+    with naming("model.small"):
+        model = load_causal_lm(config.model.small, dtype=config.model.small_dtype, device=device)
+    recorded = read_json(folder / "config.json").get("fingerprints", {}).get("small")
+    if fingerprint(model) != recorded:
+        raise RunError(
+            f"{config.model.small} is not the small model that this run began with (fingerprint {recorded})",
+            value=fingerprint(model),
+            place=str(folder),
+            remedy="bring the original back",
+        )
+    return model
 
 
 def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: str) -> dict[str, Any]:
@@ -641,7 +682,7 @@ def _numbers(text: str, kind: type[_Number], place: str) -> list[_Number]:
         raise ConfigError("must be numbers separated by commas", value=text, place=place) from error
 
 
-def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]:
+def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
@@ -667,6 +708,11 @@ def _config_problems(flat: dict[str, Any], num_devices: int) -> list[FedPTError]
             check_vocabularies(tokenizers[0], tokenizers[1])
     with collecting():
         make_inner_strategy(config.strategy)
+    num_devices = config.min_devices if num_devices is None else num_devices
+    if config.min_devices > num_devices:
+        remedy = "start more devices (--num-devices), or lower min-devices"
+        rule = f"a run would wait in vain for more than the {num_devices} devices that there are"
+        problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
     if config.data.partitioner != "node-local":
         with collecting():
             device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed)

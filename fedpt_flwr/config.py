@@ -430,8 +430,8 @@ class RunConfig:
     keep_rounds: int = _setting(3, "Checkpoints kept; 0: all.", *_at_least(0))
     resume: str = _setting(
         "",
-        "Go on with a run after its last complete round: its id, a unique beginning of it, its folder, or `latest`. "
-        "All other keys must be as they were.",
+        "Go on with a run after its last complete round: its id, a unique beginning of it, its folder, or `latest`, "
+        "the newest that was begun. All other keys and the number of devices must be as they were.",
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -686,6 +686,13 @@ def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None])
             "a metric needs a target or patience",
             stop.metric,
             "set stop.patience=3, say, or stop.target",
+        )
+    if stop.metric == "exact_match" and stop.target > 1:
+        refuse(
+            "stop.metric and stop.target",
+            "exact match is a share, so no run can reach a target above 1",
+            stop.target,
+            "set stop.target=0.9, say",
         )
     if stop.metric and not config.scoring.round_items:
         refuse(

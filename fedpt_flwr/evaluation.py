@@ -231,6 +231,10 @@ class Evaluator:
                 place=self._place,
             )
 
+    def remember_untuned(self, model: PreTrainedModel) -> None:
+        """Let the row ``untuned`` be of this model, where the proxy's own untuned model is another one by now."""
+        self._known["untuned"] = self.measure(model)
+
     def rows_by_topic(self, name: str, measurement: Measurement, topics: frozenset[str]) -> Mapping[str, Row]:
         """A model's row over all items, and over the items about these topics and the others, where there are both.
 

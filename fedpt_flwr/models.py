@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel
 
     try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        with _by_an_old_name():
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("adapter", str(folder), error) from error
     return model.eval()
@@ -228,7 +230,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
         found = [f".{name}" for name, _ in model.named_modules()]
         if not targets or not all(any(name.endswith(f".{target}") for name in found) for target in targets):
             raise _wrong_targets(model, config.lora_targets)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _by_an_old_name():
         torch.manual_seed(seed)
         try:
             return get_peft_model(
@@ -244,6 +246,14 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
             )
         except ValueError as error:
             raise _wrong_targets(model, config.lora_targets) from error
+
+
+@contextmanager
+def _by_an_old_name() -> Iterator[None]:
+    """Keep a warning from users who can do nothing about it: peft asks transformers by a name that will go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def tunable_arrays(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:

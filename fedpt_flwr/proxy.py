@@ -750,6 +750,18 @@ def _proxy_folder(path: Path) -> Path:
     return folder
 
 
+def check_proxy(folder: Path) -> None:
+    """Check that a folder holds all of a proxy's own files, without loading its weights.
+
+    Raises:
+        ModelError: It does not.
+    """
+    config = _checked(_read_config(_proxy_folder(folder)), folder)
+    for name in (_TUNED_FOLDER, *([_UNTUNED_FOLDER] if config.untuned["ref"] == BUNDLED else [])):
+        if not any((folder / name).glob("*.safetensors")):
+            raise ModelError("a proxy's folder must hold its weights", value=f"none in {name}", place=str(folder))
+
+
 def _read_config(folder: Path) -> ProxyConfig:
     file = folder / "config.json"
     try:

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpt_flwr.errors import DeviceError, ReplyError
+from fedpt_flwr.errors import DeviceError, ReplyError, RunError
 
 ARRAYS, CONFIG, METRICS, REFUSAL = "arrays", "config", "metrics", "refusal"
 """Names of the records in a message."""
@@ -155,6 +155,28 @@ class DeviceCard:
                 )
             }
         )
+
+    def shard(self) -> dict[str, Any]:
+        """Who holds how much of what: an entry of a run's ``shards.json``."""
+        return {"device": self.device, "num_examples": self.num_examples, "groups": dict(self.groups)}
+
+    @classmethod
+    def from_shard(cls, shard: Any, *, place: str) -> DeviceCard:
+        """The inverse of :meth:`shard`; which code the device ran is not known.
+
+        Raises:
+            RunError: Something is missing or has another type.
+        """
+        found = shard if isinstance(shard, dict) else {}
+        groups = found.get("groups")
+        counts = [
+            found.get("device"),
+            found.get("num_examples"),
+            *(groups.values() if isinstance(groups, dict) else []),
+        ]
+        if not isinstance(groups, dict) or not all(map(_is_count, counts)):
+            raise RunError("must say device, num_examples and groups of every device", value=shard, place=place)
+        return cls(device=found["device"], num_examples=found["num_examples"], groups=groups, code_hash="")
 
     @classmethod
     def from_content(cls, content: RecordDict, *, place: str) -> DeviceCard:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.config import RunConfig, StopConfig
-from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.errors import ConfigError, RunError
 from fedpt_flwr.scoring import render_table, results_table, verdict
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,13 @@ def server_cost_row(server_round: int, phase: str, *, large_tokens: int, seconds
 
 
 def run_results(
-    config: RunConfig, cost_rows: Sequence[Mapping[str, Any]], *, rounds: int, num_devices: int, seconds: float
+    config: RunConfig,
+    cost_rows: Sequence[Mapping[str, Any]],
+    *,
+    rounds: int,
+    num_devices: int,
+    seconds: float,
+    resumed_after: int = 0,
 ) -> dict[str, Any]:
     """What ``results.json`` holds besides scores.
 
@@ -59,12 +65,14 @@ def run_results(
         rounds: The last round.
         num_devices: Devices that have examples.
         seconds: Time of the whole run, or of its last part if it was resumed.
+        resumed_after: The round after which that part began; 0: it is the whole run.
     """
+    time = {"seconds": round(seconds, 2)} | ({"seconds_after_round": resumed_after} if resumed_after else {})
     return {
         "seed": config.seed,
         "rounds": rounds,
         "devices": num_devices,
-        "costs": {"seconds": round(seconds, 2), **_summed_costs(cost_rows)},
+        "costs": {**time, **_summed_costs(cost_rows)},
     }
 
 
@@ -102,9 +110,13 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: 
 
     Raises:
         ConfigError: A key of the run config differs, or a model or the held-out data is not what it was; says which.
+        RunError: ``config.json`` is damaged.
     """
     for part, what in (("run_config", "keys"), ("fingerprints", "models"), ("data_hashes", "data sets")):
         was, new = before.get(part, {}), now[part]
+        if not isinstance(was, dict):
+            remedy = "put back the file as the run wrote it"
+            raise RunError(f"its config.json must hold an object {part}", value=was, place=place, remedy=remedy)
         differing = sorted(name for name in {*was, *new} - {"resume", "output-dir"} if was.get(name) != new.get(name))
         if differing:
             shown = ", ".join(f"{name} (was {was.get(name)!r}, is {new.get(name)!r})" for name in differing[:10])
@@ -167,4 +179,6 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
         f"Tokens through the large model: {costs['server_large_tokens']:,}, of which {taught:,} to distil and the rest "
         "to score"
     )
-    return [*lines, f"The run took {costs['seconds']:.0f} s; its folder is {folder}"]
+    after = costs.get("seconds_after_round")
+    part = f"After round {after}, where it was resumed, the run" if after else "The run"
+    return [*lines, f"{part} took {costs['seconds']:.0f} s; its folder is {folder}"]

@@ -35,8 +35,10 @@ LATEST = "latest"
 _ROUND_DIGITS = 4
 _LOCK = ".lock"
 _LINES_OF_ROUNDS = ("metrics.jsonl", "costs.jsonl")
-_SIZES = "lines.json"  # in a checkpoint: how long these files were, so that what came later can be cut
-_WRITTEN_AT_THE_END = ("results.json", "answers.jsonl", "examples.jsonl", "device")
+SIZES = "lines.json"  # in a checkpoint: how long these files were, so that what came later can be cut
+_WRITTEN_AT_THE_END = ("results.json", "answers.jsonl", "examples.jsonl", "device", "report.html")
+_PLOTS = "plot-*.png"  # of the report
+_RUN_ID = re.compile(r"\d{8}T\d{6}Z-\d+")  # time of its beginning and number of the Flower run
 _TEMPORARY = re.compile(r"\..+\.([a-z0-9_]{8}|\d+)")  # what write_file and replace_link write to before they rename
 
 
@@ -59,7 +61,9 @@ def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:
         RunError: There is no such run, or more than one.
     """
     root = root or runs_root()
-    if (os.sep in name or name in (".", "..")) and Path(name).expanduser().is_dir():
+    if not name:
+        raise RunError("a run is named by its id, a beginning of it, its folder, or latest", value=name)
+    if (os.sep in name or name in (".", "..")) and _is_folder(Path(name).expanduser()):
         return Path(name).expanduser().resolve()
     if name == LATEST:
         link = root / LATEST
@@ -70,13 +74,39 @@ def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:
         sorted(path.name for path in root.glob("*") if path.is_dir() and not path.is_symlink()) if root.is_dir() else []
     )
     matches = [run for run in ids if run == name] or [run for run in ids if run.startswith(name)]
-    if not matches and (Path(name) / "config.json").is_file():
+    if not matches and _is_folder(Path(name)) and (Path(name) / "config.json").is_file():
         return Path(name).resolve()
     if len(matches) != 1:
         known = ", ".join(ids[-5:]) or "none"
         rule = "is the beginning of more than one run" if matches else "is not a run"
         raise RunError(f"{name} {rule} in {root}", remedy=f"the newest are: {known}")
     return root / matches[0]
+
+
+def find_run_to_resume(name: str, *, root: Path | None = None) -> Path:
+    """The folder of a run that goes on; as :func:`find_run`, but ``latest`` is the newest one that can.
+
+    That is the newest by its id, whether it has a checkpoint or was stopped before its first, as long as it got as far
+    as its ``config.json``. The link ``latest`` would still lead to the run before.
+
+    Raises:
+        RunError: There is no such run, or more than one.
+    """
+    if name != LATEST:
+        return find_run(name, root=root)
+    root = root or runs_root()
+    begun = [path.parent for path in root.glob("*/config.json") if _RUN_ID.fullmatch(path.parent.name)]
+    if not begun:
+        raise RunError("there is no run to go on with", value=str(root), remedy="start a new one without resume")
+    return max(begun, key=lambda path: (path.name.partition("-")[0], int(path.name.partition("-")[2])))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name; there is none of a name that the system refuses, as one too long."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -208,7 +238,7 @@ class RunFolder:
             raise RunError(
                 "a run that can go on has a config.json, and there is none",
                 place=str(path),
-                remedy="start a new run; this one was ended before its first round",
+                remedy="name the folder of a run; one that was ended before it wrote this file is begun anew instead",
             )
         run = cls(path)
         run._lock()
@@ -311,10 +341,18 @@ class RunFolder:
         if not path.is_file():
             return []
         try:
-            # Not splitlines(): texts may hold other line ends, such as U+2028, which JSON leaves as they are.
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except (OSError, ValueError) as error:
+            data = path.read_bytes()
+        except OSError as error:
             raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
+        return _parsed_lines(data, path)
+
+    def read_lines_of_rounds(self, name: str, server_round: int) -> list[dict[str, Any]]:
+        """The rows that such a file held when a round had just been saved; what came later is as good as not there.
+
+        Raises:
+            RunError: They are missing or damaged.
+        """
+        return _parsed_lines(self._head(name, self.sizes(server_round)[name]), self.path / name)
 
     def round_path(self, server_round: int) -> Path:
         """Where the checkpoint of a round lies."""
@@ -341,7 +379,7 @@ class RunFolder:
         def write_round(folder: Path) -> None:
             write(folder)
             sizes = {name: self._size(name) for name in _LINES_OF_ROUNDS}
-            write_json(folder / _SIZES, sizes)
+            write_json(folder / SIZES, sizes)
 
         _write_folder(target, write_round)
         self._point_links(server_round)
@@ -411,15 +449,15 @@ class RunFolder:
                 place=str(self.path),
                 remedy=f"there are those of rounds: {known}",
             )
-        sizes = read_json(self.round_path(server_round) / _SIZES) if server_round else {}
+        sizes = self.sizes(server_round) if server_round else dict.fromkeys(_LINES_OF_ROUNDS, 0)
         for name in _LINES_OF_ROUNDS:
-            self._check_lines(name, sizes.get(name, 0))
+            self._head(name, sizes[name])
         with _writing(self.path):
             for path in self._not_of_rounds_up_to(server_round):
                 _remove(path)
             for name in _LINES_OF_ROUNDS:
                 if self._size(name):
-                    os.truncate(self.path / name, sizes.get(name, 0))
+                    os.truncate(self.path / name, sizes[name])
         if server_round:
             self._point_links(server_round)
         else:
@@ -428,7 +466,7 @@ class RunFolder:
 
     def _not_of_rounds_up_to(self, server_round: int) -> list[Path]:
         complete = {self.round_path(number) for number in self.rounds() if number <= server_round}
-        found = [self.path / name for name in _WRITTEN_AT_THE_END]
+        found = [*(self.path / name for name in _WRITTEN_AT_THE_END), *self.path.glob(_PLOTS)]
         found += [_beside(path, kind) for path in found for kind in ("tmp", "old")]
         found += [path for path in (self.path / "rounds").glob("*") if path not in complete]
         found += [path for path in self.path.glob(".*") if _is_temporary(path)]
@@ -436,8 +474,22 @@ class RunFolder:
         links = [path for path in self.path.parent.glob(f".{LATEST}.*") if path.is_symlink()]
         return found + [path for path in links if path.readlink() == Path(self.path.name)]
 
-    def _check_lines(self, name: str, size: int) -> None:
-        """Refuse a file that does not hold the lines of the rounds that it should: they cannot be had again."""
+    def sizes(self, server_round: int) -> dict[str, int]:
+        """How long the files of lines were when a round had just been saved.
+
+        Raises:
+            RunError: The checkpoint does not say so.
+        """
+        path = self.round_path(server_round) / SIZES
+        sizes: dict[str, int] = read_json(path)
+        is_whole = isinstance(sizes, dict) and sizes.keys() == set(_LINES_OF_ROUNDS)
+        if not is_whole or not all(type(size) is int and size >= 0 for size in sizes.values()):
+            rule = f"it must give the lengths of {' and '.join(_LINES_OF_ROUNDS)} in bytes"
+            raise RunError(rule, value=sizes, place=str(path), remedy="remove this checkpoint")
+        return sizes
+
+    def _head(self, name: str, size: int) -> bytes:
+        """A file's lines of the rounds up to one; a file that lacks some is refused, since they cannot be had again."""
         path = self.path / name
         with _writing(path):
             head = path.read_bytes()[:size] if path.exists() else b""
@@ -448,6 +500,15 @@ class RunFolder:
                 place=str(path),
                 remedy="put back the file as the run wrote it",
             )
+        return head
+
+
+def _parsed_lines(data: bytes, path: Path) -> list[dict[str, Any]]:
+    try:
+        # Not splitlines(): texts may hold other line ends, such as U+2028, which JSON leaves as they are.
+        return [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
 
 
 def _is_temporary(path: Path) -> bool:

@@ -16,7 +16,7 @@ import inspect
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
@@ -278,6 +278,8 @@ class FedPT(Strategy):
         max_failed_rounds: Rounds in a row that may lack replies; the arrays stay as they were.
         wait_timeout_s: Seconds to wait for devices to connect, and for their answer to the first question.
         code_hash: Devices that run other code are refused; empty: any code is accepted.
+        expected: Devices that a run had before it was stopped, by number, with their shards: it goes on with exactly
+            these. None: with any.
         is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
     """
 
@@ -293,6 +295,7 @@ class FedPT(Strategy):
         max_failed_rounds: int = 0,
         wait_timeout_s: float = 120.0,
         code_hash: str = "",
+        expected: Mapping[int, DeviceCard] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
     ) -> None:
         self.inner = inner_strategy
@@ -304,6 +307,7 @@ class FedPT(Strategy):
         self.max_failed_rounds = max_failed_rounds
         self.wait_timeout_s = wait_timeout_s
         self.code_hash = code_hash
+        self.expected = expected
         self.is_good_enough = is_good_enough
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
@@ -424,12 +428,15 @@ class FedPT(Strategy):
     def meet_devices(self, grid: Grid) -> dict[int, DeviceCard]:
         """Wait until enough devices are connected and have said who they are.
 
+        Before the first round it may be called beforehand, to know the devices without asking anything else of them.
+
         Returns:
             The connected devices' cards by Flower's node id, one node for each number.
 
         Raises:
             RoundError: Too few within the deadline, or, before the first round, two devices with one number; says who
                 declined and why.
+            RunError: Before the first round: they are not those that are expected.
         """
         first = not self.devices
         deadline = time.monotonic() + self.wait_timeout_s
@@ -445,14 +452,20 @@ class FedPT(Strategy):
                 self._ask(grid, unknown, max(1.0, left_s if first else min(left_s, _NEWCOMER_TIMEOUT_S)))
             present = self._one_node_a_number(connected, refuse=first)
             usable = sum(card.num_examples > 0 for card in present.values())
-            if usable >= self.min_devices:
+            wanted, there = self.min_devices, usable
+            if first and self.expected is not None and usable >= self.min_devices:
+                self._refuse_other_devices(present)
+                wanted, there = len(self.expected), len(present)
+            if there >= wanted:
+                if first:
+                    self.log_shards()
                 return present
             hopeless = len(self._declined) == len(connected) >= self.min_devices
             if time.monotonic() >= deadline or hopeless:
-                raise self._too_few_devices(usable, present)
-            if usable != reported:
-                log(INFO, "Waiting for devices: %d of %d are there", usable, self.min_devices)
-                reported = usable
+                raise self._too_few_devices(usable, present) if usable < self.min_devices else self._others(present)
+            if there != reported:
+                log(INFO, "Waiting for devices: %d of %d are there", there, wanted)
+                reported = there
             time.sleep(1.0)
 
     def _ask(self, grid: Grid, nodes: Sequence[int], timeout_s: float) -> None:
@@ -497,6 +510,22 @@ class FedPT(Strategy):
             node_of.setdefault(card.device, node)
         return {node: self.devices[node] for node in node_of.values()}
 
+    def _refuse_other_devices(self, present: Mapping[int, DeviceCard]) -> None:
+        """Refuse devices with other shards at once; some that are expected may still come."""
+        expected = {} if self.expected is None else {device: card.shard() for device, card in self.expected.items()}
+        if any(expected.get(card.device) != card.shard() for card in present.values()):
+            raise self._others(present)
+
+    def _others(self, present: Mapping[int, DeviceCard]) -> RunError:
+        had = (self.expected or {}).values()
+        return RunError(
+            f"a resumed run goes on with the devices that it had: {_counted(had)}; now there are "
+            f"{_counted(present.values())}",
+            remedy=f'start as many as before, in a simulation with --federation-config "num-supernodes={len(had)}"; to '
+            "go on with others, and to other weights, remove shards.json from the run's folder",
+            problems=list(dict.fromkeys(self._declined.values()))[:_MAX_REASONS],
+        )
+
     def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard]) -> RoundError:
         reasons = list(dict.fromkeys(self._declined.values()))
         if not present and len(reasons) == 1:
@@ -524,10 +553,7 @@ class FedPT(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample devices by (seed, round) over their sorted numbers and let the inner strategy address them."""
-        first = not self.devices
         present = self.meet_devices(grid)
-        if first:
-            self.log_shards()
         node_of = {card.device: node for node, card in present.items() if card.num_examples > 0}
         self._cards = {card.device: card for card in present.values()}
         sampled = sample_devices(
@@ -715,6 +741,10 @@ def sample_devices(
     count = min(len(devices), max(1, at_least, int(len(devices) * fraction + 1e-9)))
     # random.Random takes text seeds through SHA-512, the same on every machine.
     return sorted(random.Random(f"{seed}/{server_round}").sample(sorted(devices), count))
+
+
+def _counted(cards: Collection[DeviceCard]) -> str:
+    return f"{len(cards)} with {sum(card.num_examples for card in cards)} examples"
 
 
 def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:

@@ -732,6 +732,17 @@ def test_alpha_and_mask_that_were_chosen_are_those_of_the_proxy_the_rounds_and_t
     assert (rounds[-1], "curve") not in costs
 
 
+def test_a_shift_that_was_chosen_is_in_the_results_whatever_is_scored(tmp_path, caplog):
+    settings = {"num-server-rounds": 1, "proxy.alpha": "auto", "scoring.rows": "tuned", "scoring.few-shot": 0}
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run = federate(tmp_path, 2, settings)
+    rows = {row["phase"]: row for row in read_lines(run / "metrics.jsonl")}
+    shift = results_of(run)["shift"]
+    assert shift["curve"]
+    assert shift == {name: rows["shift"][name] for name in shift}
+    assert f"drift to large {rows['device']['drift']:+.3f}; the copy goes" in caplog.text
+
+
 def test_a_run_that_is_good_enough_ends_early_and_is_scored(tmp_path, caplog):
     settings = {
         "num-server-rounds": 3, "stop.metric": "loss", "stop.target": 100.0, "distillation.mode": "carry",

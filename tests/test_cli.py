@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from fedpt_flwr import cli
 from fedpt_flwr.errors import FedPTError
+from fedpt_flwr.models import load_causal_lm
 
 APP = Path(__file__).parents[1]
 
@@ -93,6 +95,41 @@ def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
         assert again[name]["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """A run whose proxy's untuned model has learnt as well."""
+    torch.set_num_threads(1)
+    told = {"distillation.mode": "paired", "distillation.learning-rate": 0.01, "distillation.steps": 8}
+    return federate(tmp_path_factory.mktemp("paired"), 2, told)
+
+
+def test_score_of_a_pair_gives_what_the_run_wrote(fedpt, paired, tmp_path):
+    fedpt("score", str(paired), "--items", "4", "--json", str(tmp_path / "scores.json"))
+    again = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    written = json.loads((paired / "results.json").read_text())["rows"]
+    assert again.keys() == written.keys()
+    for name, row in written.items():
+        assert again[name]["exact_match"] == row["exact_match"], name
+        assert again[name]["loss"] == pytest.approx(row["loss"], rel=1e-5), name
+
+
+def test_untuned_is_the_model_of_round_0_for_a_pair_too(fedpt, paired, home):
+    asked = ["generate", r"[Unit]\n", "--max-new-tokens", "12", "--model", "untuned", "--run"]
+    assert fedpt(*asked, str(paired)) == fedpt(*asked, "latest")
+    twin, _ = cli._load_proxy(paired, None, "cpu", None, None)
+    assert not torch.equal(twin.untuned.lm_head.weight, load_causal_lm("demo:small").lm_head.weight)
+
+
+def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedpt, paired, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(paired, copy, symlinks=True)
+    recorded = json.loads((copy / "config.json").read_text())
+    recorded["run_config"]["model.small"] = "demo:large"
+    (copy / "config.json").write_text(json.dumps(recorded))
+    with pytest.raises(FedPTError, match="demo:large is not the small model that this run began with"):
+        fedpt("score", str(copy), "--items", "1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -108,6 +145,7 @@ def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
         (["score", "--large", "/nope"], "must be a folder that exists"),
         (["check-config", "--app", "/"], "pyproject.toml: cannot be read"),
         (["check-config", "--app", str(APP), "--num-devices", "9"], "dirichlet"),
+        (["check-config", "--app", str(APP), "--num-devices", "1"], "min-devices: a run would wait in vain .*, got 2"),
         (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
     ],
 )
@@ -118,6 +156,10 @@ def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
 
 def test_check_config_accepts_the_defaults(fedpt):
     assert "The run config is fine" in fedpt("check-config", "--app", str(APP))
+
+
+def test_check_config_takes_as_many_devices_as_a_run_waits_for(fedpt):
+    assert "The run config is fine" in fedpt("check-config", "--app", str(APP), "-c", "min-devices=8")
 
 
 def test_check_config_says_everything_that_is_wrong_without_a_run(fedpt):

@@ -24,6 +24,7 @@ from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError
 from fedpt_flwr.grid import LocalGrid
 from fedpt_flwr.models import load_causal_lm, tunable_arrays
+from fedpt_flwr.report import find_folder, make_report
 
 APP = Path(__file__).parents[1]
 TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
@@ -207,10 +208,14 @@ def test_a_single_learning_rate_needs_no_choice(config):
         ({"kinds": ("fedpt", "direct")}, r"--kinds: must be some of fedpt, large_federated, .*direct"),
         ({"modes": ()}, "--modes: must name at least one"),
         ({"seeds": (1, 1)}, "--seeds: must not name anything twice"),
-        ({"learning_rates": {}}, "learning rates of large_federated: must name at least one"),
+        ({"kinds": ("direct",)}, r"^--kinds: must be some of .*, got \['direct'\]$"),  # and nothing about its rates
+        ({"kinds": ("direct",), "seeds": ()}, r"^2 options are wrong\n  - --kinds: .*\n  - --seeds: "),
+        ({"learning_rates": {}}, "^--large-learning-rates: must name at least one"),
         ({"learning_rates": {LARGE: (0.1, 0.10000000001)}}, "names of worlds and learning rates must differ"),
-        ({"learning_rates": {LARGE: (-1.0,)}}, "train.learning-rate: must be greater than 0, got -1.0"),
-        ({"seeds": (0, -1), "kinds": (LARGE,)}, "^seed: must be from 0"),
+        ({"learning_rates": {LARGE: (0.1, -1.0)}}, "^--large-learning-rates: must be finite numbers greater than 0"),
+        ({"learning_rates": {LARGE: (float("nan"),)}}, "^--large-learning-rates: must be finite numbers greater"),
+        ({"seeds": (0, -1), "kinds": (LARGE,)}, "^--seeds: must be from 0"),
+        ({"num_devices": 1}, r"^min-devices: must not exceed the 1 devices of a federation \(--devices\), got 2; give"),
         ({"set": {"seed": 4}}, "^seed: a comparison sets this key itself, got 4"),
         ({"set": {"output-dir": "/tmp/x"}}, "output-dir: a comparison sets this key itself"),
         ({"set": {"data.partitioner": "node-local"}}, "deals out data.train itself"),
@@ -401,14 +406,54 @@ def test_a_worker_that_dies_costs_its_cell_alone(config, tmp_path):
 
 
 def test_an_interrupted_command_says_how_to_go_on(config, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
+    def interrupted(comparison, **_):
+        comparison.close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Comparison, "run", interrupted)
-    arguments = ["compare", "--app", str(APP), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    arguments = ["compare", "--app", str(APP), "--out", str(out)]
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert result.exit_code == 130
-    assert f"the same command with --out {tmp_path / 'out'} goes on" in result.stderr.replace("\n", " ")
+    assert f"the same command with --out {out} goes on" in result.stderr.replace("\n", " ")
+    assert "13 cells of 13 are missing: the comparison is not complete." in reported(out)
+    (out / "summary.json").unlink()  # as an older version leaves it
+    with pytest.raises(RunError, match=rf"{out}: this comparison has no summary.json yet; .* --out {out}` goes on"):
+        make_report(find_folder(str(out)))
+    damaged = out / "cells" / "demo-fedpt-final-seed0.json"
+    damaged.parent.mkdir()
+    damaged.write_text("[]")
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.stderr.count(f"{damaged} is damaged, so the cell is run again\n") == 1
+    assert "other code" not in result.stderr
+
+
+def reported(folder):
+    """The report of a comparison."""
+    return make_report(find_folder(str(folder))).read_text()
+
+
+@pytest.mark.parametrize("spoil", ["[]", "{}", "x", '{"rows": [], "validation_rows": {}, "costs": {}}'])
+def test_a_damaged_cell_is_run_again_and_said_to_be(spoil, done, config, tmp_path):
+    folder = copy_of(done, tmp_path)
+    cell = folder / "cells" / "demo-fedpt-off-seed1.json"
+    cell.write_text(spoil)
+    comparison = Comparison(make_plan(config), folder, app=APP)
+    assert (comparison.num_found, comparison.num_outdated, comparison.damaged) == (4, 0, [cell])
+    comparison.close()
+
+
+def test_a_comparison_that_is_not_complete_has_a_summary_and_a_report(done, config, tmp_path):
+    folder = copy_of(done, tmp_path)
+    for cell in (folder / "cells").glob("demo-large_federated-*"):
+        cell.unlink()
+    comparison = Comparison(make_plan(config), folder, app=APP)
+    summary = comparison.summary(title="t", command="c")
+    comparison.close()
+    assert (summary["cells"], summary["errors"]) == ({"done": 2, "all": 5}, {})
+    assert {row["row"] for row in summary["rows"]} >= {"large", "proxy"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "3 cells of 5 are missing" in reported(folder)
 
 
 # --- the command ---
@@ -463,6 +508,10 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
         time.sleep(0.02)
     whole = {path: (json.loads(path.read_text()), path.stat().st_mtime_ns) for path in command.out.glob("cells/*")}
     assert 1 <= len(whole) < 3
+    assert "missing: the comparison is not complete" in reported(command.out)
+    (command.out / "report.html").unlink()
+    for plot in command.out.glob("plot-*.png"):
+        plot.unlink()
 
     process = command.start("--jobs", "1")  # how many there are at once is no part of what is compared
     shown, said = process.communicate(timeout=200)
@@ -482,6 +531,9 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
     [
         (["--app", "/"], "pyproject.toml: cannot be read .*--app"),
         (["--kinds", "direct"], "--kinds: must be some of fedpt"),
+        (["--large-learning-rates", "0,-1"], "--large-learning-rates: must be finite numbers greater than 0"),
+        (["--large-lora-learning-rates", "x"], "--large-lora-learning-rates: must be numbers separated by commas"),
+        (["--devices", "1"], "min-devices: must not exceed the 1 devices"),
         (["--seeds", "a"], "--seeds: must be numbers separated by commas, got 'a'"),
         (["--world", "elsewhere"], "--world: must be a TOML file of a run config, or demo, got 'elsewhere'"),
         (["--world", "/a/x/c.toml", "--world", "/b/x/c.toml"], "two worlds must lie in folders of different names"),
@@ -610,8 +662,13 @@ def test_the_gap_closed_is_taken_seed_by_seed_and_then_world_by_world(settled):
     # (0.6 - 0.1) / (0.6 - 0.1) = 1; with seed 1 the reference is no better than the large model.
     assert gaps["b", "off"]["values"] == [pytest.approx(1.0), None]
     assert gaps["b", "off"]["mean"] is None
+    why = "no share: with seed 1 large_federated gains nothing over large (10.0 % before, 10.0 % after)"
+    assert gaps["b", "off"]["why"] == why
+    assert f"Gap closed, b, off: {why}" in summary_text(summarise(plan, results))
+    assert "why" not in gaps["a", "off"]
     assert gaps["all", "off"] == {
-        "world": "all", "mode": "off", "mean": None, "ci95": None, "values": [pytest.approx(0.775), None]
+        "world": "all", "mode": "off", "mean": None, "ci95": None, "values": [pytest.approx(0.775), None],
+        "why": "no share: in world b there is none",
     }  # fmt: skip
     results["b-large_federated-lr0.0002-seed1"] = direct_result(1, 0.9, 0.9)  # (0.5 - 0.1) / (0.9 - 0.1) = 0.5
     everywhere = rows_by_place(summarise(plan, results)["gap_closed"], "world", "mode")["all", "off"]

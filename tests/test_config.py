@@ -351,6 +351,10 @@ def test_all_that_is_wrong_is_reported_at_once():
         ),
         ({"stop.target": 0.9}, ["stop.metric", "a target or patience needs a metric", "exact_match"]),
         ({"stop.patience": 2}, ["stop.metric", "a target or patience needs a metric", "loss"]),
+        (
+            {"stop.metric": "exact_match", "stop.target": 1.5},
+            ["stop.metric and stop.target", "no run can reach a target above 1", "1.5"],
+        ),
         ({"stop.metric": "loss"}, ["stop.metric and stop.target", "a metric needs a target or patience", "'loss'"]),
         (
             {"stop.metric": "loss", "stop.patience": 2, "scoring.round-items": 0},
@@ -379,7 +383,8 @@ def test_settings_that_contradict_each_other_are_refused(flat, words):
         {"data.public": "", "distillation.mode": "paper"},
         {"distillation.mode": "carry", "tuning.mode": "lora"},
         {"distillation.mode": "paired", "tuning.mode": "full"},
-        {"stop.metric": "exact_match", "stop.target": 0.9},
+        {"stop.metric": "exact_match", "stop.target": 1.0},
+        {"stop.metric": "loss", "stop.target": 1.5},
         {"stop.metric": "loss", "stop.patience": 1},
         {"scoring.round-items": 0},
         {"proxy.alpha": "auto", "proxy.plausibility": 0.0},

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -292,6 +293,14 @@ def test_all_linear_means_every_linear_layer_but_the_output():
     names = tunable_arrays(make_tunable(tiny_llama(), LORA, seed=0))
     modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_an_adapter_is_made_and_loaded_without_a_warning_that_nobody_can_heed(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_tunable(load_frozen(tiny_llama()), LORA, seed=0).save_pretrained(tmp_path)
+        load_adapter(load_frozen(tiny_llama()), tmp_path)
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_lora_works_on_the_conv1d_layers_of_gpt2():

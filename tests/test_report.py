@@ -680,6 +680,21 @@ def test_answers_without_marked_tokens_are_shown_as_such(tmp_path):
     assert "Which tokens the proxy changed is not known" in sentences(page)["examples"][0]
 
 
+def test_an_alpha_from_the_config_was_not_chosen(tmp_path):
+    results = whole_run()["results.json"]
+    results["shift"]["chosen_by"] = "config"
+    plot = plots(run_page(write_run(tmp_path, results=results)))["plot-shift-exact-match"]
+    assert drawn(plot.figure, "from the config") == [([1.0], [pytest.approx(91.0)])]
+    assert "from the config: alpha 1, 91.0" in plot.alt
+    assert "chosen" not in plot.alt
+
+
+def test_the_time_of_a_resumed_run_is_said_to_be_of_a_part(tmp_path):
+    results = whole_run()["results.json"]
+    results["costs"]["seconds_after_round"] = 2
+    assert "took 83 s after round 2, where it was resumed" in run_page(write_run(tmp_path, results=results)).facts
+
+
 def test_an_alpha_from_the_config_is_said_with_and_without_a_curve(tmp_path):
     results = whole_run()["results.json"]
     results["shift"] |= {"chosen_by": "config", "curve": [], "plausibility": 0.0}
@@ -700,6 +715,19 @@ def test_a_run_without_a_complete_round_is_an_error_with_a_remedy(tmp_path):
 def test_a_folder_of_something_else_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(RunError, match=r"config\.json.*summary\.json.*name the run's own folder"):
         make_report(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_speaks_of_the_option(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written .*; free some space, or give .* with --out"):
+        make_report(write_run(tmp_path), tmp_path / "file")
+
+
+@pytest.mark.parametrize(("name", "match"), [("", "a run is named by its id"), ("x" * 300, "is not a run in")])
+def test_a_name_that_nothing_can_have_is_refused(name, match, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path))
+    with pytest.raises(RunError, match=match):
+        find_folder(name)
 
 
 JUNK = (None, True, -1, 0, 1e99, 1e400, float("nan"), 10**30, "x", "", [], {}, [None], {"a": 1}, [[1, 2]], "1")
@@ -789,9 +817,11 @@ def test_a_comparison_that_has_just_begun_makes_a_page_of_sentences(tmp_path):
 def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     files = whole_comparison()
     files["summary.json"]["gap_closed"] = [{"world": "demo", "mode": "off", "mean": None, "values": [None, 0.5]}]
+    files["summary.json"]["gap_closed"][0]["why"] = "no share: it gained nothing"
     page = comparison_page(write(tmp_path, files))
-    (table,) = section(page, "gap").blocks
+    table, said = section(page, "gap").blocks
     assert table.rows == [["demo", "off", "-", "-, 50.0"]]
+    assert said.text == "World demo, mode off: no share: it gained nothing."
 
 
 # --- drawing ---

@@ -87,7 +87,8 @@ def test_the_end_of_the_log_has_table_verdict_and_costs():
         "server_large_tokens_device": 234, "bytes_up_per_device_and_round": 2e6,
         "device_peak_memory_bytes": 3e8, "device_memory_growth_bytes": 4e7,
     }  # fmt: skip
-    lines = summary_lines({"rows": {"tuned": row, "device": row}, "costs": costs}, Path("/runs/one"))
+    results = {"rows": {"tuned": row, "device": row}, "costs": costs}
+    lines = summary_lines(results, Path("/runs/one"))
     text = "\n".join(lines)
     assert "tuned" in text
     assert "device  4      50.0 [10.0, 90.0]" in text
@@ -96,6 +97,9 @@ def test_the_end_of_the_log_has_table_verdict_and_costs():
     assert "in a fresh process: 40 MB" in text
     assert "Tokens through the large model: 12,345, of which 1,234 to distil and the rest to score" in text
     assert lines[-1] == "The run took 61 s; its folder is /runs/one"
+    results["costs"]["seconds_after_round"] = 3
+    line = summary_lines(results, Path("/runs/one"))[-1]
+    assert line == "After round 3, where it was resumed, the run took 61 s; its folder is /runs/one"
 
 
 # --- an early end ---
@@ -170,6 +174,13 @@ def test_whichever_rule_comes_first_ends_the_run():
     assert first_end(course, metric="exact_match", target=0.9, patience=2) == 4
     assert first_end(course, metric="exact_match", target=0.3, patience=2) == 2
     assert first_end(course, metric="exact_match", target=0.9, patience=3) == 5
+
+
+def test_a_run_that_was_resumed_says_of_which_part_its_seconds_are():
+    settings = {"rounds": 4, "num_devices": 1, "seconds": 2}
+    whole, part = (run_results(parse_run_config({}), [], **settings, resumed_after=after) for after in (0, 3))
+    assert part["costs"] == whole["costs"] | {"seconds_after_round": 3}
+    assert "seconds_after_round" not in whole["costs"]
 
 
 # --- a proxy that is worse ---

@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fedpt_flwr.runs import RunFolder
 
@@ -95,16 +97,16 @@ class Federations:
         status = self._status(root, config, kill)
         assert status == (signal.SIGKILL if kill else 0), self.log.read_text()
 
-    def error(self, root, config):
+    def error(self, root, config, num_devices=NUM_DEVICES):
         """How a run fails that must."""
-        assert os.waitstatus_to_exitcode(self._status(root, config, None)) == 1, self.log.read_text()
+        assert os.waitstatus_to_exitcode(self._status(root, config, None, num_devices)) == 1, self.log.read_text()
         return self.log.read_text().splitlines()[-1]
 
-    def _status(self, root, config, kill):
+    def _status(self, root, config, kill, num_devices=NUM_DEVICES):
         job = {
             "root": str(root),
             "config": config,
-            "num_devices": NUM_DEVICES,
+            "num_devices": num_devices,
             "kill": kill and [kill[0], kill[1], kill[2:] == ("torn",)],
             "log": str(self.log),
             "modules": str(self.folder / "modules.json"),
@@ -143,6 +145,7 @@ def tiny(tmp_path_factory):
         "scoring.few-shot": 0,
         "scoring.max-new-tokens": 2,
         "data.public": "",
+        "wait-timeout-s": 2.0,
     }
     for name, count in (("train", 40), ("validation", 2), ("test", 2), ("prompts", 4)):
         lines = (world / f"{name}.jsonl").read_text().splitlines()
@@ -284,8 +287,7 @@ def assert_goes_on(kind, kills, federations, tiny, unbroken, root):
     resume = {}
     for kill in kills:
         federations.run(root, config | resume, kill)
-        # `latest` means a run from its first checkpoint on.
-        resume = {"resume": "latest" if (root / "latest").exists() else str(only_run(root))}
+        resume = {"resume": "latest"}
     federations.run(root, config | resume)
     assert_same_run(only_run(root), expected)
     assert len(RunFolder(only_run(root)).read_config()["flower_run_ids"]) == len(kills) + 1
@@ -334,10 +336,86 @@ def resuming(run, tiny, **changes):
     return run.parent, tiny | KINDS["FedAvg"] | {"resume": run.name} | changes
 
 
-def test_a_finished_run_that_is_gone_on_with_is_scored_again_and_stays_the_same(finished, federations, tiny, unbroken):
+def contents(folder):
+    """Every file and link with its time of change, by path."""
+    return {
+        path.relative_to(folder): (
+            path.lstat().st_mtime_ns,
+            path.readlink() if path.is_symlink() else path.read_bytes(),
+        )
+        for path in folder.rglob("*")
+        if path.name != ".lock" and (path.is_symlink() or path.is_file())
+    }
+
+
+@pytest.mark.parametrize("kind", ["FedAvg", "good enough"])
+def test_a_finished_run_is_left_as_it_is_and_that_is_no_failure(kind, federations, tiny, unbroken):
+    run = unbroken(kind)
+    (run / "report.html").write_text("<p>")
+    before = contents(run)
+    federations.run(run.parent, tiny | KINDS[kind] | {"resume": run.name})
+    assert "and has its results: it is left as it is" in federations.log.read_text()
+    assert contents(run) == before
+    (run / "report.html").unlink()
+
+
+def test_a_report_of_what_is_rewound_is_removed_with_it(finished, federations, tiny, unbroken):
+    (finished / "results.json").unlink()
+    for name in ("report.html", "plot-rounds-loss.png", "own.png"):
+        (finished / name).write_text("x")
     federations.run(*resuming(finished, tiny))
+    (finished / "own.png").unlink()
     assert_same_run(finished, unbroken("FedAvg"))
-    assert len(RunFolder(finished).read_config()["flower_run_ids"]) == 2
+
+
+@pytest.fixture
+def stopped(finished):
+    """A run that was killed in round 3; that it has results, too, shows whether they are lost."""
+    shutil.rmtree(finished / "rounds/0003")
+    return finished
+
+
+@pytest.mark.parametrize(("number", "now"), [(3, "3 with 40 examples"), (5, "5 with 40 examples")])
+def test_a_run_goes_on_with_as_many_devices_as_it_had(number, now, stopped, federations, tiny):
+    before = contents(stopped)
+    said = federations.error(*resuming(stopped, tiny), num_devices=number)
+    assert said == (
+        f"RunError: a resumed run goes on with the devices that it had: 4 with 40 examples; now there are {now}; "
+        'start as many as before, in a simulation with --federation-config "num-supernodes=4"; to go on with others, '
+        "and to other weights, remove shards.json from the run's folder"
+    )
+    assert contents(stopped) == before
+    assert "must be" not in federations.log.read_text()
+
+
+def test_a_run_waits_for_the_devices_that_it_had(stopped, federations, tiny, unbroken):
+    shards = json.loads((stopped / "shards.json").read_text())
+    more = [*shards, {"device": 9, "num_examples": 1, "groups": {}}]
+    (stopped / "shards.json").write_text(json.dumps(more))
+    said = federations.error(*resuming(stopped, tiny))
+    assert "had: 5 with 41 examples; now there are 4 with 40 examples" in said
+    assert "Waiting for devices: 4 of 5 are there" in federations.log.read_text()
+    (stopped / "shards.json").unlink()
+    federations.run(*resuming(stopped, tiny))
+    assert_same_run(stopped, unbroken("FedAvg"))
+
+
+def test_the_newest_run_goes_on_although_an_older_one_has_the_newest_model(finished, federations, tiny, unbroken):
+    config = tiny | KINDS["FedAvg"]
+    federations.run(finished.parent, config, ("LocalGrid.ask", 6))
+    (new,) = set(finished.parent.glob("2*")) - {finished}
+    assert (finished.parent / "latest").resolve() == finished
+    (finished.parent / "99990101T000000Z-5").mkdir()  # ended before it had a config: nothing to go on with
+    federations.run(finished.parent, config | {"resume": "latest"})
+    assert f"Resuming the run {new.name}" in federations.log.read_text()
+    assert_same_run(new, unbroken("FedAvg"))
+
+
+@pytest.mark.parametrize("shards", [{}, [[]], [{"device": 0, "num_examples": "4", "groups": {}}], [{"device": 0}]])
+def test_shards_that_are_none_are_said_to_be(shards, stopped, federations, tiny):
+    (stopped / "shards.json").write_text(json.dumps(shards))
+    said = federations.error(*resuming(stopped, tiny))
+    assert said.startswith(f"RunError: {stopped}/shards.json: must ")
 
 
 def test_a_run_that_another_process_writes_is_left_alone(finished, federations, tiny, unbroken):
@@ -358,3 +436,128 @@ def test_a_run_with_another_config_is_refused_with_the_keys_that_differ(finished
 def test_a_run_that_is_not_there_is_refused(finished, federations, tiny):
     said = federations.error(*resuming(finished, tiny, resume="nothing"))
     assert said.startswith(f"RunError: nothing is not a run in {finished.parent}; the newest are: {finished.name}")
+
+
+# --- damaged checkpoints: refused in one sentence that names the file and the way out, and nothing is changed ---
+
+
+def changed_arrays(path, change):
+    arrays = dict(load_file(path))
+    change(arrays, min(arrays))
+    save_file(arrays, path)
+
+
+def drop(arrays, name):
+    del arrays[name]
+
+
+def spoil(arrays, name):
+    arrays[name] = np.full_like(arrays[name], np.nan)
+
+
+def halve(arrays, name):
+    arrays[name] = arrays[name].astype(np.float16)
+
+
+def cut(arrays, name):
+    arrays[name] = arrays[name][:1]
+
+
+WRONG_ARRAYS = {
+    drop: "1 missing",
+    spoil: "must be finite numbers",
+    halve: "must be float32 of shape",
+    cut: "must be float32 of shape",
+}
+FILES_OF_MODES = [
+    ("FedAvg", "arrays"),
+    ("paired FedAvg", "tuned"),
+    ("paired FedAvg", "untuned"),
+    ("paired FedAvg", "next-untuned"),
+]
+
+
+def stopped_copy(kind, unbroken, tmp_path):
+    """A copy of a run of some kind as if it had been killed after round 2, but with all that is written at the end."""
+    run = unbroken(kind)
+    shutil.copytree(run.parent, tmp_path / "runs", symlinks=True)
+    copy = tmp_path / "runs" / run.name
+    shutil.rmtree(copy / "rounds/0003")
+    return copy
+
+
+def assert_refused(run, name, rule, federations, config):
+    before = contents(run)
+    said = federations.error(run.parent, config | {"resume": run.name})
+    folder = run / "rounds/0002"
+    assert said.startswith(f"RunError: {folder / name}: is damaged: "), said
+    assert rule in said
+    assert said.endswith(f"; remove {folder} to go on after round 1")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES_OF_MODES)
+@pytest.mark.parametrize("change", [drop, spoil])
+def test_weights_that_are_not_whole_are_refused(kind, name, change, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy(kind, unbroken, tmp_path)
+    changed_arrays(run / f"rounds/0002/{name}.safetensors", change)
+    assert_refused(run, f"{name}.safetensors", WRONG_ARRAYS[change], federations, tiny | KINDS[kind])
+
+
+@pytest.mark.parametrize("change", [halve, cut])
+def test_weights_of_another_type_or_shape_are_refused(change, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    changed_arrays(run / "rounds/0002/arrays.safetensors", change)
+    assert_refused(run, "arrays.safetensors", WRONG_ARRAYS[change], federations, tiny | KINDS["FedAvg"])
+
+
+def test_a_strategys_state_that_is_not_finite_is_refused(federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAdam", unbroken, tmp_path)
+    changed_arrays(run / "rounds/0002/inner.safetensors", spoil)
+    assert_refused(run, "inner.safetensors", "must be finite numbers", federations, tiny | KINDS["FedAdam"])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, [], {"metrics.jsonl": "1", "costs.jsonl": 2}, {"metrics.jsonl": -1, "costs.jsonl": 2}]
+)
+def test_a_checkpoint_that_does_not_know_its_lines_is_refused(sizes, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    (run / "rounds/0002/lines.json").write_text(json.dumps(sizes))
+    rule = "it must give the lengths of metrics.jsonl and costs.jsonl in bytes"
+    assert_refused(run, "lines.json", rule, federations, tiny | KINDS["FedAvg"])
+
+
+@pytest.mark.parametrize("gone", ["proxy", "proxy/config.json", "proxy/tuned"])
+def test_a_checkpoint_without_its_proxy_is_refused(gone, federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("FedAvg", unbroken, tmp_path)
+    path = run / "rounds/0002" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert_refused(run, "proxy", "a proxy", federations, tiny | KINDS["FedAvg"])
+
+
+def test_without_the_damaged_round_a_run_goes_on_after_the_one_before(federations, tiny, unbroken, tmp_path):
+    run = stopped_copy("paired FedAvg", unbroken, tmp_path)
+    shutil.rmtree(run / "rounds/0002")
+    federations.run(run.parent, tiny | KINDS["paired FedAvg"] | {"resume": "latest"})
+    assert_same_run(run, unbroken("paired FedAvg"))
+
+
+@pytest.mark.parametrize("line", [b'{"round": 1}', b"[1, 2]", b'{"phase": "shift"}', b'{"phase": "distillation"}'])
+def test_a_line_of_metrics_that_lacks_something_is_said_to(line, stopped, federations, tiny):
+    path, sizes = stopped / "metrics.jsonl", stopped / "rounds/0002/lines.json"
+    path.write_bytes(line + b"\n")
+    lengths = json.loads(sizes.read_text())
+    sizes.write_text(json.dumps(lengths | {"metrics.jsonl": len(line) + 1}))
+    before = contents(stopped)
+    said = federations.error(*resuming(stopped, tiny))
+    assert said.startswith(f"RunError: {path}: must hold what the run wrote, but a line of it lacks something")
+    assert said.endswith("; put back the file as the run wrote it")
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("part", ["run_config", "fingerprints", "data_hashes"])
+def test_a_config_of_another_kind_is_said_to_be(part, stopped, federations, tiny):
+    path = stopped / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: []}))
+    said = federations.error(*resuming(stopped, tiny))
+    assert said.startswith(f"RunError: {stopped}: its config.json must hold an object {part}, got []; put back")

@@ -445,7 +445,9 @@ def test_where_there_are_no_locks_a_run_goes_on_without(run, monkeypatch, error)
 
 def test_a_folder_without_config_is_no_run_to_go_on_with(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(RunError, match="a run that can go on has a config.json, and there is none; start a new"):
+        with pytest.raises(
+            RunError, match="a run that can go on has a config.json, and there is none; name the folder"
+        ):
             RunFolder.open(path)
     assert names(tmp_path) == []
 
@@ -458,6 +460,28 @@ def test_a_run_is_opened_under_its_own_name_wherever_a_link_leads(run):
     assert again.path == run.path
     again.save_round(2, checkpoint("two"), keep=1)
     assert (run.path.parent / "latest").readlink() == Path(run.path.name)
+
+
+def test_the_newest_run_to_go_on_with_is_so_by_its_id_and_needs_no_checkpoint(tmp_path):
+    with pytest.raises(RunError, match="there is no run to go on with, got .*; start a new one without resume"):
+        runs.find_run_to_resume("latest", root=tmp_path)
+    for name in ("20260101T000000Z-9", "20260102T000000Z-9", "20260102T000000Z-10", "zzz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "20270101T000000Z-1").mkdir()
+    (tmp_path / "latest").symlink_to("20260101T000000Z-9")
+    assert runs.find_run_to_resume("latest", root=tmp_path).name == "20260102T000000Z-10"
+    assert find_run("latest", root=tmp_path).name == "20260101T000000Z-9"
+    assert runs.find_run_to_resume("20260101", root=tmp_path).name == "20260101T000000Z-9"
+
+
+@pytest.mark.parametrize("find", [find_run, runs.find_run_to_resume])
+def test_names_that_no_run_can_have_are_refused(find, tmp_path):
+    with pytest.raises(RunError, match="a run is named by its id, a beginning of it, its folder, or latest, got ''"):
+        find("", root=tmp_path)
+    for name in ("x" * 300, f"/{'x' * 300}/"):
+        with pytest.raises(RunError, match="is not a run in"):
+            find(name, root=tmp_path)
 
 
 # --- the config of a run that goes on ---

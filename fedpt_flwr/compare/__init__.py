@@ -22,7 +22,7 @@ run folders, where they are kept), ``work/`` (what is being computed) and ``summ
 from __future__ import annotations
 
 from fedpt_flwr.compare.comparison import Comparison, Progress, default_jobs, new_folder
-from fedpt_flwr.compare.plan import KINDS, LARGE, LARGE_LORA, LEARNING_RATES, Cell, Plan
+from fedpt_flwr.compare.plan import KINDS, LARGE, LARGE_LORA, LEARNING_RATES, RATES_OPTIONS, Cell, Plan
 from fedpt_flwr.compare.summary import summarise, summary_text
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "LARGE",
     "LARGE_LORA",
     "LEARNING_RATES",
+    "RATES_OPTIONS",
     "Cell",
     "Comparison",
     "Plan",

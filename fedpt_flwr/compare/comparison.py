@@ -58,6 +58,7 @@ class Comparison:
         num_found: Cells that were finished before.
         num_outdated: Cells that were finished before by other code or with another config, and are run again: they do
             not belong into one table with the others. Their files stay until they are replaced.
+        damaged: Files of cells that cannot be read; these cells are run again.
 
     Raises:
         ConfigError: The folder holds another comparison (says which keys differ), or there is no such app.
@@ -73,6 +74,7 @@ class Comparison:
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         self.settled: dict[str, Result | None] = {}
         self.num_outdated = 0
+        self.damaged: list[Path] = []
         self._open: list[Cell] = []
         self._known: set[str] = set()
         self._look_for_cells()
@@ -123,7 +125,9 @@ class Comparison:
         found = {name: str(read_json(path)["error"]) for name, path in failed.items()}
         for world in self.plan.worlds:
             for kind in self.plan.kinds:
-                if kind != FEDPT and not self.plan.chosen(world, kind, self.settled):
+                if kind == FEDPT or any(cell.name not in self.settled for cell in self.plan.candidates(world, kind)):
+                    continue
+                if not self.plan.chosen(world, kind, self.settled):
                     found[f"{world}, {kind}"] = "no learning rate could be chosen, so the other seeds were not run"
         return found
 
@@ -149,7 +153,8 @@ class Comparison:
                 self._known.add(cell.name)
                 result = self._finished(cell)
                 if result is None:
-                    self.num_outdated += result_path(self.folder, cell).exists()
+                    path = result_path(self.folder, cell)
+                    self.num_outdated += path.exists() and path not in self.damaged
                     self._open.append(cell)
                 else:
                     self.settled[cell.name] = result
@@ -160,7 +165,13 @@ class Comparison:
         path = result_path(self.folder, cell)
         if not path.exists():
             return None
-        result: Result = read_json(path)
+        try:
+            result: Result = read_json(path)
+        except RunError:
+            result = {}
+        if not _is_whole(result):
+            self.damaged.append(path)
+            return None
         is_same = result.get("run_config") == self.plan.run_config(cell) and result.get("code_hash") == self._code_hash
         return result if is_same else None
 
@@ -168,14 +179,28 @@ class Comparison:
         return self.folder / "errors" / f"{name}.json"
 
     def summary(self, *, title: str, command: str) -> dict[str, Any]:
-        """What ``summary.json`` holds; see :func:`summarise`.
+        """What ``summary.json`` holds, also before all cells have ended; see :func:`summarise`.
 
         Args:
             title: Of a report.
             command: The command that made the comparison.
         """
         head = {"title": title, "command": command, "code_hash": self._code_hash}
-        return {**head, **summarise(self.plan, self.settled), "errors": self.errors()}
+        cells = {"done": sum(result is not None for result in self.settled.values()), "all": self.plan.num_cells}
+        return {**head, "cells": cells, **summarise(self.plan, self.settled), "errors": self.errors()}
+
+
+def _is_whole(result: Any) -> bool:
+    """Whether a cell's file holds what a summary needs of it."""
+    tables = ("rows", "validation_rows", "costs")
+    if not isinstance(result, dict) or not all(isinstance(result.get(table), dict) for table in tables):
+        return False
+    rows = [*result["rows"].values(), *result["validation_rows"].values()]
+    return (
+        bool(result["rows"])
+        and isinstance(result.get("seconds"), int | float)
+        and all(isinstance(row, dict) for row in rows)
+    )
 
 
 def _refuse_other_grid(plan: Plan, folder: Path) -> None:

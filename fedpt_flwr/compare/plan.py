@@ -18,6 +18,9 @@ KINDS = (FEDPT, LARGE, LARGE_LORA)
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {LARGE: (2e-4, 4e-4, 1e-3), LARGE_LORA: (1e-3, 3e-3, 1e-2)}
 """Learning rates that are tried where none are given, by kind."""
 
+RATES_OPTIONS: Mapping[str, str] = {LARGE: "--large-learning-rates", LARGE_LORA: "--large-lora-learning-rates"}
+"""The options that give them."""
+
 Result = dict[str, Any]
 """What a finished cell's JSON file holds."""
 
@@ -81,12 +84,12 @@ class Plan:
             *_list_problems("--seeds", self.seeds),
             *_list_problems("--modes", self.modes, DISTILLATION_MODES),
         ]
-        for kind in self._direct_kinds():
-            rates = self.learning_rates.get(kind, ())
-            problems += _list_problems(f"learning rates of {kind}", rates)
-        if not problems:
-            problems = self._config_problems()
-        if problems:
+        for kind, option in RATES_OPTIONS.items():
+            if kind in self.kinds:
+                problems += _rate_problems(option, self.learning_rates.get(kind, ()))
+        if len(problems) > 1:
+            raise ConfigError(f"{len(problems)} options are wrong", problems=problems)
+        if problems := problems or self._config_problems():
             raise ConfigError.of(problems)
 
     def _config_problems(self) -> list[FedPTError]:
@@ -100,6 +103,11 @@ class Plan:
             for key in _OWN_KEYS:
                 if flat.get(key, known[key].default) != known[key].default:
                     add(world, ConfigError("a comparison sets this key itself", value=flat[key], place=key))
+            wanted = flat.get("min-devices", known["min-devices"].default)
+            if isinstance(wanted, int) and wanted > self.num_devices:
+                rule = f"must not exceed the {self.num_devices} devices of a federation (--devices)"
+                remedy = f"give --devices {wanted}, or -c 'min-devices={self.num_devices}'"
+                add(world, ConfigError(rule, value=wanted, place="min-devices", remedy=remedy))
             if flat.get("data.partitioner") == "node-local":
                 rule = "a comparison deals out data.train itself; its devices have no data of their own"
                 add(world, ConfigError(rule, value="node-local", place="data.partitioner"))
@@ -108,12 +116,14 @@ class Plan:
         others = [Cell(world=cell.world, kind=cell.kind, seed=seed, mode=cell.mode) for cell in cells for seed in ends]
         for cell in [*cells, *others]:  # the first seed alone may have cells yet
             for problem in examine_run_config(self._told(cell))[1]:
+                if problem.place == "seed":  # the world's own is refused above
+                    problem.place = "--seeds"
                 add(cell.world, problem)
         if len({cell.name for cell in cells}) < len(cells):
             names = sorted(cell.name for cell in cells)
             add("", ConfigError("the names of worlds and learning rates must differ", value=names))
         for (world, _), problem in found.items():
-            if world and len(self.worlds) > 1:
+            if world and len(self.worlds) > 1 and problem.place != "--seeds":
                 problem.place = f"world {world}, {problem.place}"
         return list(found.values())
 
@@ -238,6 +248,12 @@ def choose_cell(candidates: Sequence[Cell], settled: Mapping[str, Result | None]
         return row["exact_match"], -row.get("loss", math.inf)  # a loss that is not finite is not there
 
     return max((cell for cell in candidates if settled.get(cell.name)), key=merit, default=None)
+
+
+def _rate_problems(place: str, rates: Sequence[float]) -> list[FedPTError]:
+    if not all(0 < rate < math.inf for rate in rates):
+        return [ConfigError("must be finite numbers greater than 0", value=list(rates), place=place)]
+    return _list_problems(place, rates)
 
 
 def _list_problems(place: str, values: Sequence[Any], known: Sequence[str] = ()) -> list[FedPTError]:

@@ -38,7 +38,7 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
 
         A mean has its values beside it, in the order of the seeds, and a 95 % interval (see :func:`t_interval`). A
         value that is not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is
-        None, and then so are mean and interval: leaving out what went wrong would flatter.
+        None, and then so are mean and interval: leaving out what went wrong would flatter; ``why`` says so of a gap.
     """
     groups = _groups(plan, settled)
     closed = _gaps_closed(plan, groups)
@@ -97,18 +97,38 @@ def _gaps_closed(plan: Plan, groups: Mapping[_Group, Sequence[Result]]) -> list[
             cells = [cell for cell in groups.get((world, FEDPT, mode), ()) if cell["seed"] in references]
             if not cells:
                 continue
-            values = [
-                gap_closed(
+            scores = [
+                (
                     cell["rows"].get("proxy", {}).get("exact_match"),
                     cell["rows"].get("large", {}).get("exact_match"),
                     references[cell["seed"]].get("exact_match"),
                 )
                 for cell in cells
             ]
-            mean = _mean(values)
+            seeds = [cell["seed"] for cell in cells]
+            mean = _mean([gap_closed(*part) for part in scores])
             means[mode].append(mean["mean"])
-            found.append({"world": world, "mode": mode, "seeds": [cell["seed"] for cell in cells], **mean})
-    return found + [{"world": "all", "mode": mode, **_mean(values)} for mode, values in means.items() if values]
+            why = [f"with seed {seed} {_no_gap(*part)}" for seed, part in zip(seeds, scores, strict=True)]
+            found.append({"world": world, "mode": mode, "seeds": seeds, **mean, **_undefined(mean, why)})
+    for mode, values in means.items():
+        if values:
+            mean = _mean(values)
+            why = [f"in world {row['world']} there is none" for row in found if row["mode"] == mode]
+            found.append({"world": "all", "mode": mode, **mean, **_undefined(mean, why)})
+    return found
+
+
+def _no_gap(proxy: float | None, large: float | None, reference: float | None) -> str:
+    """Why there is no share of a gap to be closed."""
+    if proxy is None or large is None or reference is None:
+        return "a model has no exact match"
+    return f"{LARGE} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
+
+
+def _undefined(mean: Mapping[str, Any], why: Sequence[str]) -> dict[str, Any]:
+    """The sentence that says why a mean is not there, if it is not."""
+    said = [reason for value, reason in zip(mean["values"], why, strict=True) if value is None]
+    return {"why": "no share: " + ", ".join(said)} if said else {}
 
 
 def _learning_rates(plan: Plan, settled: Mapping[str, Result | None]) -> list[dict[str, Any]]:
@@ -263,7 +283,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         "Learning rates, by validation items with the first seed": rates,
         "Costs of a device in a round": costs,
     }
-    return "\n\n".join(f"{title}\n\n{render_table(table)}" for title, table in tables.items() if len(table) > 1)
+    parts = [f"{title}\n\n{render_table(table)}" for title, table in tables.items() if len(table) > 1]
+    whys = [f"Gap closed, {', '.join(_place(row))}: {row['why']}" for row in summary["gap_closed"] if "why" in row]
+    return "\n\n".join([*parts, *whys])
 
 
 def _place(row: Mapping[str, Any]) -> list[str]:

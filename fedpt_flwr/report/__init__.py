@@ -17,14 +17,16 @@ models, data sources or Flower.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from fedpt_flwr.errors import RunError
 from fedpt_flwr.report.comparison import SUMMARY, comparison_page
 from fedpt_flwr.report.page import render
 from fedpt_flwr.report.run import run_page
 from fedpt_flwr.runs import find_run, write_file
 
-PAGE = "report.html"
+PAGE, GRID = "report.html", "grid.json"
 
 
 def find_folder(name: str) -> Path:
@@ -34,7 +36,10 @@ def find_folder(name: str) -> Path:
         RunError: There is neither.
     """
     path = Path(name).expanduser()
-    return path.resolve() if (path / SUMMARY).is_file() else find_run(name)
+    with suppress(OSError):  # a name that the system refuses, as one too long
+        if name and any((path / file).is_file() for file in (SUMMARY, GRID)):
+            return path.resolve()
+    return find_run(name)
 
 
 def make_report(folder: Path, out: Path | None = None) -> Path:
@@ -50,10 +55,20 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: The folder holds neither, its run has no complete round, or a file cannot be written.
     """
+    if (folder / GRID).is_file() and not (folder / SUMMARY).is_file():
+        raise RunError(
+            f"this comparison has no {SUMMARY} yet",
+            place=str(folder),
+            remedy=f"the command that began it writes it: `fedpt compare … --out {folder}` goes on",
+        )
     page = comparison_page(folder) if (folder / SUMMARY).is_file() else run_page(folder)
     html = render(page).encode("utf-8", "replace")  # JSON may hold half a surrogate pair
     out = out or folder
-    for plot in page.plots():
-        write_file(out / f"{plot.name}.png", plot.png())
-    write_file(out / PAGE, html)
+    try:
+        for plot in page.plots():
+            write_file(out / f"{plot.name}.png", plot.png())
+        write_file(out / PAGE, html)
+    except RunError as error:
+        error.remedy = "free some space, or give a folder that can be written with --out"
+        raise
     return out / PAGE

@@ -100,11 +100,21 @@ def comparison_page(folder: Path) -> Page:
     seeds = max((as_whole(row.get("n_seeds")) or 0 for row in rows), default=0)
     counts = {"world": len(worlds), "seed": seeds, "device": as_whole(summary.get("devices")), "cell": len(cells)}
     errors = as_mapping(summary.get("errors"))
+    missing = [
+        f"{count_of(number, 'cell')} of {planned} {'is' if number == 1 else 'are'} missing: the comparison is not "
+        "complete. The command that made it goes on with the same --out."
+        for done, planned in [map(as_whole, map(as_mapping(summary.get("cells")).get, ("done", "all")))]
+        if done is not None and planned is not None and (number := planned - done) > 0
+    ]
     return Page(
         kicker="Federated proxy-tuning · comparison",
         title=as_text(summary.get("title")) or folder.name,
         facts=[count_of(number, what) for what, number in counts.items() if number],
-        notes=[*(f"The cell {name} failed: {as_text(error)}" for name, error in errors.items()), *reader.notes],
+        notes=[
+            *missing,
+            *(f"The cell {name} failed: {as_text(error)}" for name, error in errors.items()),
+            *reader.notes,
+        ],
         sections=[
             *sections,
             _gap_closed(as_mappings(summary.get("gap_closed"))),
@@ -183,6 +193,11 @@ def _gap_closed(rows: Sequence[Mapping[str, Any]]) -> Section:
     title = "Gap closed"
     if not rows:
         return Section(id="gap", title=title, blocks=[absent("Not computed in this comparison.")])
+    whys = [
+        Prose(text=f"World {as_text(row.get('world'))}, mode {as_text(row.get('mode')) or '-'}: {as_text(row['why'])}.")
+        for row in rows
+        if row.get("why")
+    ]
     return Section(
         id="gap",
         title=title,
@@ -201,7 +216,8 @@ def _gap_closed(rows: Sequence[Mapping[str, Any]]) -> Section:
                     for row in rows
                 ],
                 texts=2,
-            )
+            ),
+            *whys,
         ],
     )
 

@@ -244,6 +244,7 @@ def plot_curves(
     x_label: str = "round",
     write: Callable[[float], str] = "{:.3g}".format,
     chosen: Sequence[tuple[float, float]] = (),
+    chosen_label: str = "chosen",
     share: bool = False,
     caption: str = "",
 ) -> Plot:
@@ -252,8 +253,10 @@ def plot_curves(
         f"{curve.label} from {write(curve.y[0])} at {x_label} {curve.x[0]:g} to {write(curve.y[-1])} at {curve.x[-1]:g}"
         for curve in curves
     ]
-    said += [f"chosen: {x_label} {x:g}, {write(y)}" for x, y in chosen]
-    figure = draw_curves(title, curves, unit=unit, x_label=x_label, chosen=chosen, share=share)
+    said += [f"{chosen_label}: {x_label} {x:g}, {write(y)}" for x, y in chosen]
+    figure = draw_curves(
+        title, curves, unit=unit, x_label=x_label, chosen=chosen, chosen_label=chosen_label, share=share
+    )
     return Plot(name=name, figure=figure, alt=f"{title}, {unit}: {'; '.join(said)}.", caption=caption)
 
 
@@ -265,6 +268,7 @@ def draw_curves(
     unit: str,
     x_label: str = "round",
     chosen: Sequence[tuple[float, float]] = (),
+    chosen_label: str = "chosen",
     share: bool = False,
 ) -> Figure:
     """Lines over rounds or alphas.
@@ -275,6 +279,7 @@ def draw_curves(
         unit: Of the values.
         x_label: What the places are.
         chosen: Places to mark with a ring.
+        chosen_label: What these are.
         share: Whether the axis is 0 to 100.
     """
     num_labels = len(curves) + bool(chosen)
@@ -313,7 +318,7 @@ def draw_curves(
             markerfacecolor="none",
             color=LIGHT["ink"],
             linestyle="none",
-            label="chosen",
+            label=chosen_label,
             clip_on=False,
         )
     # By name: matplotlib passes over labels that begin with an underscore.

@@ -174,9 +174,10 @@ def _run_facts(run: Run, rounds: int) -> list[str]:
             facts.append(name + as_text(run.settings[key]))
     if "seed" in run.settings:
         facts.append(f"seed {as_text(run.settings['seed'])}")
-    seconds = as_number(as_mapping(run.results.get("costs")).get("seconds"))
+    costs = as_mapping(run.results.get("costs"))
+    seconds, after = as_number(costs.get("seconds")), as_whole(costs.get("seconds_after_round"))
     if seconds is not None:
-        facts.append(f"took {duration(seconds)}")
+        facts.append(f"took {duration(seconds)}" + (f" after round {after}, where it was resumed" if after else ""))
     return facts
 
 
@@ -375,6 +376,7 @@ def _shift(run: Run) -> Section:
                 x_label="alpha",
                 write=write,
                 chosen=marked[:1],
+                chosen_label="from the config" if by == "config" else "chosen",
                 share=scale > 1,
                 caption="" if len(curves) > 1 or measure != "loss" else "The loss is without the mask, whatever it is.",
             )
