@@ -453,7 +453,7 @@ class FedPT(Strategy):
             present = self._one_node_a_number(connected, refuse=first)
             usable = sum(card.num_examples > 0 for card in present.values())
             wanted, there = self.min_devices, usable
-            if first and self.expected is not None and usable >= self.min_devices:
+            if first and self.expected is not None:
                 self._refuse_other_devices(present)
                 wanted, there = len(self.expected), len(present)
             if there >= wanted:
@@ -462,7 +462,8 @@ class FedPT(Strategy):
                 return present
             hopeless = len(self._declined) == len(connected) >= self.min_devices
             if time.monotonic() >= deadline or hopeless:
-                raise self._too_few_devices(usable, present) if usable < self.min_devices else self._others(present)
+                is_resumed = first and self.expected is not None and present
+                raise self._others(present) if is_resumed else self._too_few_devices(usable, present)
             if there != reported:
                 log(INFO, "Waiting for devices: %d of %d are there", there, wanted)
                 reported = there

@@ -438,8 +438,10 @@ def test_a_damaged_cell_is_run_again_and_said_to_be(spoil, done, config, tmp_pat
     folder = copy_of(done, tmp_path)
     cell = folder / "cells" / "demo-fedpt-off-seed1.json"
     cell.write_text(spoil)
+    (folder / ".summary.json.ab12_xyz").write_text("{")  # killed while it was written
     comparison = Comparison(make_plan(config), folder, app=APP)
     assert (comparison.num_found, comparison.num_outdated, comparison.damaged) == (4, 0, [cell])
+    assert not list(folder.glob(".summary*"))
     comparison.close()
 
 

@@ -72,6 +72,8 @@ class Comparison:
         self._lock = _lock(self.folder)
         write_json(self.folder / "grid.json", plan.to_json())
         shutil.rmtree(self.folder / "work", ignore_errors=True)
+        for unfinished in self.folder.glob(".*.json.*"):  # what a process was writing when it was killed
+            unfinished.unlink(missing_ok=True)
         self.settled: dict[str, Result | None] = {}
         self.num_outdated = 0
         self.damaged: list[Path] = []
