@@ -364,8 +364,9 @@ class _Request(_Part):
     """Choose among the likeliest tokens that together have this probability."""
     seed: Annotated[
         int | None,
-        Field(ge=-(2**63), le=2**63 - 1),
-        _must("must be a whole number of 64 bits, from -9223372036854775808 to 9223372036854775807"),
+        # Up to 2**63 itself: readers of the schema may take the limit for a float, which 2**63 - 1 is not.
+        Field(ge=-(2**63), le=2**63),
+        _must("must be a whole number of 64 bits, from -9223372036854775808 to 9223372036854775808"),
     ] = None
     """The same seed gives the same text; choice i of several gets seed + i. Null: a random one."""
     n: Annotated[int, Field(ge=1, le=8), _must("must be a whole number from 1 to 8")] = 1
