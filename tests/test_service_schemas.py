@@ -95,7 +95,7 @@ def test_stop_is_a_text_or_some(ask, stop, strings):
     [
         ("temperature", [0, 0.5, 2]),
         ("top_p", [1e-9, 1]),
-        ("seed", [-(2**63), 0, 2**63]),
+        ("seed", [-(2**63), 0, 2**63, 10**40]),
         ("n", [1, 8]),
         ("alpha", [-10, 0, 1.5, 10]),
         ("plausibility", [0, 0.999]),
@@ -251,7 +251,7 @@ def test_a_refusal_of_what_cannot_be_done_says_what_can():
         ("plausibility", 1, "plausibility must be a number from 0 to below 1, got 1"),
         ("seed", 1.0, "got 1.0"),
         ("seed", True, "got true"),
-        ("seed", 2**63 + 1, f"seed must be a whole number of 64 bits, from {-(2**63)} to {2**63}, got {2**63 + 1}"),
+        ("seed", 1.5, "seed must be a whole number, got 1.5"),
         ("n", 0, "n must be a whole number from 1 to 8, got 0"),
         ("n", 9, "n must be a whole number from 1 to 8, got 9"),
         ("n", "2", 'n must be a whole number from 1 to 8, got "2"'),

@@ -362,13 +362,8 @@ class _Request(_Part):
     """0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1), _must("must be a number above 0 and at most 1")] = 1.0
     """Choose among the likeliest tokens that together have this probability."""
-    seed: Annotated[
-        int | None,
-        # Up to 2**63 itself: readers of the schema may take the limit for a float, which 2**63 - 1 is not.
-        Field(ge=-(2**63), le=2**63),
-        _must("must be a whole number of 64 bits, from -9223372036854775808 to 9223372036854775808"),
-    ] = None
-    """The same seed gives the same text; choice i of several gets seed + i. Null: a random one."""
+    seed: Annotated[int | None, _must("must be a whole number")] = None
+    """The same seed gives the same text; choice i of several gets seed + i. Counts modulo 2**64. Null: a random one."""
     n: Annotated[int, Field(ge=1, le=8), _must("must be a whole number from 1 to 8")] = 1
     """Answers for each prompt."""
     alpha: Annotated[float | None, Field(ge=-10, le=10), _must("must be a number from -10 to 10")] = None
