@@ -4,11 +4,13 @@ Everything is on loopback; each process has its own FLWR_HOME, as if on its own 
 ended by their ids.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,7 +22,6 @@ from federation import QUICK
 from relay import Relay
 
 from fedpt_flwr.certs import make_certs
-from fedpt_flwr.runs import find_run
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -96,6 +97,10 @@ class Service:
                 return
             self._start()
 
+    def count(self, text: str) -> int:
+        """How often the log says something."""
+        return self.log.count(text)
+
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
@@ -114,23 +119,19 @@ class Service:
         """Ask it to end, and see to it."""
         self._ended.set()
         _signal(self.process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(8)
-        except subprocess.TimeoutExpired:
-            pass
         self.kill()
         self._supervisor.join(5)
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 class Deployment:
-    """A federation of three devices; the third may be told to misbehave.
+    """A federation; the last of its devices may be told to misbehave.
 
     Each device reaches the SuperLink through a :class:`relay.Relay`, and has a part of the demo world's data as well as
     a file of its own.
@@ -214,7 +215,7 @@ class Deployment:
         port: int,
         num_nodes: int,
         name: str = "",
-        key: Path | None = None,
+        key: Path | str | None = None,
         tls: Sequence[object] | None = None,
         restart_s: float | None = 2.0,
     ) -> Service:
@@ -222,7 +223,7 @@ class Deployment:
         config = f'partition-id={number} num-partitions={num_nodes} data-path="{data_file}"'
         command = [
             "flower-supernode", "--superlink", f"localhost:{port}", "--port", free_port(), "--node-config", config,
-            "--auth-supernode-private-key", key or self.key(number),
+            *(() if key == "" else ("--auth-supernode-private-key", key or self.key(number))),
             *(("--root-certificates", self.certs / "ca.crt") if tls is None else tls),
         ]  # fmt: skip
         env = {}
@@ -253,9 +254,7 @@ class Deployment:
     def try_flwr(self, *arguments: object, home: Path | None = None) -> subprocess.CompletedProcess[str]:
         command = [BIN / "flwr", *map(str, arguments)]
         env = self.env | {"FLWR_HOME": str(home or self.cli_home)}
-        return subprocess.run(
-            command, cwd=self.app, env=env, capture_output=True, text=True, timeout=120, check=False
-        )
+        return subprocess.run(command, cwd=self.app, env=env, capture_output=True, text=True, timeout=120, check=False)
 
     def flwr(self, *arguments: object) -> str:
         result = self.try_flwr(*arguments)
@@ -279,26 +278,35 @@ class Deployment:
     def log(self, run_id: str) -> str:
         return self.flwr("log", run_id, "prod", "--show")
 
+    def is_finished(self, run_id: str) -> bool:
+        """Looked up in the SuperLink's database: each `flwr list` is a process that imports half a second long."""
+        signed = int(run_id) - (2**64 if int(run_id) >= 2**63 else 0)
+        with contextlib.closing(sqlite3.connect(f"file:{self.folder / 'superlink.db'}?mode=ro", uri=True)) as database:
+            rows = database.execute("SELECT finished_at FROM task WHERE run_id = ?", (signed,)).fetchall()
+        return bool(rows) and all(finished is not None for (finished,) in rows)
+
     def wait(self, run_id: str, timeout_s: float = 240) -> dict:
         """Wait for a run's end; Flower's entry of it."""
+        wait_until(lambda: self.is_finished(run_id), timeout_s, f"run {run_id} ends")
+        return self.entry(run_id)
 
-        def finished() -> dict | None:
-            time.sleep(1.5)  # every look is a process that imports flwr
-            entry = self.entry(run_id)
-            return entry if entry["status"].startswith("finished") else None
-
-        return wait_until(finished, timeout_s, f"run {run_id} ends")
-
-    def run(self, run_config: dict) -> Path:
-        """Run to a good end; the run's folder."""
-        run_id = self.submit(run_config)
-        entry = self.wait(run_id)
+    def complete(self, run_id: str, timeout_s: float = 240) -> Path:
+        """Wait for a run's good end; the run's folder."""
+        entry = self.wait(run_id, timeout_s)
         assert entry["status"] == "finished:completed", self.log(run_id)
         return self.run_folder(run_id)
 
-    def run_folder(self, run_id: str) -> Path:
-        return find_run(run_id, root=self.folder / "fedpt" / "runs")
+    def run(self, run_config: dict) -> Path:
+        return self.complete(self.submit(run_config))
 
-    def wait_for_line(self, text: str, after: int = 0, timeout_s: float = 120) -> None:
-        """Wait for the server's log to say something; ``after``: how much of the log is of no interest."""
-        wait_until(lambda: text in self.executor.log[after:], timeout_s, f"the server says {text!r}")
+    def run_folder(self, run_id: str) -> Path:
+        found = wait_until(
+            lambda: list((self.folder / "fedpt" / "runs").glob(f"*-{run_id}")), 60, f"run {run_id} has a folder"
+        )
+        return found[0]
+
+    def training(self, node: Service, number: int = 1, timeout_s: float = 90) -> int:
+        """Wait until a node trains for the ``number``-th time in its log; its ClientApp's process id."""
+        line = "Receiving: train message"
+        wait_until(lambda: node.count(line) >= number, timeout_s, f"{node.name} gets {number} train messages")
+        return wait_until(lambda: node.children("flwr-clientapp"), 30, f"{node.name} runs its ClientApp")[0]

@@ -41,6 +41,11 @@ class Relay:
         """Everything that the device has sent."""
         return b"\n".join(bytes(part) for part in self.sent)
 
+    def forget(self) -> None:
+        """Drop what was sent so far."""
+        for part in self.sent:
+            part.clear()
+
     def cut(self) -> None:
         """Cut the wire: what is open breaks, what comes is refused."""
 
