@@ -44,8 +44,8 @@ def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> 
 
 
 def processes(session: int) -> dict[int, str]:
-    """The processes of a session, by id: their command lines."""
-    found = {}
+    """The processes of a session, by id, the oldest first: their command lines."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
@@ -53,8 +53,8 @@ def processes(session: int) -> dict[int, str]:
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found[int(entry.name)] = words
-    return found
+            found.append((int(fields[19]), int(entry.name), words))
+    return {pid: words for _, pid, words in sorted(found)}
 
 
 class Service:
@@ -309,4 +309,10 @@ class Deployment:
         """Wait until a node trains for the ``number``-th time in its log; its ClientApp's process id."""
         line = "Receiving: train message"
         wait_until(lambda: node.count(line) >= number, timeout_s, f"{node.name} gets {number} train messages")
-        return wait_until(lambda: node.children("flwr-clientapp"), 30, f"{node.name} runs its ClientApp")[0]
+
+        def clients() -> list[int]:
+            # Each message has a process of its own, and the one before may still be ending.
+            begun = node.count("Start `flwr-clientapp` process") >= node.count("Receiving: ")
+            return node.children("flwr-clientapp") if begun else []
+
+        return wait_until(clients, 60, f"{node.name} runs its ClientApp")[-1]

@@ -120,28 +120,8 @@ def test_flwr_without_tls_or_with_another_ca_is_refused(site):
     other = make_certs(site.folder / "cli-certs").folder
     for name, ca in (("cli-plain", None), ("cli-other", other / "ca.crt")):
         result = site.try_flwr("list", "prod", home=site.connection(name, ca))
-        assert result.returncode != 0, name
-        assert "run" not in result.stdout.lower() or "error" in (result.stdout + result.stderr).lower(), name
-        print(name, result.returncode, result.stdout[-500:], result.stderr[-500:])
-
-
-def test_no_text_group_or_path_of_a_devices_own_data_leaves_it(site, first):
-    # The relays do see what devices send: in the run before, the demo world's group names and the records' own keys.
-    seen = [relay.text() for relay in site.relays]
-    assert all(b"train-loss" in text and b"groups" in text for text in seen)
-    known = {group for row in json.loads((first[0] / "shards.json").read_text()) for group in row["groups"]}
-    assert all(any(group.encode() in text for group in known) for text in seen)
-
-    for relay in site.relays:
-        relay.forget()
-    run = site.run(OWN_DATA)
-    assert [row["num_examples"] for row in json.loads((run / "shards.json").read_text())] == [12, 12]
-    words = {str(value) for record in site.records for key, value in record.items() if len(str(value)) > 5}
-    words |= {"secretkind", "confidential", "classified", "ward-a", "ward-b", "patients", "parquet", str(site.folder)}
-    for relay in site.relays:
-        text = relay.text()
-        assert b"train-loss" in text
-        assert [word for word in words if word.encode() in text] == []
+        assert result.returncode == 1, name
+        assert "Connection to the SuperLink is unavailable" in result.stdout + result.stderr, name
 
 
 TRAIN = "Receiving: train message"
@@ -179,18 +159,17 @@ def test_a_run_whose_serverapp_was_killed_is_resumed_to_the_same_arrays(site, al
     assert site.wait(run_id)["status"] == "finished:failed"
 
 
-def test_a_device_that_hangs_or_loses_its_client_to_the_oom_killer_costs_its_reply_only(site):
+def test_a_device_that_hangs_past_the_deadline_costs_its_reply_only(site):
     before = site.nodes[1].count(TRAIN)
-    run_id = site.submit({"num-server-rounds": 3, "round-timeout-s": 25.0, "min-replies": 1})
+    run_id = site.submit({"round-timeout-s": 30.0, "min-replies": 1})
     hanging = site.training(site.nodes[1], before + 1)
     os.kill(hanging, signal.SIGSTOP)
     folder = site.run_folder(run_id)
     wait_until(lambda: (folder / "rounds/0001").exists(), 120, "round 1 goes on without it")
     os.kill(hanging, signal.SIGCONT)
-    os.kill(site.training(site.nodes[1], before + 2), signal.SIGKILL)
     refused = rows_of(site.complete(run_id), 1)
-    assert ["no reply came in time" in reason for reason in refused] == [True, True, False], refused
-    assert rows_of(folder, 0) == ["", "", ""]
+    assert "no reply came in time" in refused[0]
+    assert rows_of(folder, 0) == ["", ""]
 
 
 def test_what_a_device_makes_up_is_refused_with_the_reason_and_changes_nothing(site, tmp_path):
@@ -218,5 +197,17 @@ def test_a_supernode_that_is_killed_costs_its_reply_and_is_waited_for(site):
     refused = rows_of(site.complete(run_id), 1)
     assert refused[0]
     assert refused[1] == ""
-    print(refused, site.nodes[1].exit_codes)
-    print(site.log(run_id))
+    # It is started at once, and refused until the SuperLink has noticed that it was gone.
+    codes = site.nodes[1].exit_codes
+    assert codes[0] == -signal.SIGKILL
+    assert set(codes[1:]) <= {1}
+
+
+def test_a_device_whose_client_the_oom_killer_ends_is_left_out_and_comes_back(site):
+    before = site.nodes[1].count(TRAIN)
+    run_id = site.submit({"round-timeout-s": 200.0, "min-replies": 1})
+    os.kill(site.training(site.nodes[1], before + 1), signal.SIGKILL)
+    refused = rows_of(site.complete(run_id, 300), 1)
+    assert refused[0]
+    assert refused[1] == "", refused
+    assert site.nodes[1].exit_codes == []
