@@ -498,9 +498,7 @@ class FedPT(Strategy):
             node_of.setdefault(card.device, node)
         return {node: self.devices[node] for node in node_of.values()}
 
-    def _too_few_devices(
-        self, usable: int, present: Mapping[int, DeviceCard], connected: Sequence[int]
-    ) -> RoundError:
+    def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard], connected: Sequence[int]) -> RoundError:
         reasons = list(dict.fromkeys(self._declined.values()))
         if not present and len(reasons) == 1:
             return RoundError(f"no device can take part: {reasons[0]}")
@@ -517,7 +515,7 @@ class FedPT(Strategy):
         there = {card.device for card in present.values()}
         empty = {card.device for card in present.values() if card.num_examples == 0}
         silent = [node for node in connected if node not in (*self.devices, *self._declined)]
-        groups = [
+        groups: list[tuple[str, Sequence[object]]] = [
             ("there", sorted(there - empty) or ["none"]),
             ("seen before and gone", sorted({card.device for card in self.devices.values()} - there)),
             ("without examples", sorted(empty)),

@@ -182,10 +182,11 @@ def test_what_a_device_makes_up_is_refused_with_the_reason_and_changes_nothing(s
         reasons, ("not finite", "must have shape", "one record of arrays", "out of paper"), strict=True
     ):
         assert said in reason
-    silent = federate(
-        tmp_path, 2, settings,
-        tamper=lambda device, message, reply: reply if device == 0 or message.metadata.message_type != "train" else None,
-    )  # fmt: skip
+
+    def silence(device, message, reply):
+        return None if device == 1 and message.metadata.message_type == "train" else reply
+
+    silent = federate(tmp_path, 2, settings, tamper=silence)
     assert_same_arrays(silent, run)
 
 
