@@ -463,9 +463,10 @@ class FedPT(Strategy):
             hopeless = len(self._declined) == len(connected) >= self.min_devices
             if time.monotonic() >= deadline or hopeless:
                 is_resumed = first and self.expected is not None and present
-                raise self._others(present) if is_resumed else self._too_few_devices(usable, present)
+                raise self._others(present) if is_resumed else self._too_few_devices(usable, present, connected)
             if there != reported:
-                log(INFO, "Waiting for devices: %d of %d are there", there, wanted)
+                who = self._who_is_there(present, connected)
+                log(INFO, "Waiting for devices: %d of %d are there (%s)", there, wanted, who)
                 reported = there
             time.sleep(1.0)
 
@@ -527,18 +528,31 @@ class FedPT(Strategy):
             problems=list(dict.fromkeys(self._declined.values()))[:_MAX_REASONS],
         )
 
-    def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard]) -> RoundError:
+    def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard], connected: Sequence[int]) -> RoundError:
         reasons = list(dict.fromkeys(self._declined.values()))
         if not present and len(reasons) == 1:
             return RoundError(f"no device can take part: {reasons[0]}")
-        there = ", ".join(str(card.device) for card in present.values()) or "none"
         return RoundError(
             f"at least {self.min_devices} devices with examples must be there within {self.wait_timeout_s:g} s; "
-            f"{usable} are (connected: {there})",
+            f"{usable} are, {self.min_devices - usable} missing ({self._who_is_there(present, connected)})",
             place="min-devices",
             remedy="see why they decline" if reasons else "start more devices, or lower min-devices",
             problems=reasons[:_MAX_REASONS],
         )
+
+    def _who_is_there(self, present: Mapping[int, DeviceCard], connected: Sequence[int]) -> str:
+        """The devices that can train, and all others that have been seen, each with what keeps them from it."""
+        there = {card.device for card in present.values()}
+        empty = {card.device for card in present.values() if card.num_examples == 0}
+        silent = [node for node in connected if node not in (*self.devices, *self._declined)]
+        groups: list[tuple[str, Sequence[object]]] = [
+            ("there", sorted(there - empty) or ["none"]),
+            ("seen before and gone", sorted({card.device for card in self.devices.values()} - there)),
+            ("without examples", sorted(empty)),
+            ("connected nodes that do not answer", silent),
+            ("nodes that decline", sorted(self._declined)),
+        ]
+        return "; ".join(f"{what}: {', '.join(map(str, who))}" for what, who in groups if who)
 
     def log_shards(self) -> None:
         """Log the table of shards: device, number of examples, groups."""

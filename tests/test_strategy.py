@@ -300,8 +300,31 @@ def test_what_after_aggregate_returns_is_sent_in_the_next_round():
 
 
 def test_too_few_devices_end_the_wait_with_their_number():
-    with pytest.raises(RoundError, match=r"at least 3 devices with examples .* 2 are \(connected: 1, 0\)"):
+    with pytest.raises(RoundError, match=r"at least 3 devices with examples .* 2 are, 1 missing \(there: 0, 1\)"):
         run(fedpt(min_devices=3, wait_timeout_s=0.1), LocalGrid(make_device(), 2))
+
+
+def test_too_few_devices_are_said_with_who_is_gone_silent_declining_or_empty():
+    def change(device, message, reply):
+        if message.metadata.message_type == "query" and device == 2:
+            return None
+        if message.metadata.message_type == "query" and device == 3:
+            reply.content = refusal("no battery")
+        return reply
+
+    grid = LocalGrid(make_device(examples=lambda device: 10 * (device != 4)), 5, tamper=change)
+    node_of = {device: node for node, device in grid.device_of.items()}
+    strategy = fedpt(min_devices=2, wait_timeout_s=0.1)
+    strategy.meet_devices(grid)
+    grid.online.discard(node_of[1])
+    with pytest.raises(RoundError) as raised:
+        strategy.meet_devices(grid)
+    said = (
+        f"1 are, 1 missing (there: 0; seen before and gone: 1; without examples: 4; "
+        f"connected nodes that do not answer: {node_of[2]}; nodes that decline: {node_of[3]})"
+    )
+    assert said in str(raised.value)
+    assert "no battery" in str(raised.value)
 
 
 def test_a_device_that_comes_later_takes_part():
