@@ -10,7 +10,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_config
 from fedpt_flwr.data import tokenize_examples
-from fedpt_flwr.errors import DeviceError, FedPTError, ModelError
+from fedpt_flwr.errors import DataError, DeviceError, FedPTError, ModelError
 from fedpt_flwr.models import cpu_threads, fingerprint, load_causal_lm, load_tokenizer, make_tunable, set_arrays
 from fedpt_flwr.models import tunable_arrays as arrays_of
 from fedpt_flwr.prompts import Example
@@ -58,9 +58,28 @@ def declines(handler: Handler) -> Handler:
             return handler(message, context)
         except FedPTError as error:
             log(INFO, "This device declines: %s", error)
-            return Message(content=refusal(str(error)), reply_to=message)
+            reason = str(error)
+            if isinstance(error, DataError) and _has_own_data(context):
+                reason = _kept_here(context, "its data cannot be used")
+            return Message(content=refusal(reason), reply_to=message)
+        except Exception as error:
+            if not _has_own_data(context):
+                raise  # Flower sends its text
+            log(ERROR, "The round failed on this device", exc_info=error)
+            reason = _kept_here(context, f"it failed with {type(error).__name__}")
+            return Message(content=refusal(reason), reply_to=message)
 
     return answer
+
+
+def _has_own_data(context: Context) -> bool:
+    return context.run_config.get("data.partitioner") == "node-local"
+
+
+def _kept_here(context: Context, what: str) -> str:
+    """What the server is told where an error's text may hold examples or paths of the device's own data."""
+    number = context.node_config.get("partition-id", context.node_config.get("device-id"))
+    return f"device {number}: {what}; the log of its ClientApp says why"
 
 
 @app.query()
@@ -154,7 +173,7 @@ def device_number(context: Context) -> int:
             return number
     raise DeviceError(
         "a device needs a number, a whole one from 0",
-        value=dict(context.node_config),
+        value=sorted(context.node_config),  # the names alone: a value may be the path of its data
         place=f"node {context.node_id}",
         remedy="start its SuperNode with --node-config 'device-id=0', another number for each",
     )

@@ -8,7 +8,8 @@
     ├── DeviceError          a device cannot take part
     ├── ReplyError           a device's reply is refused
     ├── RoundError           a round cannot be completed
-    └── RunError             a run folder cannot be written or read
+    ├── RunError             a run folder cannot be written or read
+    └── CertificateError     keys or certificates cannot be made or used
 
 Each one answers four questions in one sentence: which rule, which value, where, what to do. Nothing here knows Flower
 or torch, so every module may import it.
@@ -109,3 +110,7 @@ class RoundError(FedPTError):
 
 class RunError(FedPTError):
     """A run folder cannot be written, read or found."""
+
+
+class CertificateError(FedPTError):
+    """Keys or certificates of a deployment cannot be made, read or added to."""

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from federation import final_arrays
-from flwr.app import Array, ArrayRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from local_grid import LocalGrid
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import client_app
 import server_app
-from fedpt_flwr.config import parse_run_config
+from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.data import load_examples, tokenize_examples
 from fedpt_flwr.distiller import Distiller
 from fedpt_flwr.errors import ConfigError, DataError, ModelError, RoundError, RunError
@@ -242,6 +243,47 @@ def test_devices_with_data_of_their_own_need_no_common_source(tmp_path):
     devices = [row["device"] for row in read_lines(run / "costs.jsonl")]
     assert [device for device in devices if device != "server"] == [10, 11, 10, 11]
     assert "large_few_shot" not in json.loads((run / "results.json").read_text())["rows"]
+
+
+SECRET = "the patient's number is 4711"
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "told"),
+    [
+        (f'{{"q": "{SECRET}"', None, "its data cannot be used"),
+        (json.dumps({"q": SECRET, "a": ""}), None, "its data cannot be used"),
+        (json.dumps({"q": SECRET, "a": "x"}), KeyError(SECRET), "it failed with KeyError"),
+    ],
+    ids=["broken file", "empty answer", "failure"],
+)
+def test_a_device_that_cannot_use_its_own_data_says_why_in_its_own_log_only(
+    content, change, told, tmp_path, caplog, monkeypatch
+):
+    def fail(*_args, **_kwargs):
+        raise change
+
+    if change:
+        monkeypatch.setattr(client_app, "local_shard", fail)
+    path = tmp_path / "patients.jsonl"
+    path.write_text(content)
+    config = flat_values(parse_run_config({})) | {"data.partitioner": "node-local"}
+    config |= {"data.template": "{q}", "data.answer-field": "a"}
+    grid = LocalGrid(client_app.app, 1, config, node_config=lambda _: {"device-id": 7, "data-path": str(path)})
+    question = RecordDict({"config": ConfigRecord({"code-hash": ""})})
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        ids = grid.push_messages([Message(question, dst_node_id=next(iter(grid.get_node_ids())), message_type="query")])
+        (reply,) = grid.pull_messages(ids)
+    reason = reply.content["refusal"]["reason"]
+    assert reason == f"device 7: {told}; the log of its ClientApp says why"
+    assert "4711" in caplog.text or "empty one" in caplog.text
+
+
+def test_a_device_without_a_number_shows_no_values_of_its_node_config(tmp_path, caplog):
+    settings = {"node_config": lambda _: {"data-path": "/home/alice/letters.jsonl"}}
+    text = failing(caplog, tmp_path, RoundError, "0 are", **settings)
+    assert "got ['data-path']" in text
+    assert "alice" not in text
 
 
 def spoil(device, message, reply):
