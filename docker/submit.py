@@ -78,7 +78,8 @@ def run(*, new: bool) -> None:
         if not was_killed(entry):
             break
         folder = folder_of(str(entry["run-id"]))
-        say(f"Run {entry['run-id']} was cut off ({entry['status-details']}); {f'resuming {folder}' if folder else 'again'}")
+        next_step = f"resuming {folder}" if folder else "starting it again"
+        say(f"Run {entry['run-id']} was cut off ({entry['status-details']}); {next_step}")
         entry = follow(start(resume=folder))
     if entry["status"] != "finished:completed":
         end(f"Run {entry['run-id']}: {entry['status']}, {entry['status-details']}")
@@ -91,8 +92,8 @@ def start(resume: str = "") -> str:
     while (online := num_online()) < wanted and time.monotonic() < deadline:
         time.sleep(2)
     say(f"{online} of {wanted} devices are online")
-    config = shlex.join(["-c", f"{os.environ['RUN_CONFIG']} resume='{resume}'"])
-    run_id = str(answer("run", str(APP), "prod", *shlex.split(config))["run-id"])
+    config = f"{os.environ['RUN_CONFIG']} resume='{resume}'"
+    run_id = str(answer("run", str(APP), "prod", "-c", config)["run-id"])
     say(f"Started run {run_id}")
     return run_id
 
