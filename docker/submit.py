@@ -93,7 +93,15 @@ def start(resume: str = "") -> str:
         time.sleep(2)
     say(f"{online} of {wanted} devices are online")
     config = f"{os.environ['RUN_CONFIG']} resume='{resume}'"
-    run_id = str(answer("run", str(APP), "prod", "-c", config)["run-id"])
+    known = run_ids()
+    for _ in range(3):
+        result = flwr("run", str(APP), "prod", "-c", config, "--format", "json")
+        # Where the answer was lost the run may have begun all the same: it must not be submitted twice.
+        if begun := run_ids() - known:
+            break
+    else:
+        end(f"The run could not be started:\n{result.stdout}{result.stderr}")
+    run_id = begun.pop()
     say(f"Started run {run_id}")
     return run_id
 
@@ -115,6 +123,11 @@ def follow(run_id: str) -> dict[str, Any]:
         time.sleep(2)
 
 
+def run_ids() -> set[str]:
+    """All runs that the SuperLink knows."""
+    return {str(entry["run-id"]) for entry in answer("list", "prod")["runs"]}
+
+
 def has_ended(entry: dict[str, Any]) -> bool:
     """Whether a run is over."""
     return str(entry["status"]).startswith("finished")
@@ -127,7 +140,7 @@ def was_killed(entry: dict[str, Any]) -> bool:
 
 def folder_of(run_id: str) -> str:
     """Name of the run folder that a Flower run wrote complete rounds into; empty if there is none."""
-    for path in Path(os.environ["FEDPT_HOME"]).glob("runs/*/config.json"):
+    for path in Path(os.environ["FEDPT_HOME"]).glob("runs/[0-9]*/config.json"):  # not the link `latest`
         ids = json.loads(path.read_text()).get("flower_run_ids", [])
         if run_id in map(str, ids) and any((path.parent / "rounds").glob("[0-9]*/round.json")):
             return path.parent.name
@@ -150,7 +163,7 @@ def answer(*arguments: str) -> dict[str, Any]:
             said = {}
         if result.returncode == 0 and said.get("success", True) and said:
             return said
-        if time.monotonic() > deadline or arguments[0] == "run":  # a run may have begun: not twice
+        if time.monotonic() > deadline:
             end(f"flwr {shlex.join(arguments)} failed:\n{result.stdout}{result.stderr}")
         time.sleep(3)
 
