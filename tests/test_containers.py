@@ -24,6 +24,8 @@ QUICK = (
     "train.max-steps=2 train.batch-size=4 scoring.num-items=8 scoring.round-items=2 scoring.max-new-tokens=6 "
     "scoring.few-shot=2 distillation.final-steps=3 distillation.final-num-prompts=6"
 )
+ROLES = ["superlink", "serverapp", "submit", "serve"]
+ROLES += [f"{half}-{n}" for half in ("supernode", "clientapp") for n in (1, 2, 3)]
 PROMPT = "> can you check the glow for me?\n[Prajelk]\n"
 
 
@@ -110,7 +112,7 @@ def project():
 def rounds(project):
     """The federation from its first round to its end, watched by the official client: rounds as they were served.
 
-    In the middle, containers are killed and started again.
+    After the first round all containers are killed at once and started again, as by a power cut.
     """
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{project.port}/v1", api_key="none", max_retries=0)
     seen, disturbed, deadline = [], False, time.monotonic() + 1500
@@ -125,9 +127,9 @@ def rounds(project):
             assert not ended or not seen, "the service is gone"
         if seen and not disturbed:
             disturbed = True
-            for service in ("superlink", "clientapp-1", "serve"):
-                docker("kill", project.container(service))
-                docker("start", project.container(service))
+            everything = [project.container(service) for service in ROLES]
+            docker("kill", *everything)
+            docker("start", *everything)
         if ended and (NUM_ROUNDS in seen or project.state("submit")["ExitCode"]):
             break
         assert time.monotonic() < deadline, project("logs", "--tail=20")
@@ -139,12 +141,14 @@ def test_the_federation_completes_and_every_round_is_served_as_it_comes(project,
     log = docker("logs", project.container("submit"))
     assert project.state("submit")["ExitCode"] == 0, log
     assert "3 of 3 devices are online" in log
+    assert "was cut off" in log
+    assert "resuming 20" in log  # the power cut
     assert rounds == sorted(set(rounds))
     assert rounds[-1] == NUM_ROUNDS
     assert len(rounds) >= 2
     shards = docker("logs", project.container("shards"))
     assert [int(number) for number in re.findall(r"device \d: (\d+) examples", shards)] == [720, 720, 480]
-    assert re.findall(r"device +(\d) +(\d+) examples", log) == [("1", "720"), ("2", "720"), ("3", "480")]
+    assert re.findall(r"device +(\d) +(\d+) examples", log)[:3] == [("1", "720"), ("2", "720"), ("3", "480")]
 
 
 def test_curl_and_the_page_are_answered(project, rounds):
