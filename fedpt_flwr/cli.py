@@ -5,6 +5,8 @@ Heavy imports are inside the commands, so that ``fedpt --help`` answers at once.
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ app = typer.Typer(
 )
 _out, _err = Console(), Console(stderr=True)
 _MODELS = ("proxy", "large", "tuned", "untuned")
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPARED = ("large", "tuned", "proxy")
 _Number = TypeVar("_Number", int, float)
 
@@ -212,6 +215,12 @@ def serve(
     request_timeout_s: Annotated[float, typer.Option(min=0.001, help="Until a request must be done.")] = 600.0,
     grace_s: Annotated[float, typer.Option(min=0.0, help="Time for running requests after SIGTERM.")] = 30.0,
     poll_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks for a new round.")] = 1.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name by which the service may be called; without a key it goes by those of this machine only."
+        ),
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     ssl_certfile: Annotated[Path | None, typer.Option(help="TLS certificate (chain) in PEM form.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
@@ -241,9 +250,20 @@ def serve(
         check_alpha(1.0 if alpha is None else alpha)
     with naming("--plausibility"):
         check_plausibility(0.0 if plausibility is None else plausibility)
-    if any(not key.strip() or not key.isascii() for key in api_key or ()):
-        raise ConfigError("an API key must be ASCII text and not empty", place="--api-key")
-    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    given = os.environ.get("FEDPT_API_KEY")
+    if any(not key.strip() or not key.isascii() for key in api_key or ()) or (given is not None and not given.strip()):
+        raise ConfigError(
+            "an API key must be ASCII text and not empty",
+            place="--api-key or FEDPT_API_KEY",
+            remedy="for a service without a key leave both out",
+        )
+    for option, value in (("request-timeout-s", request_timeout_s), ("grace-s", grace_s), ("poll-s", poll_s)):
+        if not math.isfinite(value):
+            raise ConfigError("must be a finite number of seconds", value=value, place=f"--{option}")
+    is_loopback = host in _LOOPBACK
+    hosts = frozenset() if api_key or not is_loopback else _LOOPBACK
+    hosts |= {name.lower() for name in allow_host or ()}
+    if not api_key and not is_loopback:
         said = f"fedpt: anybody who reaches {host} may use the service; --api-key asks for a key"
         _err.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
     transformers_logging.disable_progress_bar()
@@ -272,6 +292,7 @@ def serve(
             max_new_tokens=max_tokens,
             request_timeout_s=request_timeout_s,
             log_prompts=log_prompts,
+            hosts=hosts,
         ),
         Limits(num_slots=slots, queue_size=queue, prefill_tokens=prefill_tokens),
         on_ready=on_ready,

@@ -141,7 +141,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError("must be auto, cpu, cuda, cuda:1 or mps", value=name, place="device") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"this process sees {torch.cuda.device_count()} CUDA devices",

@@ -483,6 +483,21 @@ def test_a_model_that_fails_takes_only_its_texts_along(start):
     assert good.sink.ended(1).reason() == "length"
 
 
+@pytest.mark.parametrize("name", ["_Prefill", "_Choice"])
+def test_what_fails_between_queue_and_batch_is_told_so(start, monkeypatch, name):
+    version = make_version(make_proxy(), end_ids=frozenset())
+    scheduler = start(version)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"fedpt_flwr.service.scheduler.{name}", None)
+        bad = task(version, [5, 6])
+        scheduler.submit([bad])
+        bad.sink.wait(lambda events: events)
+    assert [event.reason for event in bad.sink.events] == ["internal"]
+    good = task(version, [5, 6])
+    scheduler.submit([good])
+    assert good.sink.ended(1).reason() == "length"
+
+
 def test_stopping_takes_nothing_on_and_finishes_within_the_grace_period(start):
     version = gated()
     gate = version.steppers["large"]

@@ -325,6 +325,17 @@ def test_a_body_without_a_length_is_bounded_too(service, http):
     assert httpx.post(f"{service.url}/v1/completions", json=GOOD).status_code == 200
 
 
+def test_a_service_without_a_key_goes_by_its_own_names_only(http):
+    for name, status in (("localhost:80", 200), ("127.0.0.1", 200), ("evil.example", 403), ("[::1]:8080", 200)):
+        assert http.post("/v1/completions", json=GOOD, headers={"host": name}).status_code == status
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(http):
+    response = http.post("/v1/completions", json=GOOD | {"prompt": "a b " * 900_000})
+    assert response.status_code == 400
+    assert "3600000 characters" in response.json()["error"]["message"]
+
+
 def test_unknown_paths_and_methods(http):
     for response, status in ((http.get("/v1/engines"), 404), (http.delete("/v1/completions"), 405)):
         assert response.status_code == status
@@ -334,7 +345,7 @@ def test_unknown_paths_and_methods(http):
 def test_clients_that_vanish_or_never_read_take_nothing_with_them(service, http):
     address = service.url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "hello", "max_tokens": 150, "stream": True, "n": 8, "temperature": 1}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     whole = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     connections = []
     for sent in (whole, whole, whole[: len(head) + 10], head, b"POST /v1", b"\x16\x03\x01 nonsense", b""):

@@ -53,6 +53,7 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
         title="fedpt-flwr: proxy-decoding service",
         version=service.scheduler.version.name,
         lifespan=lifespan,
+        redirect_slashes=False,  # to an address that would be made from what the client calls us
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
     )
@@ -71,7 +72,7 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         version = service.scheduler.version
-        prompts = [await _prompt_ids(prompt, version) for prompt in body.prompts]
+        prompts = await _all_ids(service, body.prompts, version)
         answer = LegacyAnswer(body, version, prompts)
         return await _answer(service, request, body, version, prompts, answer)
 
@@ -80,8 +81,8 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
         """Answer a conversation."""
         version = service.scheduler.version
         prompt = render_chat(body.messages, version.tokenizer, version.template)
-        ids = await _prompt_ids(prompt.text, version, is_complete=prompt.has_special_tokens)
-        return await _answer(service, request, body, version, [ids], ChatAnswer(body, version, [ids]))
+        prompts = await _all_ids(service, [prompt.text], version, is_complete=prompt.has_special_tokens)
+        return await _answer(service, request, body, version, prompts, ChatAnswer(body, version, prompts))
 
     @app.get("/v1/models")
     async def models() -> schemas.ModelList:
@@ -141,7 +142,26 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
 # --- a request ----------------------------------------------------------------------------------------------------
 
 
-async def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_complete: bool = False) -> list[int]:
+async def _all_ids(
+    service: Service, prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool = False
+) -> list[list[int]]:
+    """Prompts as token ids; long texts do not keep other requests waiting."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    longest = max(map(len, texts), default=0)
+    if version.max_prompt_chars is not None and longest > version.max_prompt_chars:  # before it costs anything
+        raise _too_long(f"a prompt of {longest} characters cannot fit the models' context of {version.context} tokens")
+    work = partial(_read_prompts, prompts, version, is_complete=is_complete)
+    if sum(map(len, texts)) <= _LONG_TEXT:
+        return work()
+    async with service.tokenising:
+        return await asyncio.to_thread(work)
+
+
+def _read_prompts(prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool) -> list[list[int]]:
+    return [_prompt_ids(prompt, version, is_complete=is_complete) for prompt in prompts]
+
+
+def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_complete: bool) -> list[int]:
     """A prompt as token ids.
 
     Args:
@@ -155,19 +175,20 @@ async def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_compl
                 400, f"token ids of a prompt must be below {version.vocab_size}, got {largest}", param="prompt"
             )
         return list(prompt)
-
-    def tokenise() -> list[int]:
-        if is_complete:
-            return list(version.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        return tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
-
     try:
-        ids = await asyncio.to_thread(tokenise) if len(prompt) > _LONG_TEXT else tokenise()
+        if is_complete:
+            ids = list(version.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        else:
+            ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
     except DataError as error:
         raise OpenAIError(400, str(error), param="prompt") from error
     if not ids:
         raise OpenAIError(400, "the prompt must hold at least one token", param="prompt")
     return ids
+
+
+def _too_long(sentence: str, param: str = "prompt") -> OpenAIError:
+    return OpenAIError(400, sentence, param=param, code="context_length_exceeded")
 
 
 def _max_new_tokens(asked: int | None, default: int | None, longest_prompt: int, version: Version, limit: int) -> int:
@@ -177,13 +198,11 @@ def _max_new_tokens(asked: int | None, default: int | None, longest_prompt: int,
     if asked is not None and asked > limit:
         raise OpenAIError(400, f"max_tokens must be at most {limit} here, got {asked}", param="max_tokens")
     if room < (1 if asked is None else asked):
-        raise OpenAIError(
-            400,
+        raise _too_long(
             f"the models' context is {context} tokens; the prompt has {longest_prompt}"
             + (f" and {asked} were asked for" if asked else "")
             + "; shorten the prompt or lower max_tokens",
-            param="messages" if default is None else "prompt",
-            code="context_length_exceeded",
+            "messages" if default is None else "prompt",
         )
     return min(room, limit, default or limit) if asked is None else asked
 

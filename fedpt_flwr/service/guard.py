@@ -46,6 +46,8 @@ class ServiceConfig:
     request_timeout_s: float = 600.0
     """Until a request must be done."""
     log_prompts: bool = False
+    hosts: frozenset[str] = frozenset()
+    """Names by which the service may be called; none: by any."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +57,8 @@ class Service:
     scheduler: Scheduler
     metrics: Metrics
     config: ServiceConfig
+    tokenising: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    """Long texts are tokenised in other threads, few at once: it takes fifty times their memory."""
     started: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
 
@@ -90,6 +94,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_host(scope)
             self._check_key(scope)
             if scope["method"] == "POST":
                 receive = await _whole_body(scope, receive)
@@ -107,6 +112,18 @@ class Guard:
             endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
             self._service.metrics.requests.labels(endpoint, record["outcome"]).inc()
             log_request(record)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Keep out pages of other sites that have let their own name point at this machine (DNS rebinding)."""
+        called = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = called.rpartition(":")[0] if called.rpartition(":")[2].isdecimal() else called
+        if self._service.config.hosts and name.strip("[]").lower() not in self._service.config.hosts:
+            raise OpenAIError(
+                403,
+                f"this service does not go by the name {name[:100]!r}; `fedpt serve --allow-host NAME` lets it",
+                type="permission_error",
+                code="unknown_host",
+            )
 
     def _check_key(self, scope: Scope) -> None:
         if not self._keys or scope["path"] == "/health":

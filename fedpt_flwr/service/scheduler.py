@@ -295,6 +295,7 @@ class Scheduler:
         self._stop_at: float | None = None
         # Below: only the thread's.
         self._prefill: _Prefill | None = None
+        self._reading: list[Task] = []  # taken from the queue and not live yet, whatever becomes of them
         self._live: dict[Task, list[_Choice]] = {}
         self._runners: dict[Stepper, _Runner] = {}
         self._outbox: list[tuple[Callable[[Event], None], Event]] = []
@@ -433,6 +434,7 @@ class Scheduler:
                     break
                 tasks.append(self._queue.popleft())
                 free -= len(task.seeds)
+            self._reading = tasks
             self._metrics.queue_length.set(sum(len(task.seeds) for task in self._queue))
         if tasks:
             self._prefill = _Prefill(tasks)
@@ -463,6 +465,7 @@ class Scheduler:
                 task = prefill.tasks[number]
                 if task in self._live:
                     self._runner(task, stepper).add(choices[task], cache, row)
+        self._reading = []
         first = [text for task, texts in choices.items() if task in self._live for text in texts]
         numbers = {task: number for number, task in enumerate(prefill.tasks)}
 
@@ -599,9 +602,10 @@ class Scheduler:
 
     def _fail_all(self, reason: str, message: str) -> None:
         """Give up everything but the queue."""
-        for task in [*self._live, *(self._prefill.tasks if self._prefill else ())]:
+        for task in dict.fromkeys([*self._live, *self._reading]):
             self._fail(task, reason, message)
         self._prefill = None
+        self._reading = []
         self._live = {}
         self._runners = {}
 

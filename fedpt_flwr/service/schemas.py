@@ -493,6 +493,8 @@ class Message(_Part):
     """A text, or several."""
     name: Text | None = None
     """Accepted and ignored."""
+    type: Annotated[Any, _Neutral("text", "message")] = None
+    """Accepted and ignored: some clients say what kind of thing a message is."""
     refusal: Annotated[Any, _Neutral("")] = None
     """Not supported."""
     annotations: Annotated[Any, _Neutral([])] = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fedpt_flwr.errors import ConfigError, RunError
 from fedpt_flwr.service.app import create_app
@@ -24,6 +26,8 @@ from fedpt_flwr.service.versions import Loader, Version, Watcher
 
 _STALLED_MS = 60_000
 """How long a client may leave what it was sent unread, or be silent where it should confirm, until it is given up."""
+_HEADERS_TIMEOUT_S = 30.0
+"""Until a new connection has sent a whole request's headers."""
 _FAREWELL_S = 5
 """Time after the grace period in which the last answers still go out."""
 
@@ -111,6 +115,7 @@ def serve(
         http = _Server(
             uvicorn.Config(
                 app,
+                http=_Protocol,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -142,6 +147,19 @@ def _dispatch(events: Delivery) -> None:
         sink(event)
 
 
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Closes connections that never say what they want; uvicorn watches only those that have asked something."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self.loop.call_later(_HEADERS_TIMEOUT_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Says at once when it is told to stop; uvicorn itself first waits for the open requests."""
 
@@ -162,6 +180,17 @@ def _listen(server: ServerConfig) -> socket.socket:
     for option, path in (("--ssl-certfile", server.ssl_certfile), ("--ssl-keyfile", server.ssl_keyfile)):
         if path is not None and not path.is_file():
             raise ConfigError("must be a file that exists", value=str(path), place=option)
+    if server.ssl_certfile is not None:
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, server.ssl_keyfile_password or "")
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(
+                f"cannot be used ({error})",
+                value=str(server.ssl_certfile),
+                place="--ssl-certfile and --ssl-keyfile",
+                remedy="give a certificate and its private key in PEM form",
+            ) from error
     try:
         found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

@@ -50,6 +50,7 @@ class Version:
         max_new_tokens: Longest answer of the run's own scoring, in tokens.
         template: How the run makes prompts from records.
         examples: Some of the run's test items: ``prompt`` and ``answer``.
+        max_prompt_chars: No prompt that is longer can fit the context; None where no model says what that is.
         scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
     """
 
@@ -64,6 +65,7 @@ class Version:
     template: Template
     examples: Sequence[Mapping[str, str]]
     scores: Mapping[str, Any] | None
+    max_prompt_chars: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -126,6 +128,8 @@ class Loader:
             for part in PARTS:
                 if steppers[part].model is last.steppers[part].model:
                     steppers[part] = last.steppers[part]
+        tokenizer = load_tokenizer(str(target))
+        context = proxy.config.max_position_embeddings
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
         ends = proxy.generation_config.eos_token_id
         same_run = last is not None and last.run == run.name
@@ -134,13 +138,14 @@ class Loader:
             run=run.name,
             server_round=server_round,
             proxy=proxy,
-            tokenizer=load_tokenizer(str(target)),
+            tokenizer=tokenizer,
             steppers=steppers,
             end_ids=frozenset([ends] if isinstance(ends, int) else ends or ()),
             max_new_tokens=config.scoring.max_new_tokens,
             template=Template(config.data.template),
             examples=last.examples if last is not None and same_run else _examples(config),
             scores=_scores(run),
+            max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
 
