@@ -381,8 +381,8 @@ class Server:
 
     def go_on(self, last_round: int, flower_run_id: int) -> None:
         """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
+        self.run.add_flower_run(flower_run_id)  # first, so that a process that is killed while it rewinds is on record
         self.run.rewind(last_round)
-        self.run.add_flower_run(flower_run_id)
         self.resumed_after = last_round
         if last_round and self.config.distillation.mode == "paired" and self.rounds_scored is not None:
             self._score_untouched(self.rounds_scored, last_round, "resume")

@@ -42,6 +42,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.logits import (
@@ -91,7 +92,7 @@ class ProxyConfig(PreTrainedConfig):
     """What a proxy folder's ``config.json`` holds."""
 
     model_type = "fedpt_proxy"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and form that transformers reads)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (the name and form that transformers reads)
 
     alpha: float = 1.0
     """Strength of the shift."""
@@ -233,12 +234,13 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         check_plausibility(value)
         self.config.plausibility = float(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: ProxyCache | None = None,
+        cache: ProxyCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -253,7 +255,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             input_ids: ``(batch, seq)``, int64; with a cache, the new tokens only.
             attention_mask: ``(batch, cached + seq)``, 1 for tokens and 0 for padding; None means no padding.
             position_ids: ``(batch, seq)``, int64, or None for consecutive positions.
-            past_key_values: What :meth:`new_cache` or an earlier call returned; extended in place.
+            cache: What :meth:`new_cache` or an earlier call returned; extended in place.
             labels: ``(batch, seq)``, int64, the same ids as ``input_ids`` with -100 where no loss is wanted; they are
                 shifted inside.
             use_cache: Whether to return a cache; None follows the config.
@@ -265,7 +267,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         Returns:
             ``logits``: ``(batch, kept, vocab)``, float32, on the large model's device; ``loss``: mean nats per label,
-            always of the scores without the mask, or None without labels; ``past_key_values``: the cache or None.
+            always of the scores without the mask, or None without labels; ``cache``: the cache or None.
 
         Raises:
             ModelError: An argument cannot be used with a proxy.
@@ -276,10 +278,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             raise ModelError(
                 "a proxy reads input_ids: its models have different embeddings", value="inputs_embeds or nothing"
             )
-        if past_key_values is not None and not isinstance(past_key_values, ProxyCache):
+        if cache is not None and not isinstance(cache, ProxyCache):
             raise ModelError(
-                "past_key_values of a proxy must be a ProxyCache",
-                value=type(past_key_values).__name__,
+                "cache of a proxy must be a ProxyCache",
+                value=type(cache).__name__,
                 remedy="start from proxy.new_cache()",
             )
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
@@ -289,11 +291,11 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         check_alpha(alpha)
         check_plausibility(plausibility)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+        if use_cache and cache is None:
+            cache = self.new_cache()
 
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        caches = (None, None, None) if past_key_values is None else past_key_values.caches
+        caches = (None, None, None) if cache is None else cache.caches
         large, tuned, untuned = (
             _score(part, inputs, cache, logits_to_keep=logits_to_keep, use_cache=bool(use_cache))
             for part, cache in zip(self._parts(), caches, strict=True)
@@ -306,9 +308,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=scores, labels=labels, vocab_size=scores.shape[-1])
         # Only now: losses are those of all tokens.
         mask_implausible(scores, tuned, plausibility=plausibility, vocab_size=vocab_size)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=scores, past_key_values=past_key_values if use_cache else None
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=scores, cache=cache if use_cache else None)
         return output.to_tuple() if return_dict is False else output
 
     def generate(
@@ -521,7 +521,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> None:
         """Give ``generate()`` a composite cache where it would make a plain one."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get("cache") is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -531,9 +531,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 place="cache_implementation",
                 remedy="leave it out",
             )
-        model_kwargs["past_key_values"] = self.new_cache()
+        model_kwargs["cache"] = self.new_cache()
         if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs["cache"].activate_past_recording()
 
     def _sample(
         self,
@@ -588,7 +588,7 @@ def _score(
     if slices_itself:
         arguments["logits_to_keep"] = logits_to_keep
     with part.context:
-        logits: Tensor = part.model(**arguments, past_key_values=cache, use_cache=use_cache, return_dict=True).logits
+        logits: Tensor = part.model(**arguments, cache=cache, use_cache=use_cache, return_dict=True).logits
     if slices_itself:
         return logits
     return logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]

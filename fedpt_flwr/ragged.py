@@ -276,7 +276,7 @@ class Stepper:
                 input_ids=ids.to(device),
                 position_ids=positions,
                 attention_mask=cache.mask(positions, dtype),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 return_dict=True,
                 **settings,

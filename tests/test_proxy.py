@@ -219,8 +219,8 @@ def test_only_the_asked_positions_are_scored(keep):
 
 def test_a_model_that_scores_all_positions_is_cut_to_the_asked_ones():
     class Wordy(LlamaForCausalLM):
-        def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None):
-            return super().forward(input_ids, attention_mask, None, past_key_values, use_cache=use_cache)
+        def forward(self, input_ids, attention_mask=None, cache=None, use_cache=None, return_dict=None):
+            return super().forward(input_ids, attention_mask, None, cache, use_cache=use_cache)
 
     large, tuned, untuned = trio()
     proxy = ProxyModel(large, Wordy(tuned.config).eval(), untuned)
@@ -256,8 +256,8 @@ def test_cached_decoding_equals_a_full_pass_per_token(family):
     full = proxy(ids, use_cache=False).logits
     cache, pieces = None, []
     for start, stop in ((0, 5), (5, 6), (6, 7), (7, 11), (11, 14)):
-        output = proxy(ids[:, start:stop], past_key_values=cache)
-        cache = output.past_key_values
+        output = proxy(ids[:, start:stop], cache=cache)
+        cache = output.cache
         pieces.append(output.logits)
     assert cache.get_seq_length() == 14
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=1e-5)
@@ -266,10 +266,10 @@ def test_cached_decoding_equals_a_full_pass_per_token(family):
 def test_cropping_takes_back_tokens_in_all_three_models():
     proxy = ProxyModel(*trio())
     ids = prompts(1, 10)
-    cache = proxy(ids).past_key_values
+    cache = proxy(ids).cache
     cache.crop(-4)
     assert [part.get_seq_length() for part in cache.caches] == [6, 6, 6]
-    again = proxy(ids[:, 6:], past_key_values=cache).logits
+    again = proxy(ids[:, 6:], cache=cache).logits
     torch.testing.assert_close(again, proxy(ids).logits[:, 6:], atol=1e-4, rtol=1e-5)
 
 
@@ -277,19 +277,19 @@ def test_cropping_takes_back_tokens_in_all_three_models():
 def test_rows_are_selected_in_all_three_models(method):
     proxy = ProxyModel(*trio())
     ids = prompts(3, 8)
-    cache = proxy(ids[:, :7]).past_key_values
+    cache = proxy(ids[:, :7]).cache
     rows = torch.tensor([2, 0])
     getattr(cache, method)(rows)
-    again = proxy(ids[rows, 7:], past_key_values=cache).logits
+    again = proxy(ids[rows, 7:], cache=cache).logits
     torch.testing.assert_close(again, proxy(ids).logits[rows, 7:], atol=1e-4, rtol=1e-5)
 
 
 def test_a_copied_cache_is_independent():
     proxy = ProxyModel(*trio())
     ids = prompts(1, 8)
-    prefix = proxy(ids[:, :5]).past_key_values
+    prefix = proxy(ids[:, :5]).cache
     branch = copy.deepcopy(prefix)
-    output = proxy.generate(ids, past_key_values=branch, max_new_tokens=4, do_sample=False)
+    output = proxy.generate(ids, cache=branch, max_new_tokens=4, do_sample=False)
     assert prefix.get_seq_length() == 5
     assert torch.equal(output, proxy.generate(ids, max_new_tokens=4, do_sample=False))
 
@@ -297,7 +297,7 @@ def test_a_copied_cache_is_independent():
 def test_a_plain_cache_is_refused():
     proxy = ProxyModel(*trio())
     with pytest.raises(ModelError, match=r"must be a ProxyCache, got 'DynamicCache'; start from proxy.new_cache\(\)"):
-        proxy(prompts(1, 4), past_key_values=DynamicCache(config=proxy.large.config))
+        proxy(prompts(1, 4), cache=DynamicCache(config=proxy.large.config))
 
 
 def test_a_static_cache_is_refused():

@@ -188,8 +188,8 @@ def test_no_cache_and_a_prefix_in_the_cache_change_nothing(proxy):
     expected = draw(proxy, PROMPTS, seed=1)
     assert draw(proxy, PROMPTS, seed=1, use_cache=False) == expected
     alone = draw(proxy, PROMPTS[1:2], seed=1)
-    prefix = proxy(PROMPTS[1][None, :5]).past_key_values
-    assert draw(proxy, PROMPTS[1:2], seed=1, past_key_values=prefix) == alone
+    prefix = proxy(PROMPTS[1][None, :5]).cache
+    assert draw(proxy, PROMPTS[1:2], seed=1, cache=prefix) == alone
 
 
 def test_an_adapter_with_one_copy_of_the_weights_draws_the_same(models):
@@ -350,7 +350,7 @@ def test_returned_scores_are_the_processed_ones_without_noise(proxy, settings):
         assert torch.equal(scores, seen[step])
         noise = keyed_gumbel(torch.arange(8, 11), torch.full((3,), step), VOCAB)
         assert torch.equal((scores + noise).argmax(-1), output.sequences[:, 9 + step])
-    assert [part.get_seq_length() for part in output.past_key_values.caches] == [12, 12, 12]
+    assert [part.get_seq_length() for part in output.cache.caches] == [12, 12, 12]
 
 
 def test_scores_are_returned_only_where_asked_for(proxy):
