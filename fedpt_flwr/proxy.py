@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -45,6 +45,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
 from fedpt_flwr.logits import (
     check_alpha,
     check_plausibility,
@@ -55,6 +56,7 @@ from fedpt_flwr.logits import (
 from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.sampling import Seeded, sample
+from fedpt_flwr.speculative import PARTS, Speculation
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -212,6 +214,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         # For without_adapter(): peft's disable_adapter() walks the whole model at every call, a hundred times as long,
         # and makes the adapter trainable again.
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if _is_adapter(part)]
+        self._speculation: Speculation | None = None
         self._accepted = [frozenset(inspect.signature(_base_model(model).forward).parameters) for model in models]
 
     @property
@@ -318,13 +321,18 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         *args: Any,
         seed: int | Sequence[int] | None = None,
+        draft_tokens: int | Literal["auto"] | None = AUTO,
         **kwargs: Any,
     ) -> Any:
-        """Generate as every model of transformers does, but sample so that a seed gives each row the same text always.
+        """Generate as every model of transformers does, but faster, and sample so that a seed gives a row one text.
 
         Where ``do_sample`` is true, the tokens of a row are drawn by noise that depends only on the row's seed, the
         index of the new token, and the id: neither on the rest of the batch nor on its order. Beams, assistants and
         loops of ``custom_generate`` draw from torch's generators as ever.
+
+        The tuned model drafts tokens, and the others verify several at once (``speculative.py``). The tokens that come
+        out are the same, up to ties within rounding. What cannot be decoded so (beams, processors and criteria that
+        are not transformers' own, a cache of the caller's) is left to transformers' loop.
 
         Args:
             inputs: The prompts, ``(batch, seq)``; or pass ``input_ids``.
@@ -334,13 +342,18 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             seed: Of sampling: one number, to which the index of the row is added, or one per row. Rows are those of
                 the result: each prompt counts ``num_return_sequences`` times. None draws one from torch's global
                 generator, so ``torch.manual_seed`` repeats a call.
+            draft_tokens: Tokens to draft at a time: ``auto`` as many as pay, a number, or 0 for none. None decodes with
+                transformers' own loop, which alone returns a cache to go on with.
             **kwargs: As in transformers, and ``alpha`` and ``plausibility``.
 
         Raises:
             ModelError: ``seed`` is neither a whole number nor one per row, or an argument cannot be used with a proxy.
         """
-        if seed is not None:
-            logits_processor = LogitsProcessorList([*(logits_processor or ()), Seeded(seed)])
+        carried: list[Any] = [] if seed is None else [Seeded(seed)]
+        if draft_tokens != AUTO:
+            carried.append(Drafts(draft_tokens))
+        if carried:
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), *carried])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def new_cache(self) -> ProxyCache:
@@ -543,11 +556,85 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
-        """What ``generate()`` decodes with where it has neither beams nor an assistant: draw by keyed noise."""
+        """What ``generate()`` decodes with where it has neither beams nor an assistant."""
+        draft_tokens = next((part.draft_tokens for part in logits_processor if isinstance(part, Drafts)), AUTO)
+        if draft_tokens is not None:
+            arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+            speculation = self.speculation() if is_lossless(*arguments, **kwargs) else None
+            if speculation is not None:
+                rules = self._rules(*arguments, **kwargs)
+                speculation.decode(rules.prompts, rules, draft_tokens=draft_tokens)
+                return rules.result()
+            if draft_tokens != AUTO:
+                _log.warning("draft_tokens has no effect here: transformers' own loop decodes")
         loop = super()._sample
         if generation_config.do_sample:
             return sample(loop, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         return loop(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def speculation(self) -> Speculation | None:
+        """What :meth:`generate` decodes with by itself; None where a model cannot take rows of different lengths."""
+        known = self._speculation
+        if known is None or any(
+            known.steps[name].model is not part.model for name, part in zip(PARTS, self._parts(), strict=True)
+        ):
+            try:
+                self._speculation = Speculation(self.steppers())
+            except ModelError as error:
+                _log.debug("decodes without speculation: %s", error)
+                self._speculation = None
+        return self._speculation
+
+    def _rules(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        *,
+        attention_mask: Tensor | None = None,
+        streamer: Any = None,
+        alpha: float | Tensor | None = None,
+        plausibility: float | Tensor | None = None,
+        **_kwargs: Any,
+    ) -> Generation:
+        """The arguments of ``_sample`` and this proxy's formula, as rules for speculation."""
+        alpha = self.alpha if alpha is None else alpha
+        plausibility = self.plausibility if plausibility is None else plausibility
+        check_alpha(alpha)
+        check_plausibility(plausibility)
+        vocab_size, width, num_rows = self.config.real_vocab_size, self.config.vocab_size, len(input_ids)
+
+        def of_rows(value: float | Tensor, rows: Tensor) -> float | Tensor:
+            has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_rows
+            return value[rows.to(value.device)] if isinstance(value, Tensor) and has_rows else value
+
+        def combine(large: Tensor, tuned: Tensor, untuned: Tensor, rows: Tensor) -> Tensor:
+            return combine_logits(
+                large,
+                tuned,
+                untuned,
+                alpha=of_rows(alpha, rows),
+                plausibility=of_rows(plausibility, rows),
+                vocab_size=vocab_size,
+            )
+
+        def draft_scores(tuned: Tensor, rows: Tensor) -> Tensor:
+            scores = tuned.new_full((len(tuned), width), -torch.inf, dtype=torch.float32)
+            scores[:, :vocab_size] = tuned[:, :vocab_size]
+            mask_implausible(scores, tuned, plausibility=of_rows(plausibility, rows), vocab_size=vocab_size)
+            return scores
+
+        return Generation(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            attention_mask=attention_mask,
+            streamer=streamer,
+            combine=combine,
+            draft_scores=draft_scores,
+        )
 
     def _parts(self) -> Iterator[_Part]:
         """Large, tuned and untuned, each with the context in which it is that."""

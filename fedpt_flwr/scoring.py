@@ -478,6 +478,8 @@ def generate_ids(
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
+    # How many tokens are drafted depends on timings, and so do the ties that rounding decides. A score must not.
+    one_by_one = {"draft_tokens": None} if isinstance(model, ProxyModel) else {}
     with _opened(lambda: contextlib.nullcontext(model)):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
@@ -491,6 +493,7 @@ def generate_ids(
                 no_repeat_ngram_size=0,
                 pad_token_id=pad_id,
                 eos_token_id=end_ids,
+                **one_by_one,
             )
             written = sequences[:, padded["input_ids"].shape[1] :].tolist()
             for index, token_ids in zip(batch, written, strict=True):

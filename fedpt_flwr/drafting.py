@@ -1,0 +1,170 @@
+"""How many tokens to draft: as many as pay, from what has been accepted so far and what the models' passes cost.
+
+A round of speculative decoding drafts ``k`` tokens and gets up to ``k + 1``. With independent acceptance ``a`` of each
+draft it gets ``1 + a + … + a**k`` on average (Leviathan et al. 2023, arXiv:2211.17192), and costs one pass of the large
+and one of the untuned model over ``k + 1`` tokens, and ``k + 1`` passes of the tuned model over one. Drafting nothing
+is one of the choices, so that a drafter which is always wrong costs next to nothing.
+
+None of this has a say in which tokens come out, only in how fast.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedpt_flwr.ragged import RaggedCache, Stepper
+
+LONGEST_DRAFT = 8
+"""Tokens drafted at most: beyond that, even good drafters gain little."""
+
+_MOST_AT_ONCE = 64
+"""Tokens of all rows that are verified in one pass at most; wider passes are bound by arithmetic and gain nothing."""
+
+_CONTEXT = 16
+"""Tokens before those whose passes are timed."""
+
+_FORGETTING = 0.9
+_PRIOR_WEIGHT = 3.0
+_LIKELY = 0.7
+"""The acceptance that is assumed before anything is known."""
+
+
+class Acceptance:
+    """A running estimate of how probably a draft is accepted.
+
+    Args:
+        prior: Where it begins.
+
+    Attributes:
+        rate: The estimate, between 0 and 1.
+    """
+
+    __slots__ = ("_good", "_judged")
+
+    def __init__(self, prior: float = _LIKELY) -> None:
+        self._good = prior * _PRIOR_WEIGHT
+        self._judged = _PRIOR_WEIGHT
+
+    @property
+    def rate(self) -> float:
+        """Between 0 and 1."""
+        return self._good / self._judged
+
+    def observe(self, num_accepted: int, num_drafts: int) -> None:
+        """Take up a round: what comes behind the first refused draft was not judged."""
+        self._good = _FORGETTING * self._good + num_accepted
+        self._judged = _FORGETTING * self._judged + num_accepted + (num_accepted < num_drafts)
+
+
+class StepCosts:
+    """What a pass of each model costs, by the number of tokens in it; timed when first asked for.
+
+    Passes over 1, 2, 4, 8 … tokens are timed on a cache of its own and those between are interpolated: what counts is
+    where the cost begins to rise with the number of tokens, and that differs between machines, dtypes and packings.
+
+    Args:
+        steps: A step function for each of ``large``, ``tuned`` and ``untuned``.
+    """
+
+    def __init__(self, steps: Mapping[str, Stepper]) -> None:
+        self._steps = steps
+        self._timed: dict[tuple[str, int], float] = {}
+
+    def seconds(self, name: str, num_tokens: int) -> float:
+        """Of one pass of a model over so many tokens of all rows together."""
+        low = 1 << (num_tokens.bit_length() - 1)
+        if low == num_tokens:
+            return self._power(name, low)
+        below, above = self._power(name, low), self._power(name, 2 * low)
+        return below + (above - below) * (num_tokens - low) / low
+
+    def of_round(self, num_rows: int, num_drafts: int) -> float:
+        """Seconds of a round that drafts so many tokens for each of so many rows."""
+        verified = num_rows * (num_drafts + 1)
+        drafting = (num_drafts + 1) * self.seconds("tuned", num_rows)
+        return drafting + self.seconds("large", verified) + self.seconds("untuned", verified)
+
+    def _power(self, name: str, num_tokens: int) -> float:
+        if (name, num_tokens) not in self._timed:
+            self._timed[name, num_tokens] = _time_pass(self._steps[name], num_tokens)
+        return self._timed[name, num_tokens]
+
+
+class DraftLength:
+    """Chooses the draft length of every round.
+
+    Args:
+        costs: Of the models' passes.
+
+    Attributes:
+        prior: The acceptance that a new text begins with: that of those before it.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self.prior = _LIKELY
+
+    def choose(self, texts: Sequence[Acceptance], longest: int) -> int:
+        """The number of drafts that gives the most tokens per second.
+
+        Args:
+            texts: Of each row that takes part.
+            longest: No more than this makes sense.
+        """
+        num_rows = len(texts)
+        longest = min(longest, LONGEST_DRAFT, max(1, _MOST_AT_ONCE // num_rows - 1))
+        rates = [text.rate for text in texts]
+        best, best_speed = 0, 0.0
+        for num_drafts in range(max(longest, 0) + 1):
+            gained = sum(expected_tokens(rate, num_drafts) for rate in rates)
+            speed = gained / self._costs.of_round(num_rows, num_drafts)
+            if speed > best_speed:
+                best, best_speed = num_drafts, speed
+            elif speed < 0.8 * best_speed:  # it has one peak; passes that cannot pay need not be timed
+                break
+        return best
+
+    def remember(self, text: Acceptance) -> None:
+        """Take up the acceptance of a text that is complete."""
+        self.prior += 0.3 * (text.rate - self.prior)
+
+
+def expected_tokens(acceptance: float, num_drafts: int) -> float:
+    """Tokens that a round gives on average, the one behind the accepted drafts included."""
+    return math.fsum(acceptance**power for power in range(num_drafts + 1))
+
+
+def _time_pass(step: Stepper, num_tokens: int) -> float:
+    """Seconds of a pass over so many tokens in one row, or in eight."""
+    num_rows = 1 if num_tokens <= LONGEST_DRAFT else 8
+    ids = torch.zeros((num_rows, num_tokens // num_rows), dtype=torch.int64)
+    cache = step.new_cache()
+    cache.add_rows(num_rows)
+    step(cache, torch.zeros((num_rows, _CONTEXT), dtype=torch.int64))
+    timings: list[float] = []
+    while len(timings) < 3:  # the first one also makes what later ones find
+        timings.append(_seconds(step, cache, ids))
+        if len(timings) == 2 and timings[0] > 0.1:  # slow enough for that not to matter
+            break
+    return min(timings)
+
+
+def _seconds(step: Stepper, cache: RaggedCache, ids: Tensor) -> float:
+    lengths = list(cache.lengths)
+    _wait_for(step.device)
+    begun = time.perf_counter()
+    step(cache, ids, keep=0)
+    _wait_for(step.device)
+    elapsed = time.perf_counter() - begun
+    cache.cut(lengths)
+    return elapsed
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

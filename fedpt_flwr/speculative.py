@@ -1,0 +1,252 @@
+"""Speculative proxy decoding: the tuned model drafts, one pass of the large and one of the untuned model verify.
+
+The tuned model is part of the proxy anyway. It writes some tokens ahead; then the two others read them all in one pass
+each, which costs little more than a pass over one token, and what the proxy would have chosen at every place is known.
+Drafts are kept up to the first one that the proxy would not have chosen, and the proxy's own choice comes behind them,
+so that the text is that of plain proxy decoding, whoever drafts. Sampling is no exception: with noise that depends on
+seed and position only (``logits.keyed_gumbel``) the proxy's choice is a function of the text before it, and the drafter
+guesses well because it uses the same noise.
+
+Rows advance unequally. Each has its own length in the caches, and a refused draft is taken back by moving that.
+
+What is decoded under which rules is the caller's business: three step functions and their caches are all that is known
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedpt_flwr.drafting import Acceptance, DraftLength, StepCosts
+from fedpt_flwr.ragged import RaggedCache, Stepper
+
+PARTS = ("large", "tuned", "untuned")
+"""The three models of a proxy, in the order of its formula."""
+
+_WASTE = 0.75
+"""Prompts are read together if the shortest has at least this share of the longest's tokens: the rest is padding."""
+
+
+class Round(NamedTuple):
+    """What the models say about the tokens that follow those given to them."""
+
+    drafts: Tensor
+    """``(rows, k)``, int64, on the CPU."""
+    large: Tensor
+    """``(rows, k + 1, width)``: scores of the large model after the last token and after each draft."""
+    tuned: Tensor
+    untuned: Tensor
+
+
+class Drafter(Protocol):
+    """Guesses the next token."""
+
+    def __call__(self, tuned: Tensor, drafts: Tensor) -> Tensor:
+        """Guess from the tuned model's scores.
+
+        Args:
+            tuned: ``(rows, width)``, in the model's dtype.
+            drafts: ``(rows, n)``, int64, the ``n`` guesses before this one.
+
+        Returns:
+            Ids, ``(rows,)``, int64.
+        """
+        ...
+
+
+class Rules(Protocol):
+    """How texts are written. Rows are numbered as the prompts were, and come and go in no particular order."""
+
+    def begin(self, rows: Sequence[int], num_new: int) -> None:
+        """Say whose tokens come next, and how many places of each are decided upon."""
+        ...
+
+    def draft(self, tuned: Tensor, drafts: Tensor) -> Tensor:
+        """Guess the next token of each row; see :class:`Drafter`."""
+        ...
+
+    def choose(self, asked: Round) -> Tensor:
+        """What the proxy chooses behind the last token and behind each draft.
+
+        Returns:
+            ``(rows, k + 1)``, int64; whatever stands behind the first choice that is not the draft is not looked at.
+        """
+        ...
+
+    def take(self, row: int, ids: Sequence[int]) -> bool:
+        """Put tokens at the end of a text, as many of them as it still wants; whether it is complete."""
+        ...
+
+    def room(self, row: int) -> int:
+        """Tokens that a text can still get, at least 1."""
+        ...
+
+
+class Statistics:
+    """What speculation has done.
+
+    Attributes:
+        num_rounds: Rounds.
+        num_tokens: Tokens that came out.
+        num_drafted: Drafts.
+        num_accepted: Those that were right.
+    """
+
+    def __init__(self) -> None:
+        self.num_rounds = 0
+        self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
+
+
+def ask(
+    steps: Mapping[str, Stepper],
+    caches: Mapping[str, RaggedCache],
+    last_ids: Tensor,
+    num_drafts: int,
+    draft: Drafter,
+) -> Round:
+    """Draft, and let all three models score: every cache grows by ``num_drafts + 1`` tokens per row.
+
+    Args:
+        steps: The step function of each model, by name.
+        caches: The cache of each, with the same rows; they hold all tokens but the last.
+        last_ids: ``(rows, 1)``, int64: the last token of each row.
+        num_drafts: Tokens to draft for each row; may be 0.
+        draft: Guesses tokens.
+    """
+    tuned = [steps["tuned"](caches["tuned"], last_ids)[:, -1]]
+    drafts = torch.empty((len(last_ids), 0), dtype=torch.int64, device=tuned[0].device)
+    for _ in range(num_drafts):
+        guess = draft(tuned[-1], drafts)[:, None]
+        drafts = torch.cat([drafts, guess], 1)
+        tuned.append(steps["tuned"](caches["tuned"], guess)[:, -1])
+    ids = torch.cat([last_ids.to(drafts.device), drafts], 1)
+    large, untuned = (steps[name](caches[name], ids, keep=0) for name in ("large", "untuned"))
+    return Round(drafts.cpu(), large, torch.stack(tuned, 1), untuned)
+
+
+def num_accepted(drafts: Tensor, choices: Tensor) -> list[int]:
+    """How many drafts of each row are right before the first that is wrong.
+
+    Args:
+        drafts: ``(rows, k)``, int64.
+        choices: ``(rows, k + 1)``, int64.
+    """
+    right: list[int] = (drafts == choices[:, :-1]).long().cumprod(1).sum(1).tolist()
+    return right
+
+
+class Speculation:
+    """Decodes with the three models of a proxy; keeps what it has learnt about them.
+
+    Args:
+        steps: A step function for each of :data:`PARTS`.
+
+    Attributes:
+        steps: These.
+        length: Chooses how many tokens to draft.
+        statistics: Of all that was decoded.
+    """
+
+    def __init__(self, steps: Mapping[str, Stepper]) -> None:
+        self.steps = steps
+        self.length = DraftLength(StepCosts(steps))
+        self.statistics = Statistics()
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], rules: Rules, *, draft_tokens: int | Literal["auto"] = "auto"
+    ) -> None:
+        """Write a text behind every prompt, until the rules call it complete.
+
+        Args:
+            prompts: Token ids, at least one each.
+            rules: How.
+            draft_tokens: Tokens to draft in every round; ``auto`` drafts as many as pay.
+        """
+        rows, caches = _read(self.steps, prompts)
+        last_ids = [prompts[row][-1] for row in rows]
+        texts = [Acceptance(self.length.prior) for _ in rows]
+        while rows:
+            longest = max(rules.room(row) for row in rows) - 1
+            num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
+            rules.begin(rows, num_drafts + 1)
+            lengths = list(caches["large"].lengths)
+            asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft)
+            choices = rules.choose(asked).cpu()
+            accepted = num_accepted(asked.drafts, choices)
+            if num_drafts:
+                for text, number in zip(texts, accepted, strict=True):
+                    text.observe(number, num_drafts)
+            elif draft_tokens == "auto":  # a guess costs nothing that is not there: look whether drafting would pay now
+                guesses = rules.draft(asked.tuned[:, 0], asked.drafts).cpu()
+                for text, right in zip(texts, (guesses == choices[:, 0]).tolist(), strict=True):
+                    text.observe(int(right), 1)
+            new = [ids[: number + 1] for ids, number in zip(choices.tolist(), accepted, strict=True)]
+            for cache in caches.values():
+                cache.cut([length + len(ids) for length, ids in zip(lengths, new, strict=True)])
+            last_ids = [ids[-1] for ids in new]
+            self._count(num_drafts, new)
+            complete = [index for index, row in enumerate(rows) if rules.take(row, new[index])]
+            for index in reversed(complete):
+                self.length.remember(texts[index])
+                for cache in caches.values():
+                    cache.remove(index)
+                for kept in (rows, last_ids, texts):
+                    _remove(kept, index)
+
+    def _count(self, num_drafts: int, new: Sequence[Sequence[int]]) -> None:
+        self.statistics.num_rounds += 1
+        self.statistics.num_tokens += sum(map(len, new))
+        self.statistics.num_drafted += num_drafts * len(new)
+        self.statistics.num_accepted += sum(len(ids) - 1 for ids in new)
+
+
+def _remove(values: list[Any], index: int) -> None:
+    """Take a value away; the last one gets its place, as in a cache."""
+    last = values.pop()
+    if index < len(values):
+        values[index] = last
+
+
+def _read(steps: Mapping[str, Stepper], prompts: Sequence[Sequence[int]]) -> tuple[list[int], dict[str, RaggedCache]]:
+    """Read all prompts but for their last tokens; the rows in the order of the caches, and the caches."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and len(prompts[groups[-1][0]]) >= _WASTE * len(prompts[row]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    caches = {
+        name: [_read_group(step, [prompts[row] for row in group]) for group in groups] for name, step in steps.items()
+    }
+    return order, {name: _joined(steps[name], parts) for name, parts in caches.items()}
+
+
+def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+    width = max(map(len, prompts)) - 1
+    cache = step.new_cache()
+    cache.add_rows(len(prompts))
+    if width:
+        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        step(cache, torch.tensor(padded))
+        cache.cut([len(prompt) - 1 for prompt in prompts])
+    return cache
+
+
+def _joined(step: Stepper, parts: Sequence[RaggedCache]) -> RaggedCache:
+    if len(parts) == 1:
+        return parts[0]
+    whole = step.new_cache()
+    for part in parts:
+        if not any(part.lengths):  # prompts of one token: nothing was read
+            whole.add_rows(part.num_rows)
+            continue
+        for row in range(part.num_rows):
+            whole.append(part, row)
+    return whole
