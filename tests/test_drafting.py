@@ -1,0 +1,111 @@
+import pytest
+import torch
+from tiny import tiny_llama
+
+from fedpt_flwr.drafting import LONGEST_DRAFT, Acceptance, DraftLength, StepCosts, expected_tokens
+from fedpt_flwr.ragged import Stepper
+
+
+class Costs(StepCosts):
+    """Costs that are given instead of timed: a pass over n tokens costs ``base + slope * n``."""
+
+    def __init__(self, **models):
+        super().__init__({})
+        self.models = models
+
+    def _power(self, name, num_tokens):
+        base, slope = self.models[name]
+        return base + slope * num_tokens
+
+
+BOUND_BY_MEMORY = Costs(large=(10.0, 0.3), tuned=(0.6, 0.02), untuned=(0.6, 0.02))
+BOUND_BY_ARITHMETIC = Costs(large=(0.0, 10.0), tuned=(0.0, 1.0), untuned=(0.0, 1.0))
+
+
+def texts(*rates):
+    return [Acceptance(rate) for rate in rates]
+
+
+def best_by_definition(costs, rates, longest):
+    def speed(drafts):
+        gained = sum(sum(rate**power for power in range(drafts + 1)) for rate in rates)
+        tokens = len(rates) * (drafts + 1)
+        cost = costs.seconds("large", tokens) + costs.seconds("untuned", tokens)
+        return gained / (cost + (drafts + 1) * costs.seconds("tuned", len(rates)))
+
+    return max(range(longest + 1), key=speed)
+
+
+@pytest.mark.parametrize("rates", [(0.0,), (0.3,), (0.6,), (0.8,), (0.97,), (0.9, 0.1, 0.5)])
+def test_the_length_with_the_most_tokens_per_second_is_chosen(rates):
+    for costs in (BOUND_BY_MEMORY, BOUND_BY_ARITHMETIC):
+        expected = best_by_definition(costs, rates, LONGEST_DRAFT)
+        assert DraftLength(costs).choose(texts(*rates), 100) == expected
+
+
+def test_good_drafters_are_asked_for_more_and_bad_ones_for_nothing():
+    length = DraftLength(BOUND_BY_MEMORY)
+    chosen = [length.choose(texts(rate), 100) for rate in (0.0, 0.5, 0.7, 0.9, 1.0)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 0
+    assert chosen[-1] == LONGEST_DRAFT
+    assert DraftLength(BOUND_BY_ARITHMETIC).choose(texts(0.8), 100) == 0
+
+
+def test_no_more_is_drafted_than_makes_sense():
+    length = DraftLength(BOUND_BY_MEMORY)
+    assert length.choose(texts(0.95), 2) == 2
+    assert length.choose(texts(0.95), 0) == 0
+    assert length.choose(texts(*[0.99] * 32), 100) <= 1  # 64 tokens at once
+
+
+def test_expected_tokens_are_those_of_independent_drafts():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand((200_000, 4), generator=generator) < 0.6
+    assert expected_tokens(0.6, 4) == pytest.approx(1 + right.long().cumprod(1).sum(1).double().mean().item(), rel=0.01)
+    assert expected_tokens(0.0, 4) == 1
+    assert expected_tokens(1.0, 4) == 5
+
+
+def test_acceptance_follows_what_is_observed_and_what_was_not_judged_does_not_count():
+    text = Acceptance(0.7)
+    assert text.rate == pytest.approx(0.7)
+    text.observe(0, 5)  # one refused, four never looked at
+    assert text.rate == pytest.approx(0.7 * 3 * 0.9 / (3 * 0.9 + 1))
+    for _ in range(60):
+        text.observe(3, 3)
+    assert text.rate > 0.98
+    for _ in range(60):
+        text.observe(0, 1)
+    assert text.rate < 0.02
+
+
+def test_new_texts_begin_with_what_earlier_ones_have_seen():
+    length = DraftLength(BOUND_BY_MEMORY)
+    for _ in range(30):
+        length.remember(Acceptance(0.1))
+    assert length.prior == pytest.approx(0.1, abs=0.01)
+
+
+def test_passes_are_timed_once_and_interpolated():
+    step = Stepper(tiny_llama(0))
+    passes = []
+
+    class Counting:
+        device = step.device
+        new_cache = staticmethod(step.new_cache)
+
+        def __call__(self, cache, ids, keep=1):
+            passes.append(ids.numel())
+            return step(cache, ids, keep=keep)
+
+    costs = StepCosts({"large": Counting()})
+    four, eight = costs.seconds("large", 4), costs.seconds("large", 8)
+    assert four > 0
+    assert eight > 0
+    number = len(passes)
+    assert costs.seconds("large", 6) == pytest.approx((four + eight) / 2)
+    assert costs.seconds("large", 4) == four
+    assert len(passes) == number
+    assert costs.seconds("large", 16) > 0  # more than one row
+    assert passes[-1] == 16
