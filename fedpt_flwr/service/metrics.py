@@ -34,6 +34,12 @@ class Metrics:
         self.generated_tokens = Counter(
             "fedpt_generated_tokens", "Tokens of texts that are complete", ["model"], registry=self.registry
         )
+        self.drafted_tokens = Counter(
+            "fedpt_drafted_tokens", "Tokens that the tuned model has drafted for the proxy", registry=self.registry
+        )
+        self.accepted_tokens = Counter(
+            "fedpt_accepted_tokens", "Drafted tokens that were the proxy's own", registry=self.registry
+        )
         self.time_to_first_token = Histogram(
             "fedpt_time_to_first_token_seconds",
             "From a request's arrival to its first token",

@@ -1,10 +1,10 @@
 """Continuous batching: requests join and leave a running batch at every step.
 
 One thread owns the models. It takes tasks from a bounded queue, first come first served, reads their prompts (a long
-one in pieces, between the steps of the others), and then appends one token per step to every text that is being
-written. Each text has its own model, strength, sampling and length. A task is bound to the version of the proxy that
-was current when it came: the large model's rows of all versions go through one forward pass, and a version is forgotten
-when its last task has ended.
+one in pieces, between the steps of the others), and then appends tokens to every text that is being written: one per
+step, or more where drafting pays (``speculative.py``). Each text has its own model, strength, sampling and length. A
+task is bound to the version of the proxy that was current when it came: the large model's rows of all versions go
+through one forward pass, and a version is forgotten when its last task has ended.
 
 What comes out is handed over as events, all those of a step at once. Nothing here knows HTTP.
 """
@@ -15,14 +15,15 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedpt_flwr.logits import choose_next, combine_logits
+from fedpt_flwr.drafting import Acceptance, DraftLength, StepCosts
+from fedpt_flwr.logits import choose_next, combine_logits, mask_implausible
 from fedpt_flwr.ragged import RaggedCache, Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.text import TextStream
@@ -33,6 +34,9 @@ _log = logging.getLogger(__name__)
 _SCORED_AT_ONCE = 64
 """Tokens of a prompt that are scored in one pass, where their probabilities are asked for: scores are wide."""
 
+
+_LOOK_EVERY = 4
+"""Steps without drafts between two looks at whether drafts would be right now."""
 
 _IMPOSSIBLE = -9999.0
 """The log-probability of a prompt's token that the mask rules out: JSON has no -inf, and this is what OpenAI writes."""
@@ -51,6 +55,8 @@ class Limits:
     """Texts that may wait; whoever comes then is sent away."""
     prefill_tokens: int = 512
     """Tokens of prompts that are read between two steps of the texts that are being written."""
+    draft_tokens: int | Literal["auto"] = "auto"
+    """Tokens that the tuned model drafts for each text of the proxy in a step; ``auto``: as many as pay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +185,22 @@ class Stopping(Exception):
 class _Choice:
     """One text that is being written."""
 
-    __slots__ = ("first_at", "index", "last_id", "num_tokens", "rows", "runners", "seed", "stream", "task")
+    __slots__ = (
+        "acceptance",
+        "drafts",
+        "first_at",
+        "gained",
+        "index",
+        "last_id",
+        "num_tokens",
+        "rows",
+        "runners",
+        "seed",
+        "stream",
+        "task",
+    )
 
-    def __init__(self, task: Task, index: int) -> None:
+    def __init__(self, task: Task, index: int, acceptance: float) -> None:
         self.task = task
         self.index = index
         self.seed = task.seeds[index]
@@ -189,6 +208,9 @@ class _Choice:
         self.num_tokens = 0
         self.last_id = -1
         self.first_at = 0.0
+        self.acceptance = Acceptance(acceptance)
+        self.drafts: list[int] = []  # of the current step
+        self.gained = 0  # tokens of the current step
         self.runners: dict[str, _Runner] = {}
         self.rows: dict[str, int] = {}
 
@@ -217,10 +239,28 @@ class _Runner:
             self.choices[row] = last
             last.rows[self.name] = row
 
-    def step(self) -> Tensor:
-        """Scores after every row's last token, ``(rows, width)``."""
-        ids = torch.tensor([[choice.last_id] for choice in self.choices])
-        return self.stepper(self.cache, ids)[:, -1]
+    def step(self, num_drafts: int) -> Tensor:
+        """Scores after every row's last token and after its drafts, ``(rows, 1 + num_drafts, width)``."""
+        # A row without drafts gets any: what is said about them is not looked at.
+        ids = [[text.last_id, *text.drafts, *[0] * (num_drafts - len(text.drafts))] for text in self.choices]
+        return self.stepper(self.cache, torch.tensor(ids), keep=0)
+
+    def draft(self, num_drafts: int) -> Tensor:
+        """The same of the tuned model, which makes the drafts one by one."""
+        for text in self.choices:
+            text.drafts = []
+        scores = [self.stepper(self.cache, torch.tensor([[text.last_id] for text in self.choices]))]
+        for _ in range(num_drafts):
+            guesses = _guesses(self.choices, scores[-1][:, -1])
+            for text, guess in zip(self.choices, guesses, strict=True):
+                text.drafts.append(guess)
+            scores.append(self.stepper(self.cache, torch.tensor(guesses)[:, None]))
+        return torch.cat(scores, 1)
+
+    def take_back(self, num_new: int) -> None:
+        """Forget the tokens of a step that were not accepted."""
+        lengths = self.cache.lengths
+        self.cache.cut([length - num_new + text.gained for length, text in zip(lengths, self.choices, strict=True)])
 
 
 class _Prefill:
@@ -300,6 +340,8 @@ class Scheduler:
         self._runners: dict[Stepper, _Runner] = {}
         self._outbox: list[tuple[Callable[[Event], None], Event]] = []
         self._task_s = 1.0  # how long a task takes, a running mean
+        self._num_steps = 0
+        self._draft_length: tuple[Stepper, DraftLength] | None = None  # with the large model that it was made for
         self._thread = threading.Thread(target=self._run, name="fedpt-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -449,7 +491,8 @@ class Scheduler:
         if not prefill.done:
             return
         self._prefill = None
-        choices = {task: [_Choice(task, index) for index in range(len(task.seeds))] for task in prefill.tasks}
+        prior = self._length_of(prefill.tasks[0].version).prior
+        choices = {task: [_Choice(task, index, prior) for index in range(len(task.seeds))] for task in prefill.tasks}
         for task, texts in choices.items():
             if prefill.scores_prompt:
                 self._emit(task, PromptScores(prefill.prompt_scores))
@@ -473,9 +516,9 @@ class Scheduler:
             steppers = (text.task.version.steppers[name] for text in texts)
             return torch.stack(
                 [prefill.last[stepper, numbers[text.task]] for stepper, text in zip(steppers, texts, strict=True)]
-            )
+            )[:, None]
 
-        self._write(first, after_prompt)
+        self._finish(self._write(first, after_prompt))
 
     def _score_prompt(self, prefill: _Prefill, task: Task, start: int, logits: dict[Stepper, Tensor]) -> None:
         """Log-probabilities of the tokens that follow those just read."""
@@ -491,23 +534,62 @@ class Scheduler:
         return self._runners[stepper]
 
     def _decode(self) -> None:
-        """Append one token to every text."""
-        scored = {runner: runner.step() for runner in self._runners.values()}
+        """Append a token to every text, or several."""
         texts = [text for texts in self._live.values() for text in texts]
+        num_drafts = self._num_drafts(texts)
+        scored = {runner: runner.draft(num_drafts) for runner in self._runners.values() if runner.name == "tuned"}
+        scored |= {runner: runner.step(num_drafts) for runner in self._runners.values() if runner.name != "tuned"}
+        self._num_steps += 1
+        if not num_drafts and self._num_steps % _LOOK_EVERY == 0 and self.limits.draft_tokens == "auto":
+            for runner, scores in scored.items():  # what it would have drafted costs nothing to know
+                if runner.name == "tuned":
+                    for text, guess in zip(runner.choices, _guesses(runner.choices, scores[:, 0]), strict=True):
+                        text.drafts.append(guess)
 
         def after_last(name: str, group: Sequence[_Choice]) -> Tensor:
             logits = scored[group[0].runners[name]]
             rows = [text.rows[name] for text in group]
             return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
 
-        self._write(texts, after_last)
+        ended = self._write(texts, after_last)
+        if num_drafts:
+            for runner in scored:
+                runner.take_back(1 + num_drafts)
+        self._finish(ended)
 
-    def _write(self, texts: Sequence[_Choice], logits_of: Callable[[str, Sequence[_Choice]], Tensor]) -> None:
-        """Choose the next token of texts whose models have been asked.
+    def _num_drafts(self, texts: Sequence[_Choice]) -> int:
+        """Tokens to draft in this step: more than one text can get are of no use."""
+        drafting = [text for text in texts if text.task.settings.model == "proxy"]
+        longest = max((text.task.settings.max_new_tokens - text.num_tokens for text in drafting), default=0) - 1
+        for text in texts:  # those without drafts, too, take part in a pass of so many tokens
+            if (context := text.task.version.context) is not None:
+                longest = min(longest, context - len(text.task.prompt_ids) - text.num_tokens)
+        if longest < 1:
+            return 0
+        if self.limits.draft_tokens != "auto":
+            return min(self.limits.draft_tokens, longest)
+        length = self._length_of(drafting[0].task.version)
+        return length.choose([text.acceptance for text in drafting], longest)
+
+    def _length_of(self, version: Version) -> DraftLength:
+        """What chooses draft lengths; what passes cost is the same for all versions with one large model."""
+        if self._draft_length is None or self._draft_length[0] is not version.steppers["large"]:
+            self._draft_length = version.steppers["large"], DraftLength(StepCosts(version.steppers))
+        return self._draft_length[1]
+
+    def _write(
+        self,
+        texts: Sequence[_Choice],
+        logits_of: Callable[[str, Sequence[_Choice]], Tensor],
+    ) -> list[_Choice]:
+        """Choose the next tokens of texts whose models have been asked.
 
         Args:
             texts: The texts.
-            logits_of: Scores ``(texts, width)`` of a model, by name, for texts of one version.
+            logits_of: Scores ``(texts, 1 + drafts, width)`` of a model, by name, for texts of one version.
+
+        Returns:
+            The texts that are complete.
         """
         # By the version itself and not its name: one that is loaded again has the name, but not the rows.
         groups: dict[tuple[Version, str], list[_Choice]] = {}
@@ -517,7 +599,10 @@ class Scheduler:
         for group in groups.values():
             names = PARTS if group[0].task.settings.model == "proxy" else (group[0].task.settings.model,)
             ended += self._write_group(group, {name: logits_of(name, group) for name in names})
-        # Only now: rows of the cache change their numbers.
+        return ended
+
+    def _finish(self, ended: Sequence[_Choice]) -> None:
+        """Let texts go that are complete; rows of the caches change their numbers."""
         self._release(ended)
         for text in ended:
             others = self._live[text.task]
@@ -526,35 +611,77 @@ class Scheduler:
                 del self._live[text.task]
 
     def _write_group(self, group: Sequence[_Choice], logits: dict[str, Tensor]) -> list[_Choice]:
-        """Choose tokens for texts of one version and model; those that are complete with it."""
+        """Choose tokens for texts of one version and model; those that are complete with them."""
         settings = [text.task.settings for text in group]
         version = group[0].task.version
+        if group[0].task.settings.model != "proxy" and not any(text.drafts for text in group):
+            logits = {name: scores[:, :1] for name, scores in logits.items()}
         scores = _scores(settings, version, logits)
-        wanted = [row for row, setting in enumerate(settings) if setting.num_top is not None or setting.details]
-        logprobs = scores[wanted].log_softmax(-1) if wanted else None
+        num_places = scores.shape[1]
+        each = [setting for setting in settings for _ in range(num_places)]
         ids = choose_next(
-            scores,
-            temperature=[setting.temperature for setting in settings],
-            top_p=[setting.top_p for setting in settings],
-            seeds=[text.seed for text in group],
-            positions=[text.num_tokens for text in group],
-        ).tolist()
-        reports = {}
-        if logprobs is not None:
-            chosen = [ids[row] for row in wanted]
-            num_top = max(settings[row].num_top or 0 for row in wanted)
-            large = logits["large"][wanted] if any(settings[row].details for row in wanted) else None
-            details = _details(logprobs, large, chosen, version.vocab_size)
-            reports = dict(
-                zip(wanted, zip(_token_scores(logprobs, chosen, num_top), details, strict=True), strict=True)
-            )
+            scores.flatten(0, 1),
+            temperature=[setting.temperature for setting in each],
+            top_p=[setting.top_p for setting in each],
+            seeds=[text.seed for text in group for _ in range(num_places)],
+            positions=[text.num_tokens + place for text in group for place in range(num_places)],
+        )
+        new = [
+            chosen[: 1 + _num_right(text.drafts, chosen)]
+            for text, chosen in zip(group, ids.view(-1, num_places).tolist(), strict=True)
+        ]
+        reports = self._reports(group, new, scores, logits)
         now = time.monotonic()
         ended = []
-        for row, (text, token_id) in enumerate(zip(group, ids, strict=True)):
-            score, detail = reports.get(row, (None, None))
-            if self._add_token(text, token_id, score, detail, now):
-                ended.append(text)
+        for text, token_ids in zip(group, new, strict=True):
+            if text.drafts:
+                self._judge(text, len(token_ids) - 1)
+            text.drafts, text.gained = [], 0
+            for token_id in token_ids:
+                score, detail = next(reports[text]) if text in reports else (None, None)
+                text.gained += 1
+                if self._add_token(text, token_id, score, detail, now):
+                    ended.append(text)
+                    break
         return ended
+
+    def _judge(self, text: _Choice, num_accepted: int) -> None:
+        """Take up how many of a text's drafts were right."""
+        if text.task.settings.model == "proxy":
+            text.acceptance.observe(num_accepted, len(text.drafts))
+            self._metrics.drafted_tokens.inc(len(text.drafts))
+            self._metrics.accepted_tokens.inc(num_accepted)
+
+    def _reports(
+        self, group: Sequence[_Choice], new: Sequence[Sequence[int]], scores: Tensor, logits: dict[str, Tensor]
+    ) -> dict[_Choice, Iterator[tuple[TokenScore | None, Details | None]]]:
+        """What is to be said about the new tokens of texts that ask for it.
+
+        Args:
+            group: Texts of one version and model.
+            new: The new tokens of each.
+            scores: What they were chosen from, ``(texts, places, width)``.
+            logits: ``(texts, places, width)`` of each model, by name.
+        """
+        wanted = [
+            row
+            for row, text in enumerate(group)
+            if text.task.settings.num_top is not None or text.task.settings.details
+        ]
+        if not wanted:
+            return {}
+        rows = torch.tensor([row for row in wanted for _ in new[row]], device=scores.device)
+        places = torch.tensor([place for row in wanted for place in range(len(new[row]))], device=scores.device)
+        chosen = [token_id for row in wanted for token_id in new[row]]
+        logprobs = scores[rows, places].log_softmax(-1)
+        asked = [group[row].task.settings for row in wanted]
+        needs_large = any(settings.details for settings in asked)
+        device = logits["large"].device if needs_large else rows.device
+        large = logits["large"][rows.to(device), places.to(device)] if needs_large else None
+        token_scores = _token_scores(logprobs, chosen, max(settings.num_top or 0 for settings in asked))
+        details = _details(logprobs, large, chosen, group[0].task.version.vocab_size)
+        pairs = iter(zip(token_scores, details, strict=True))
+        return {group[row]: iter([next(pairs) for _ in new[row]]) for row in wanted}
 
     def _add_token(
         self, text: _Choice, token_id: int, score: TokenScore | None, details: Details | None, now: float
@@ -582,6 +709,7 @@ class Scheduler:
 
     def _end(self, text: _Choice, reason: str) -> None:
         now, task = time.monotonic(), text.task
+        self._length_of(task.version).remember(text.acceptance)
         self._emit(task, End(text.index, reason, text.stream.finish()))
         self._metrics.generated_tokens.labels(task.settings.model).inc(text.num_tokens)
         if text.num_tokens > 1:
@@ -625,22 +753,57 @@ def _steppers(task: Task) -> dict[str, Stepper]:
 
 
 def _scores(settings: Sequence[Settings], version: Version, logits: dict[str, Tensor]) -> Tensor:
-    """What a token is chosen from, ``(texts, width)``, float32.
+    """What tokens are chosen from, ``(texts, …, width)``, float32.
 
     Args:
         settings: Of each text; or of one, for all rows.
         version: Of them all.
-        logits: ``(texts, width)`` of each model, by name.
+        logits: ``(texts, …, width)`` of each model, by name.
     """
     if settings[0].model != "proxy":
         scores = logits[settings[0].model].to(torch.float32, copy=True)
-        scores[:, version.vocab_size :] = -torch.inf
+        scores[..., version.vocab_size :] = -torch.inf
         return scores
     return combine_logits(
         *(logits[name] for name in PARTS),
         alpha=_one_or_each([setting.alpha for setting in settings]),
         plausibility=_one_or_each([setting.plausibility for setting in settings]),
         vocab_size=version.vocab_size,
+    )
+
+
+def _guesses(texts: Sequence[_Choice], logits: Tensor) -> list[int]:
+    """What the tuned model would write by itself behind its drafts: its texts' tokens, or guesses at the proxy's.
+
+    Args:
+        texts: Of one tuned model.
+        logits: Its scores ``(texts, width)``.
+    """
+    settings = [text.task.settings for text in texts]
+    version = texts[0].task.version
+    scores = logits.to(torch.float32, copy=True)
+    scores[:, version.vocab_size :] = -torch.inf
+    mask_implausible(
+        scores,
+        logits,
+        plausibility=_one_or_each([setting.plausibility * (setting.model == "proxy") for setting in settings]),
+        vocab_size=version.vocab_size,
+    )
+    ids: list[int] = choose_next(
+        scores,
+        temperature=[setting.temperature for setting in settings],
+        top_p=[setting.top_p for setting in settings],
+        seeds=[text.seed for text in texts],
+        positions=[text.num_tokens + len(text.drafts) for text in texts],
+    ).tolist()
+    return ids
+
+
+def _num_right(drafts: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many drafts are what was chosen, before the first that is not."""
+    pairs = zip(drafts, chosen, strict=False)
+    return next(
+        (place for place, (draft, choice) in enumerate(pairs) if draft != choice), min(len(drafts), len(chosen) - 1)
     )
 
 
