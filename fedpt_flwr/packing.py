@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:  # noqa: ARG002
         # .to(), .half(), .cuda(): all of a module's tensors go through here.
         probe = self._packed.new_empty(0, device="cpu", layout=torch.strided)
         changed = fn(probe)
@@ -102,7 +102,7 @@ class PackedLinear(nn.Module):
             raise ModelError(
                 "a model that is prepared for decoding can be neither moved nor converted",
                 value=f"{changed.dtype} on {changed.device}",
-                remedy="convert it first and prepare it then, or undo that with packing.restore(model)",
+                remedy="load it again, since the layers before this one are converted now, and prepare it last",
             )
         return self
 
