@@ -42,6 +42,9 @@ _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 _FOLD_UP_TO = 16
 """New tokens per row up to which the heads that share keys are put side by side as if they were tokens."""
 
+_FEW_ROWS = 8
+"""Rows up to which a plain weight is multiplied from the left: half as long as ``F.linear`` takes, from 2 rows on."""
+
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far the scores may be from transformers', as a share of the largest one."""
 
@@ -92,7 +95,7 @@ class LeanStepper(Stepper):
                 x = x + _linear(mlp.down_proj, gate * _linear(mlp.up_proj, states))
             x = x.view(num_rows, num_new, -1)
             x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(device)]
-            return _linear(self._base.lm_head, _normed(body.norm, x))
+            return _scores(self._base.lm_head, _normed(body.norm, x))
 
 
 def step_function(
@@ -145,7 +148,11 @@ def is_llama_type(model: PreTrainedModel | PeftModel) -> bool:
             return False
         norms += [getattr(attention, name) for name in head_norms.split()]
         linear = [part for name, part in attention._modules.items() if name not in head_norms.split()]
-        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if is_a(mlp, "MLP", _MLP) else [None]
+        linear += (
+            [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            if is_a(mlp, "MLP", "gate_proj up_proj down_proj act_fn")
+            else [None]
+        )
         return all(is_a(norm, "RMSNorm", "") for norm in norms) and all(map(_is_linear, linear))
 
     return (
@@ -159,9 +166,6 @@ def is_llama_type(model: PreTrainedModel | PeftModel) -> bool:
         and all(map(is_layer, base.model.layers))
         and _is_linear(base.lm_head)
     )
-
-
-_MLP = "gate_proj up_proj down_proj act_fn"
 
 
 def _is_linear(part: Any) -> bool:
@@ -197,8 +201,24 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
     return product.to(dtype)
 
 
+def _scores(head: Any, x: Tensor) -> Tensor:
+    """The head, ``(rows, kept, hidden)`` to ``(rows, kept, vocab)``."""
+    rows = x.reshape(-1, x.shape[-1])
+    is_plain = type(head) is nn.Linear and head.bias is None and x.dtype == torch.float32 and x.device.type == "cpu"
+    if is_plain and 2 <= rows.shape[0] <= _FEW_ROWS:  # a tied head is never packed: see packing.py
+        scores: Tensor = head.weight @ rows.t()
+        return scores.t().reshape(*x.shape[:-1], -1)
+    return _linear(head, x)
+
+
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    """Root-mean-square norm over the last axis."""
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    # As F.rms_norm computes it on a CPU, in half as many calls.
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    epsilon = size.new_full((), norm.variance_epsilon)
+    return (x * torch.addcmul(epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
 
 
 def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

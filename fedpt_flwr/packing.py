@@ -4,7 +4,7 @@ Decoding multiplies a few rows by every weight of a model. Laid out for that onc
 costs the same for 1, 2, 4 or 8 rows, where the plain layout costs two to four times as much from the second row on.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
-at any time, packed or not.
+at any time, packed or not; also where the plain one was a file, seen as memory.
 
 What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU for which oneDNN has a kernel of the weight's dtype
 (bfloat16 needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to
@@ -16,9 +16,12 @@ Nothing here knows proxies; a frozen model and its weights are all there is.
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,10 +151,13 @@ def prepare(model: nn.Module) -> int:
         How many layers were packed; 0 where this machine has no kernel for them.
     """
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    files = _mapped_files()
     num_packed = 0
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
         if uses[id(layer.weight)] == 1 and _can_pack(layer):
+            weight = layer.weight
             setattr(parent, name, PackedLinear(layer))
+            _let_go(weight, files)
             num_packed += 1
     return num_packed
 
@@ -194,3 +200,28 @@ def _has_kernel(dtype: torch.dtype) -> bool:
         return torch.equal(_multiply(weight, _pack(weight, _ROWS), None, "none", [], ""), weight)
     except RuntimeError:
         return False
+
+
+def _mapped_files() -> list[range]:
+    """The addresses at which this process sees files, such as a checkpoint; none where the system does not say."""
+    maps = Path("/proc/self/maps")
+    ranges = []
+    for line in maps.read_text().splitlines() if maps.is_file() else ():
+        fields = line.split(maxsplit=5)
+        if fields[-1].startswith("/"):
+            begin, end = (int(address, 16) for address in fields[0].split("-"))
+            ranges.append(range(begin, end))
+    return ranges
+
+
+def _let_go(weight: Tensor, files: Sequence[range]) -> None:
+    """Have the system take back the memory of a weight that is not needed, if it shows a file.
+
+    That would stay as long as any weight of the file is in use, and the packed ones would come on top of it. The pages
+    are not lost: whoever looks at them gets them from the file again.
+    """
+    begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and any(begin in file for file in files):
+        page_out = 21  # Linux' MADV_PAGEOUT
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), page_out)
