@@ -212,13 +212,7 @@ def _scores(head: Any, x: Tensor) -> Tensor:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    """Root-mean-square norm over the last axis."""
-    if x.dtype != torch.float32:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    # As F.rms_norm computes it on a CPU, in half as many calls.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    epsilon = size.new_full((), norm.variance_epsilon)
-    return (x * torch.addcmul(epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
