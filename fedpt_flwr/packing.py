@@ -1,7 +1,7 @@
 """Weights prepared once for decoding, in place and layer by layer.
 
-Decoding multiplies a few rows by every weight of a model. Laid out for that once, instead of at every step, a weight
-costs the same for 1, 2, 4 or 8 rows, where the plain layout costs two to four times as much from the second row on.
+Decoding multiplies a few rows by every weight of a model. Laid out for that once, a weight costs little more for a few
+rows than for one, where the plain layout costs about twice as much from the second row on.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
@@ -33,7 +33,7 @@ from fedpt_flwr.errors import ModelError
 _pack = torch.ops.mkldnn._reorder_linear_weight
 _multiply = torch.ops.mkldnn._linear_pointwise
 _ROWS = 8
-"""For how many rows oneDNN is to lay weights out: measured best from 1 to 32."""
+"""For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
 
 
 class PackedLinear(nn.Module):
