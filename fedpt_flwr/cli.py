@@ -54,6 +54,9 @@ Plausibility = Annotated[
 ]
 Large = Annotated[str | None, typer.Option(help="Where the large model lies now, if not where the run found it.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
+Prepare = Annotated[
+    bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
+]
 
 
 def main() -> None:
@@ -84,6 +87,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
     large: Large = None,
     device: Device = "auto",
+    prepare: Prepare = True,
     url: Annotated[str | None, typer.Option(help="Ask the service at this address instead; see `fedpt serve`.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="FEDPT_API_KEY", help="The service's key.")] = None,
 ) -> None:
@@ -108,7 +112,7 @@ def generate(
 
     from fedpt_flwr.models import cpu_threads
 
-    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
+    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility, prepare=prepare)
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
@@ -231,6 +235,7 @@ def serve(
     plausibility: Plausibility = None,
     large: Large = None,
     device: Device = "auto",
+    prepare: Prepare = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the run's.")] = None,
 ) -> None:
     """Serve a run's proxy-tuned model to everything that speaks the OpenAI API, with a page to try it at /.
@@ -275,7 +280,7 @@ def serve(
 
     server.serve(
         folder,
-        Loader(large=large, device=device, alpha=alpha, plausibility=plausibility),
+        Loader(large=large, device=device, alpha=alpha, plausibility=plausibility, prepare=prepare),
         server.ServerConfig(
             host=host,
             port=port,
@@ -549,7 +554,13 @@ def _open_run(name: str) -> tuple[Path, RunConfig]:
 
 
 def _load_proxy(
-    folder: Path, large: str | None, device: str, alpha: float | None, plausibility: float | None
+    folder: Path,
+    large: str | None,
+    device: str,
+    alpha: float | None,
+    plausibility: float | None,
+    *,
+    prepare: bool = False,
 ) -> tuple[ProxyModel, PreTrainedTokenizerBase]:
     from transformers import logging as transformers_logging
 
@@ -557,7 +568,7 @@ def _load_proxy(
     from fedpt_flwr.proxy import ProxyModel
 
     transformers_logging.disable_progress_bar()
-    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)))
+    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)), prepare=prepare)
     if alpha is not None:
         proxy.alpha = alpha
     if plausibility is not None:

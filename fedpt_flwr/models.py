@@ -121,10 +121,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the LoRA adapter of a folder on a base model, frozen and in evaluation mode.
 
     Raises:
-        ModelError: The folder holds no adapter that fits the base.
+        ModelError: The folder holds no adapter that fits the base, or the base is prepared for decoding.
     """
     from peft import PeftModel
 
+    check_plain(base)
     try:
         with _by_an_old_name():
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
@@ -198,6 +199,21 @@ def check_vocabularies(
     return vocab_size
 
 
+def check_plain(model: torch.nn.Module) -> None:
+    """Make sure that a model's weights can be read and written: those packed for decoding cannot.
+
+    Raises:
+        ModelError: The model is prepared for decoding (``packing.py``).
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ModelError(
+                "weights can be saved, compared, changed or trained only while they are not prepared for decoding",
+                value=name,
+                remedy="undo that with packing.restore(model), or restore() of a proxy",
+            )
+
+
 def output_size(model: PreTrainedModel) -> int:
     """Rows of the model's output layer: the vocabulary with its padding."""
     return int(model.get_output_embeddings().weight.shape[0])
@@ -220,8 +236,9 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
         The model, or the adapter around it, with ``requires_grad`` set.
 
     Raises:
-        ModelError: The adapter's target modules are not in the model.
+        ModelError: The adapter's target modules are not in the model, or it is prepared for decoding.
     """
+    check_plain(model)
     if config.mode == "full":
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
@@ -260,7 +277,12 @@ def _by_an_old_name() -> Iterator[None]:
 
 
 def tunable_arrays(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """The weights that tuning changes, by name, as float32 on the CPU; tied weights appear once."""
+    """The weights that tuning changes, by name, as float32 on the CPU; tied weights appear once.
+
+    Raises:
+        ModelError: The model is prepared for decoding.
+    """
+    check_plain(model)
     return {
         name: weight.detach().to("cpu", torch.float32, copy=True)
         for name, weight in model.named_parameters()
@@ -277,8 +299,9 @@ def set_arrays(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor])
         arrays: Tensors with the names and shapes of :func:`tunable_arrays`.
 
     Raises:
-        ModelError: The model has no weight of that name and shape.
+        ModelError: The model has no weight of that name and shape, or is prepared for decoding.
     """
+    check_plain(model)
     weights = dict(model.named_parameters())
     for name, values in arrays.items():
         if name not in weights or weights[name].shape != values.shape:
@@ -308,7 +331,11 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     It reads a few hundred values of each tensor, so it takes the same time for a model of any size; it tells models
     apart, and is no protection against somebody who wants to deceive.
+
+    Raises:
+        ModelError: The model is prepared for decoding.
     """
+    check_plain(model)
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)

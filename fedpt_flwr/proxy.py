@@ -44,8 +44,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
+from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
+from fedpt_flwr.lean import step_function
 from fedpt_flwr.logits import (
     check_alpha,
     check_plausibility,
@@ -53,7 +55,7 @@ from fedpt_flwr.logits import (
     common_vocab_size,
     mask_implausible,
 )
-from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
+from fedpt_flwr.models import check_plain, fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.sampling import Seeded, sample
 from fedpt_flwr.speculative import PARTS, Speculation
@@ -369,8 +371,33 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: One of the models cannot take rows of different lengths.
         """
-        untuned = Stepper(self.tuned, self.without_adapter) if self.untuned is None else Stepper(self.untuned)
-        return {"large": Stepper(self.large), "tuned": Stepper(self.tuned), "untuned": untuned}
+        return {
+            "large": step_function(self.large),
+            "tuned": step_function(self.tuned),
+            "untuned": step_function(self.tuned, self.without_adapter)
+            if self.untuned is None
+            else step_function(self.untuned),
+        }
+
+    def prepare(self) -> ProxyModel:
+        """Lay out the weights of all three models for decoding, in place; results stay the same up to rounding.
+
+        Until :meth:`restore` the weights cannot be saved, changed, moved or converted. See ``packing.py``.
+
+        Returns:
+            This proxy.
+        """
+        packing.prepare(self)
+        return self
+
+    def restore(self) -> ProxyModel:
+        """Undo :meth:`prepare`, in place.
+
+        Returns:
+            This proxy.
+        """
+        packing.restore(self)
+        return self
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -408,8 +435,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             tokenizer: Saved into the folder, so that ``AutoTokenizer.from_pretrained`` finds it there.
 
         Raises:
-            ModelError: It is unknown where a model came from, or an adapter does not belong to the untuned model.
+            ModelError: It is unknown where a model came from, an adapter does not belong to the untuned model, or the
+                proxy is prepared for decoding.
         """
+        check_plain(self)
         folder = Path(save_directory)
         config = self.config
         small = _base_model(self.tuned if self.untuned is None else self.untuned)
@@ -461,6 +490,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         config: ProxyConfig | None = None,
+        prepare: bool = False,
         **kwargs: Any,
     ) -> ProxyModel:
         """Load a proxy and the models that it refers to.
@@ -474,6 +504,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 already, else the CPU.
             dtype: Dtype to convert all three models to; None leaves them as they were when the proxy was saved.
             config: Settings to use instead of the folder's ``config.json``.
+            prepare: Lay the weights out for decoding, see :meth:`prepare`. What ``like`` shares with this proxy may be
+                prepared already, and then stays so.
             **kwargs: What ``AutoModelForCausalLM`` hands on: ``device_map`` with one device is understood, arguments
                 about hub files are ignored, others are refused.
 
@@ -506,7 +538,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         untuned: PreTrainedModel | None
         if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
             # Not under an adapter, which would be put into the very weights that the other proxy uses.
-            untuned = copy.deepcopy(like.untuned) if config.tuned["form"] == "adapter" else like.untuned
+            untuned = like.untuned
+            if config.tuned["form"] == "adapter":
+                untuned = copy.deepcopy(untuned)
+                packing.restore(untuned)
         else:
             untuned = _load("untuned", config.untuned, device, folder)
         tuned: PreTrainedModel | PeftModel
@@ -524,7 +559,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         model.name_or_path = str(folder)
         if convert_to is not None:
             model.to(convert_to)
-        return model
+        return model.prepare() if prepare else model
 
     def _prepare_cache_for_generation(
         self,

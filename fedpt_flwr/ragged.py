@@ -105,16 +105,17 @@ class RaggedCache(Cache):
 
     Attributes:
         lengths: Tokens of each row.
+        windows: How far each layer looks back, None for everything.
 
     Raises:
         ModelError: The model remembers something else than keys and values, or its attention takes no dense mask.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._windows = _windows(model)
+        self.windows = _windows(model)
         self._place = _Place()
         self.lengths: list[int] = []
-        super().__init__(layers=[_RaggedLayer(self._place) for _ in self._windows])
+        super().__init__(layers=[_RaggedLayer(self._place) for _ in self.windows])
 
     @property
     def num_rows(self) -> int:
@@ -204,15 +205,43 @@ class RaggedCache(Cache):
         """
         if self._place.start is not None:
             return None
-        columns = torch.arange(self._place.width, device=positions.device)
-        seen = columns <= positions[:, None, :, None]
-        masks = {}
-        for window in dict.fromkeys(self._windows):
-            near = seen if window is None else seen & (columns > positions[:, None, :, None] - window)
-            if dtype is not None:
-                near = torch.zeros_like(near, dtype=dtype).masked_fill_(~near, torch.finfo(dtype).min)
-            masks["full_attention" if window is None else "sliding_attention"] = near
+        masks = {
+            "full_attention" if window is None else "sliding_attention": self._mask(positions, window, dtype)
+            for window in dict.fromkeys(self.windows)
+        }
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def score_masks(self, positions: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
+        """What each new token may look at, for attention that knows nothing by itself.
+
+        Args:
+            positions: What :meth:`begin` returned.
+            dtype: Of the scores.
+
+        Returns:
+            For each of :attr:`windows`, what to add to the scores: ``(rows, 1, new, columns)``, with one row for all
+            where they have one length; or None where every new token sees all columns.
+        """
+        place = self._place
+        if place.start is not None:
+            positions = positions[:1]
+        alone = place.start is not None and positions.shape[1] == 1
+        return {
+            window: None
+            if alone and (window is None or place.width <= window)
+            else self._mask(positions, window, dtype)
+            for window in dict.fromkeys(self.windows)
+        }
+
+    def _mask(self, positions: Tensor, window: int | None, dtype: torch.dtype | None) -> Tensor:
+        columns = torch.arange(self._place.width, device=positions.device)
+        places = positions[:, None, :, None]
+        seen = columns <= places
+        if window is not None:
+            seen &= columns > places - window
+        if dtype is None:
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class Stepper:

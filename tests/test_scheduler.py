@@ -299,7 +299,7 @@ class Gate:
 
     def __init__(self, stepper):
         self._stepper = stepper
-        self.model, self.new_cache = stepper.model, stepper.new_cache
+        self.model, self.new_cache, self.device = stepper.model, stepper.new_cache, stepper.device
         self._open = threading.Semaphore(0)
         self.calls = 0
 

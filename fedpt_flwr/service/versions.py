@@ -87,6 +87,7 @@ class Loader:
         device: ``auto`` or a torch device.
         alpha: Strength of the shift instead of the runs'.
         plausibility: Mask threshold instead of the runs'.
+        prepare: Lay out the weights for decoding, each model's once.
     """
 
     def __init__(
@@ -96,11 +97,13 @@ class Loader:
         device: str = "auto",
         alpha: float | None = None,
         plausibility: float | None = None,
+        prepare: bool = False,
     ) -> None:
         self._large = large
         self._device = str(pick_device(device))
         self._alpha = alpha
         self._plausibility = plausibility
+        self._prepare = prepare
         self._last: Version | None = None
 
     def load(self, run: Path) -> Version:
@@ -123,6 +126,9 @@ class Loader:
         for name, weight in proxy.tuned.named_parameters():
             if not bool(weight.isfinite().all()):
                 raise ModelError("a tuned model's weights must be finite", value=name, place=str(target))
+        tuned_fingerprint = fingerprint(proxy.tuned)
+        if self._prepare:  # after all that reads weights; what the last version shares is prepared already
+            proxy.prepare()
         steppers = proxy.steppers()
         if last is not None:  # one step function per model, so that rows of several versions share a pass
             for part in PARTS:
@@ -134,7 +140,7 @@ class Loader:
         ends = proxy.generation_config.eos_token_id
         same_run = last is not None and last.run == run.name
         self._last = Version(
-            name=f"{run.name}.r{server_round or 0:04d}.{fingerprint(proxy.tuned)[:8]}",
+            name=f"{run.name}.r{server_round or 0:04d}.{tuned_fingerprint[:8]}",
             run=run.name,
             server_round=server_round,
             proxy=proxy,

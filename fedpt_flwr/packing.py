@@ -1,0 +1,227 @@
+"""Weights prepared once for decoding, in place and layer by layer.
+
+Decoding multiplies a few rows by every weight of a model. Laid out for that once, a weight costs little more for a few
+rows than for one, where the plain layout costs about twice as much from the second row on.
+:func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
+forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
+at any time, packed or not; also where the plain one was a file, seen as memory.
+
+What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU for which oneDNN has a kernel of the weight's dtype
+(bfloat16 needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to
+the embedding: lookups need the plain layout, and a packed copy beside it would be memory that the model did not take.
+
+Nothing here knows proxies; a frozen model and its weights are all there is.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedpt_flwr.errors import ModelError
+
+_pack = torch.ops.mkldnn._reorder_linear_weight
+_multiply = torch.ops.mkldnn._linear_pointwise
+_ROWS = 8
+"""For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN multiplies fastest, and can only be multiplied with.
+
+    Its parameter ``weight`` keeps the name, shape and dtype of the plain layer's, so that who asks for these is
+    answered, but has no values (device ``meta``): whatever would read or write them fails instead of being wrong.
+    ``state_dict()`` is right, for it unpacks.
+
+    Args:
+        layer: The layer that this one stands for. **Its weight is given up**: it gets the one without values.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+        super().__init__()
+        weight = layer.weight
+        self._is_transposed = isinstance(layer, Conv1D)
+        dense = weight.detach()
+        rows = dense.t() if self._is_transposed else dense
+        self.out_features: int = rows.shape[0]
+        self.in_features: int = rows.shape[1]
+        self._packed: Tensor = _pack(rows.contiguous(), _ROWS)
+        layer.weight = nn.Parameter(torch.empty_like(dense, device="meta"), requires_grad=weight.requires_grad)
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self._plain = (layer,)  # in a tuple, which hides it from the module's children
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``, both in the weight's dtype."""
+        product: Tensor
+        if x.requires_grad and torch.is_grad_enabled():
+            product = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            product = _multiply(x, self._packed, self.bias, "none", [], "")
+        return product
+
+    def dense_weight(self) -> Tensor:
+        """A plain copy of the weight, in the shape that the plain layer has it in."""
+        dense: Tensor = self._packed.to_dense()
+        return dense.t().contiguous() if self._is_transposed else dense
+
+    def unpack(self) -> nn.Linear | Conv1D:
+        """Give the plain layer its weight back. This layer is not usable any more."""
+        (layer,) = self._plain
+        dense = self.dense_weight()
+        del self._packed
+        layer.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        layer.train(self.training)
+        return layer
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        # Nobody can write to the packed weight, so copies share it.
+        memo[id(self._packed)] = self._packed
+        twin = PackedLinear.__new__(PackedLinear)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:  # noqa: ARG002
+        # .to(), .half(), .cuda(): all of a module's tensors go through here.
+        probe = self._packed.new_empty(0, device="cpu", layout=torch.strided)
+        changed = fn(probe)
+        if changed.dtype != probe.dtype or changed.device != probe.device:
+            raise ModelError(
+                "a model that is prepared for decoding can be neither moved nor converted",
+                value=f"{changed.dtype} on {changed.device}",
+                remedy="load it again, since the layers before this one are converted now, and prepare it last",
+            )
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.dense_weight()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        raise ModelError(
+            "weights cannot be loaded into a model that is prepared for decoding",
+            value=prefix + "weight",
+            remedy="undo that with packing.restore(model)",
+        )
+
+
+class _Untrainable(torch.autograd.Function):
+    """A product through which no gradient goes: oneDNN's would be dropped with a warning."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:  # noqa: ARG004
+        return layer.forward(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ARG004
+        raise ModelError(
+            "a model that is prepared for decoding cannot be trained", remedy="undo that with packing.restore(model)"
+        )
+
+
+@torch.inference_mode(False)  # or the weights that come out could never be trained again
+@torch.no_grad()
+def prepare(model: nn.Module) -> int:
+    """Pack the weights of a model, in place; those that are packed already stay so.
+
+    The model can then be asked as before, with the same results up to the rounding of sums. Its weights can be neither
+    changed, trained, moved nor converted until :func:`restore`.
+
+    Args:
+        model: Any model, plain or with an adapter. An adapter's own weights stay as they are; the base's are packed.
+
+    Returns:
+        How many layers were packed; 0 where this machine has no kernel for them.
+    """
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    files = _mapped_files()
+    num_packed = 0
+    for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
+        if uses[id(layer.weight)] == 1 and _can_pack(layer):
+            weight = layer.weight
+            setattr(parent, name, PackedLinear(layer))
+            _let_go(weight, files)
+            num_packed += 1
+    return num_packed
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def restore(model: nn.Module) -> None:
+    """Undo :func:`prepare`, in place: the layers and the bits of their weights are what they were."""
+    for parent, name, layer in _layers(model, (PackedLinear,)):
+        setattr(parent, name, layer.unpack())
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether some weight of the model is packed."""
+    return any(isinstance(part, PackedLinear) for part in model.modules())
+
+
+def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The layers of exactly these kinds, each with its parent and its name there; not those inside of adapters."""
+    for parent in list(model.modules()):
+        # peft keeps the layer that it adapts as base_layer, and its own small matrices in containers beside it.
+        for name, layer in list(parent.named_children()):
+            if type(layer) in kinds and not isinstance(parent, nn.ModuleDict):
+                yield parent, name, layer
+
+
+def _can_pack(layer: nn.Linear | Conv1D) -> bool:
+    weight = layer.weight
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    return bool(weight.device.type == "cpu" and weight.numel() and not hooked and _has_kernel(weight.dtype))
+
+
+@cache
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies such weights on this machine; it says so only when it is asked to."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        weight = torch.eye(16, dtype=dtype)
+        return torch.equal(_multiply(weight, _pack(weight, _ROWS), None, "none", [], ""), weight)
+    except RuntimeError:
+        return False
+
+
+def _mapped_files() -> list[range]:
+    """The addresses at which this process sees files, such as a checkpoint; none where the system does not say."""
+    maps = Path("/proc/self/maps")
+    ranges = []
+    for line in maps.read_text().splitlines() if maps.is_file() else ():
+        fields = line.split(maxsplit=5)
+        if fields[-1].startswith("/"):
+            begin, end = (int(address, 16) for address in fields[0].split("-"))
+            ranges.append(range(begin, end))
+    return ranges
+
+
+def _let_go(weight: Tensor, files: Sequence[range]) -> None:
+    """Have the system take back the memory of a weight that is not needed, if it shows a file.
+
+    That would stay as long as any weight of the file is in use, and the packed ones would come on top of it. The pages
+    are not lost: whoever looks at them gets them from the file again.
+    """
+    begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and any(begin in file for file in files):
+        page_out = 21  # Linux' MADV_PAGEOUT
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), page_out)

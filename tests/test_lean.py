@@ -1,0 +1,212 @@
+"""The lean forward pass, against transformers' own."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_packing import adapted
+from test_ragged import FAMILIES, alone, make, random_ids, read
+from torch import nn
+
+from fedpt_flwr import lean
+from fedpt_flwr.lean import LeanStepper, step_function
+from fedpt_flwr.models import set_arrays
+from fedpt_flwr.packing import prepare, restore
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.ragged import Stepper
+
+_MANY_WINDOWS = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 48}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
+
+TAKEN = {
+    "llama, shared keys": ("llama", {}),
+    "llama, one key per head": ("llama", {"num_key_value_heads": 4}),
+    "llama, biases and wide heads": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama, tied, gelu": ("llama", {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "llama, yarn": ("llama", {"rope_parameters": _YARN}),
+    "llama, llama3": ("llama", {"rope_parameters": _LLAMA3}),
+    "mistral, window": ("mistral, window", {}),
+    "mistral, no window": ("mistral, window", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows and not": ("qwen2", _MANY_WINDOWS),
+    "qwen3": ("qwen3", {}),
+    "qwen3, windows and not": ("qwen3", _MANY_WINDOWS),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_rows_that_come_and_go_score_as_transformers_says(name, packed):
+    family, settings = TAKEN[name]
+    plain = make(family, **settings)
+    model = make(family, **settings)
+    if packed:
+        assert prepare(model) > 0
+    stepper = step_function(model)
+    assert type(stepper) is LeanStepper
+    prompts = [random_ids(length, seed=length) for length in (5, 21, 3, 21)]
+    read_together, after_prompts = read(stepper, prompts)
+    for prompt, scores in zip(prompts, after_prompts, strict=True):
+        torch.testing.assert_close(scores, alone(plain, prompt)[0], atol=1e-4, rtol=1e-4)
+    cache = stepper.new_cache()
+    rows = []
+    for number in (2, 0, 1):
+        cache.append(read_together, number)
+        rows.append(prompts[number])
+    for step in range(9):
+        num_new = (1, 3, 1, 20)[step % 4]
+        new = random_ids(len(rows), num_new, seed=100 + step)
+        logits = stepper(cache, new, keep=0)
+        rows = [torch.cat([row, ids]) for row, ids in zip(rows, new, strict=True)]
+        assert cache.lengths == [len(row) for row in rows]
+        for row, scores in zip(rows, logits, strict=True):
+            torch.testing.assert_close(scores, alone(plain, row, num_new), atol=1e-4, rtol=1e-4)
+        if step == 2:
+            cache.remove(0)
+            rows[0] = rows.pop()
+        if step in (4, 6):  # at the second time to one length
+            shortest = min(map(len, rows))
+            kept = [len(row) - 1 - number if step == 4 else shortest for number, row in enumerate(rows)]
+            cache.cut(kept)
+            rows = [row[:length] for row, length in zip(rows, kept, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen3"])
+def test_rows_of_one_length_need_no_ragged_mask(name):
+    model = make(name)
+    ordinary, stepper = Stepper(model), step_function(model)
+    caches = [ordinary.new_cache(), stepper.new_cache()]
+    for cache in caches:
+        cache.add_rows(3)
+    for step, num_new in enumerate((4, 1, 1, 1, 5, 18, 1, 2)):
+        ids = random_ids(3, num_new, seed=step)
+        expected, found = (one(cache, ids, keep=0) for one, cache in zip((ordinary, stepper), caches, strict=True))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 0, torch.tensor([0, 2])])
+def test_only_the_wanted_positions_are_scored(keep):
+    model = make("llama")
+    ordinary, stepper = Stepper(model), step_function(model)
+    caches = [ordinary.new_cache(), stepper.new_cache()]
+    for cache in caches:
+        cache.add_rows(2)
+    expected, found = (
+        one(cache, random_ids(2, 4), keep=keep) for one, cache in zip((ordinary, stepper), caches, strict=True)
+    )
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_is_on_or_off_as_the_context_says(packed):
+    untuned = make("llama")
+    proxy = ProxyModel(make("llama"), adapted(make("llama")))
+    prompt = random_ids(6)
+    with proxy.without_adapter():
+        torch.testing.assert_close(alone(proxy.tuned, prompt), alone(untuned, prompt))
+    tuned = alone(proxy.tuned, prompt)[0]
+    if packed:
+        proxy.prepare()
+    steppers = proxy.steppers()
+    assert all(type(stepper) is LeanStepper for stepper in steppers.values())
+    for _ in range(2):  # switching back and forth
+        torch.testing.assert_close(read(steppers["tuned"], [prompt])[1][0], tuned, atol=1e-4, rtol=1e-4)
+        off = read(steppers["untuned"], [prompt])[1][0]
+        torch.testing.assert_close(off, alone(untuned, prompt)[0], atol=1e-4, rtol=1e-4)
+    assert (tuned - off).abs().max() > 0.01
+
+
+def test_weights_are_read_when_they_are_used():
+    model, other = make("llama"), make("llama")
+    for weight in other.parameters():
+        weight.mul_(1.1)
+    prompt = random_ids(6)
+    stepper = step_function(model)
+    set_arrays(model, dict(other.named_parameters()))
+    torch.testing.assert_close(read(stepper, [prompt])[1][0], alone(other, prompt)[0], atol=1e-4, rtol=1e-4)
+    prepare(model)
+    torch.testing.assert_close(read(stepper, [prompt])[1][0], alone(other, prompt)[0], atol=1e-4, rtol=1e-4)
+    restore(model)
+    torch.testing.assert_close(read(stepper, [prompt])[1][0], alone(other, prompt)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_is_taken_too():
+    model = make("llama").to(torch.bfloat16)
+    stepper = step_function(model)
+    assert type(stepper) is LeanStepper
+    prompt = random_ids(6)
+    found, expected = read(stepper, [prompt])[1][0], alone(model, prompt)[0]
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.1)
+
+
+def _hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _with_another_layer(model):
+    model.model.layers[1].mlp.up_proj = nn.Sequential(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+def _with_a_child_more(model):
+    model.model.layers[0].self_attn.extra = nn.Identity()
+    return model
+
+
+def _dora(model):
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, use_dora=True)
+    return get_peft_model(model, config).eval()
+
+
+def _with_a_new_embedding(model):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM", r=4)
+    return get_peft_model(model, config).eval()
+
+
+REFUSED = {
+    **{name: (name, {}, None) for name in FAMILIES if name.split(",")[0] in ("gpt2", "gpt-neox", "opt", "phi3")},
+    **{name: (name, {}, None) for name in FAMILIES if name.startswith(("mixtral", "gemma"))},
+    "dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, None),
+    "DoRA": ("llama", {}, _dora),
+    "an embedding of the adapter's": ("llama", {}, _with_a_new_embedding),
+    "a hook": ("llama", {}, _hooked),
+    "another layer": ("llama", {}, _with_another_layer),
+    "a child more": ("llama", {}, _with_a_child_more),
+    "training": ("llama", {}, nn.Module.train),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_of_another_build_takes_the_ordinary_way(name):
+    family, settings, change = REFUSED[name]
+    model = make(family, **settings)
+    stepper = step_function(change(model) if change else model)
+    assert type(stepper) is Stepper
+
+
+def test_a_model_that_scores_otherwise_takes_the_ordinary_way(monkeypatch):
+    monkeypatch.setattr(lean, "_normed", lambda norm, x: x * 1.001)
+    assert type(step_function(make("llama"))) is Stepper
+
+
+def test_a_model_with_nan_takes_the_ordinary_way():
+    model = make("llama")
+    model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    assert type(step_function(model)) is Stepper

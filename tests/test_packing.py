@@ -1,0 +1,284 @@
+"""Weights prepared for decoding, against the layers and models as they were."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_ragged import FAMILIES, make, random_ids
+from tiny import tiny_gpt2, tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from fedpt_flwr import packing
+from fedpt_flwr.config import TuningConfig
+from fedpt_flwr.errors import ModelError
+from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, make_tunable, set_arrays, tunable_arrays
+from fedpt_flwr.packing import PackedLinear, is_prepared, prepare, restore
+from fedpt_flwr.proxy import ProxyModel
+
+pytestmark = pytest.mark.skipif(not packing._has_kernel(torch.float32), reason="oneDNN is not on this machine")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def layers():
+    torch.manual_seed(0)
+    conv = Conv1D(24, 16)
+    nn.init.normal_(conv.bias)
+    return {"linear": nn.Linear(16, 24, bias=False), "linear, bias": nn.Linear(16, 24), "conv1d": conv}
+
+
+def in_a_model(layer):
+    return nn.Sequential(layer)
+
+
+def adapted(base, seed=0, **settings):
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model.eval()
+
+
+def weights(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def same(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+@pytest.mark.parametrize("name", layers())
+@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16), (16,), (0, 16), (2, 0, 16)])
+def test_a_packed_layer_multiplies_as_the_plain_one(name, shape):
+    layer = layers()[name]
+    x = torch.randn(shape)
+    expected = layer(x)
+    model = in_a_model(layer)
+    assert prepare(model) == 1
+    assert isinstance(model[0], PackedLinear)
+    torch.testing.assert_close(model(x), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_may_lie_in_memory_as_they_like():
+    model = in_a_model(nn.Linear(16, 24))
+    x = torch.randn(16, 5, 2)
+    expected = model(x[..., 0].t())
+    prepare(model)
+    torch.testing.assert_close(model(x[..., 0].t()), expected.detach())
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 16, dtype=torch.float64), torch.zeros(2, 15)])
+def test_inputs_that_do_not_fit_are_refused_by_both(wrong):
+    model = in_a_model(nn.Linear(16, 24))
+    with pytest.raises(RuntimeError):
+        model(wrong)
+    prepare(model)
+    with pytest.raises(RuntimeError):
+        model(wrong)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_scores_and_generates_as_before(name):
+    model = make(name)
+    ids = random_ids(2, 9)
+    settings = {"max_new_tokens": 6, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    with torch.no_grad():
+        expected = model(ids).logits
+        written = [model.generate(ids, num_beams=beams, **settings) for beams in (1, 2)]
+        assert prepare(model) > 0
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        for beams, before in zip((1, 2), written, strict=True):
+            assert torch.equal(model.generate(ids, num_beams=beams, **settings), before)
+
+
+@pytest.mark.parametrize("model", [tiny_llama(), tiny_llama(tie_word_embeddings=False), tiny_gpt2()])
+def test_a_restored_model_is_the_one_that_it_was(model):
+    ids = random_ids(2, 5) % model.config.vocab_size
+    before, mark, scores = weights(model), fingerprint(model), model(ids).logits
+    names, parts = [name for name, _ in model.named_parameters()], list(model.modules())
+    assert prepare(model) > 0
+    assert is_prepared(model)
+    assert prepare(model) == 0  # nothing is packed twice
+    restore(model)
+    assert not is_prepared(model)
+    assert same(weights(model), before)
+    assert fingerprint(model) == mark
+    assert [name for name, _ in model.named_parameters()] == names  # tied ones are tied again
+    assert all(one is other for one, other in zip(model.modules(), parts, strict=True))
+    assert torch.equal(model(ids).logits, scores)
+
+
+def test_a_tied_head_stays_one_tensor_with_the_embedding():
+    model = tiny_llama()
+    prepare(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_model_restored_under_inference_mode_can_be_trained():
+    model = tiny_llama()
+    with torch.inference_mode():
+        prepare(model)
+        restore(model)
+    model(random_ids(1, 4) % 32).logits.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_a_prepared_model_is_saved_with_its_weights(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    before = weights(model)
+    prepare(model)
+    assert same(weights(model), before)
+    model.save_pretrained(tmp_path)
+    assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), before)
+
+
+def test_a_copy_of_a_prepared_model_stands_for_itself():
+    model = tiny_llama()
+    before = weights(model)
+    prepare(model)
+    twin = copy.deepcopy(model)
+    restore(twin)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.up_proj.weight.zero_()
+    assert is_prepared(model)
+    assert same(weights(model), before)
+
+
+def test_reading_and_writing_packed_weights_is_refused(tmp_path):
+    model = tiny_llama()
+    arrays = tunable_arrays(model.requires_grad_(True))
+    prepare(model)
+    for attempt in (
+        lambda: fingerprint(model),
+        lambda: set_arrays(model, arrays),
+        lambda: tunable_arrays(model),
+        lambda: make_tunable(model, TuningConfig(), seed=0),
+        lambda: load_adapter(model, tmp_path),
+        lambda: model.load_state_dict(arrays),
+        lambda: model(random_ids(1, 4) % 32).logits.sum().backward(),
+    ):
+        with pytest.raises(ModelError, match=r"undo that with packing.restore\(model\)"):
+            attempt()
+
+
+def test_converting_a_prepared_model_is_refused():
+    model = tiny_llama()
+    prepare(model)
+    with pytest.raises(ModelError, match="neither moved nor converted"):
+        model.to(torch.bfloat16)
+
+
+def test_moving_a_prepared_model_to_where_it_is_changes_nothing():
+    model = tiny_llama()
+    prepare(model)
+    scores = model(random_ids(1, 4) % 32).logits
+    assert torch.equal(model.to("cpu").float()(random_ids(1, 4) % 32).logits, scores)
+
+
+def test_one_packed_base_serves_with_and_without_its_adapter():
+    model = adapted(tiny_llama(tie_word_embeddings=False))
+    ids = random_ids(1, 6) % 32
+    with torch.no_grad():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            untuned = model(ids).logits
+        prepare(model)
+        packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
+        assert len(packed) == 2 * 7 + 1  # the adapter's own matrices are not among them
+        torch.testing.assert_close(model(ids).logits, tuned, atol=1e-4, rtol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(ids).logits, untuned, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_with_hooks_or_without_a_kernel_stay_as_they_are(monkeypatch):
+    hooked = in_a_model(nn.Linear(16, 24))
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert prepare(hooked) == 0
+    assert prepare(in_a_model(nn.Linear(16, 24).double())) == 0
+    monkeypatch.setattr(packing, "_has_kernel", lambda dtype: False)
+    assert prepare(tiny_llama()) == 0
+
+
+def test_packing_never_holds_more_than_one_layer_twice(monkeypatch):
+    model = tiny_llama(tie_word_embeddings=False)
+    sizes = [layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)]
+    live = []
+
+    def counted(weight, rows):
+        plain = sum(part.weight.nbytes for part in model.modules() if type(part) is nn.Linear)
+        packed = sum(part._packed.nbytes for part in model.modules() if isinstance(part, PackedLinear))
+        live.append(plain + packed + weight.nbytes)
+        return pack(weight, rows)
+
+    pack = packing._pack
+    monkeypatch.setattr(packing, "_pack", counted)
+    assert prepare(model) == len(sizes)
+    assert max(live) <= sum(sizes) + max(sizes)
+
+
+def test_a_checkpoint_is_let_go_while_it_is_packed(tmp_path):
+    tiny_llama(hidden_size=512, intermediate_size=1536, num_attention_heads=8).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path))
+    size, before = sum(weight.nbytes for weight in model.parameters()), resident_file_bytes()
+    assert all(bool(weight.isfinite().all()) for weight in model.parameters())
+    if resident_file_bytes() - before < 0.8 * size:
+        pytest.skip("checkpoints are not seen as memory here, or lie in memory anyway")
+    before_packing = weights(model)
+    prepare(model)
+    assert resident_file_bytes() - before < 0.2 * size
+    assert same(weights(model), before_packing)
+
+
+def resident_file_bytes():
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_a_prepared_proxy_writes_the_same_text(form, tmp_path):
+    large = tiny_llama(1, hidden_size=32, tie_word_embeddings=False)
+    untuned = tiny_llama(2)
+    proxy = ProxyModel(large, tiny_llama(3), untuned) if form == "full" else ProxyModel(large, adapted(untuned))
+    ids = random_ids(3, 7) % 32
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    before, stored = proxy.generate(ids, **settings), weights(proxy)
+    assert proxy.prepare() is proxy
+    assert torch.equal(proxy.generate(ids, **settings), before)
+    with pytest.raises(ModelError, match="restore"):
+        proxy.save_pretrained(tmp_path / "proxy", large_ref="demo:large", untuned_ref="demo:small")
+    assert not (tmp_path / "proxy").exists()
+    assert same(weights(proxy.restore()), stored)
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_a_proxy_like_a_prepared_one_shares_what_is_packed(form, tmp_path):
+    large, untuned = tiny_llama(1, tie_word_embeddings=False), tiny_llama(2)
+    for name, model in (("large", large), ("small", untuned)):
+        model.save_pretrained(tmp_path / name)
+    tuned = tiny_llama(3) if form == "full" else adapted(untuned)
+    proxy = ProxyModel(large, tuned, untuned if form == "full" else None)
+    refs = {"large_ref": str(tmp_path / "large"), "untuned_ref": str(tmp_path / "small")}
+    proxy.save_pretrained(tmp_path / form, **refs)
+    ProxyModel(large, tiny_llama(4), untuned if form == "full" else tiny_llama(2)).save_pretrained(
+        tmp_path / "first", **refs
+    )
+    first = ProxyModel.from_pretrained(tmp_path / "first", prepare=True)
+    assert all(is_prepared(part) for part in (first.large, first.tuned, first.untuned))
+    second = ProxyModel.from_pretrained(tmp_path / form, like=first, prepare=True)
+    assert second.large is first.large
+    assert is_prepared(second.tuned)
+    assert is_prepared(first.untuned)
+    ids = random_ids(2, 5) % 32
+    with torch.no_grad():
+        torch.testing.assert_close(second(ids).logits, proxy(ids).logits, atol=1e-4, rtol=1e-4)
