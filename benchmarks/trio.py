@@ -36,8 +36,8 @@ from transformers import (
 
 from fedpt_flwr.runs import read_json, write_json
 
-WORKLOADS: dict[str, float | None] = {"high": 0.91, "middle": 0.6, "never": None}
-"""Share of tokens that the drafter is to get right; None makes one that is always wrong."""
+WORKLOADS: dict[str, float | None] = {"high": 0.89, "middle": 0.6, "never": None}
+"""Share of tokens that the drafter is to get right; None makes one that is wrong all but always."""
 
 TUNING_NOISE = 0.05
 """What separates ``tuned`` from ``untuned``, relative to the weights: about every fifth token of the proxy is not the
@@ -224,7 +224,7 @@ def dialled_pair(core: PreTrainedModel, wanted: float) -> tuple[PreTrainedModel,
 
 
 def shifted_pair(core: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """``untuned`` and ``tuned`` that take each token for its neighbour, so that the drafter is always wrong."""
+    """``untuned`` and ``tuned`` that take each token for its neighbour, so that the drafter is wrong all but always."""
     pair = noisy_pair(core, 0.02)
     for model in pair:
         head = model.get_output_embeddings()
