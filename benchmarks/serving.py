@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import IO, cast
 
 import httpx
 import torch
+from common import spread, timed
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -116,23 +117,16 @@ def ask(client: httpx.Client, prompt: list[int], num_tokens: int) -> list[float]
     return times
 
 
-def timed(work: Callable[[], object]) -> float:
-    """How long something takes, in seconds."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 def ratio(name: str, ours: list[float], theirs: list[float], *, goal: str, of_speed: bool) -> dict[str, float | str]:
     """Print and return the median of the turns' ratios: of speeds, or of times."""
     pairs = [b / a if of_speed else a / b for a, b in zip(ours, theirs, strict=True)]
-    median = statistics.median(pairs)
+    found = spread(pairs)
     print(
-        f"{name}: {median:.2f}x (goal {goal}; {min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} turns; "
+        f"{name}: {found['ratio']:.2f}x (goal {goal}; {min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} turns; "
         f"medians {statistics.median(ours):.3f} s and {statistics.median(theirs):.3f} s)",
         flush=True,
     )
-    return {"name": name, "ratio": median, "lowest": min(pairs), "highest": max(pairs), "goal": goal}
+    return {"name": name, **found, "goal": goal}
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""The benchmark of decoding: its models, its arithmetic, and one run with tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import trio
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = trio.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module", params=trio.FAMILIES)
+def family(request):
+    return request.param
+
+
+def scores(model, seed=7):
+    ids = torch.randint(TINY.vocab, (4, 24), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def test_the_large_model_scores_as_its_core_does_at_ten_times_the_cost(family):
+    core = trio.randomise(trio.FAMILIES[family](TINY), seed=0)
+    large = trio.widened(core, trio.FAMILIES[family](TINY, TINY.times, TINY.extra_layers), TINY.times, seed=1)
+    torch.testing.assert_close(scores(large), scores(core), rtol=0, atol=0.1)  # scores have a deviation of 3
+    assert trio.bytes_read(large) > 10 * trio.bytes_read(core)
+
+
+def test_the_drafter_is_right_as_often_as_wanted(family):
+    core = trio.randomise(trio.FAMILIES[family](TINY), seed=0)
+    untuned, tuned = trio.dialled_pair(core, 0.8)
+    drafted = scores(tuned).argmax(-1)
+    right = drafted == (scores(core) + scores(tuned) - scores(untuned)).argmax(-1)
+    assert 0.6 < right.float().mean() < 0.95
+
+
+def test_the_drafter_that_is_always_wrong_is(family):
+    core = trio.randomise(trio.FAMILIES[family](TINY), seed=0)
+    untuned, tuned = trio.shifted_pair(core)
+    right = scores(tuned).argmax(-1) == (scores(core) + scores(tuned) - scores(untuned)).argmax(-1)
+    assert right.float().mean() < 0.03
+
+
+def test_models_are_made_once(tmp_path):
+    made = trio.make(tmp_path, "llama", TINY)
+    written = (tmp_path / "large" / "model.safetensors").stat().st_mtime_ns
+    assert trio.make(tmp_path, "llama", TINY) == made
+    assert (tmp_path / "large" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_drafting_counts_rounds_as_they_would_go():
+    # Two drafts a round: r r + its own token; w + own; r w + own; the last token is never drafted.
+    right = torch.tensor([[True, True, True, False, True, False, True]])
+    # rounds at 0 (2 of 2), 3 (0 of 2), 4 (1 of 2), 6 (0 of 0)
+    assert trio.drafting(right, 2) == (3 / 6, 7 / 4)
+
+
+def test_agreement_looks_at_each_new_token_after_the_true_ones():
+    model = trio.randomise(trio.llama(TINY), seed=0)
+    prompts = torch.arange(1, 11).view(2, 5)  # 0 would be taken for padding
+    with torch.inference_mode():
+        new = model.generate(prompts, max_new_tokens=6, do_sample=False, pad_token_id=0)[:, 5:].clone()
+        assert trio.agreement(model, prompts, new).all()
+        new[0, 3] = (new[0, 3] + 1) % TINY.vocab
+        right = trio.agreement(model, prompts, new)
+    assert right[0, :4].tolist() == [True, True, True, False]
+    assert right[1].all()
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_figure_and_no_row_differs(tmp_path):
+    command = [sys.executable, "decoding.py", "--quick", "--dtypes", "float32", "--json", str(tmp_path / "found.json")]
+    output = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found) == {"machine", "options", "goals", "skipped", "results"}
+    assert set(found["results"]) == {"llama", "gpt2"}
+    llama, gpt2 = (found["results"][family]["float32"] for family in ("llama", "gpt2"))
+    assert set(llama) == {"batch1", "middle", "never", "batch8", "batch32", "memory"}
+    assert set(gpt2) == {"batch1", "middle", "never", "batch8"}
+    assert set(llama["memory"]) == {"large", "three models", "proxy", "LoRA pair", "small_weights"}
+    drafts = {f"draft {length}" for length in (1, 2, 3, 4, 6)}
+    alone = {"stock", "stock, prepared", "own plain"}
+    unprepared = {"three-forward, unprepared", "adaptive, unprepared"}
+    assert set(llama["batch1"]["methods"]) == {"reference", "three-forward", "adaptive"} | drafts | alone | unprepared
+    for seen in [*(llama[name] for name in llama if name != "memory"), *gpt2.values()]:
+        assert {"agreement", "drafting", "bandwidth_bytes_per_s", "batch", "prompt_tokens", "new_tokens"} <= set(seen)
+        for name, method in seen["methods"].items():
+            assert method["tokens_per_second"] > 0
+            assert method["rows_differing"] == [], name
+    assert llama["never"]["agreement"] < 0.05 < llama["middle"]["agreement"] < llama["batch1"]["agreement"]
+    whats = {(goal["what"], goal["family"]) for goal in found["goals"]}
+    assert ("adaptive / stock generate()", "llama") in whats
+    assert ("LoRA pair's / (large + 1.1 small)", "llama") in whats
+    assert "goal" in output.stdout
