@@ -614,7 +614,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             known.steps[name].model is not part.model for name, part in zip(PARTS, self._parts(), strict=True)
         ):
             try:
-                self._speculation = Speculation(self.steppers())
+                self._speculation = Speculation(self.steppers(), self.config.max_position_embeddings)
             except ModelError as error:
                 _log.debug("decodes without speculation: %s", error)
                 self._speculation = None

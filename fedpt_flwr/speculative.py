@@ -146,6 +146,7 @@ class Speculation:
 
     Args:
         steps: A step function for each of :data:`PARTS`.
+        context: The longest text in tokens that all models take; None if none of them says.
 
     Attributes:
         steps: These.
@@ -153,8 +154,9 @@ class Speculation:
         statistics: Of all that was decoded.
     """
 
-    def __init__(self, steps: Mapping[str, Stepper]) -> None:
+    def __init__(self, steps: Mapping[str, Stepper], context: int | None = None) -> None:
         self.steps = steps
+        self._context = context
         self.length = DraftLength(StepCosts(steps))
         self.statistics = Statistics()
 
@@ -172,10 +174,12 @@ class Speculation:
         last_ids = [prompts[row][-1] for row in rows]
         texts = [Acceptance(self.length.prior) for _ in rows]
         while rows:
+            lengths = list(caches["large"].lengths)
             longest = max(rules.room(row) for row in rows) - 1
+            if self._context is not None:  # a row near its end takes part in a pass over as many tokens as the others
+                longest = max(0, min(longest, self._context - 1 - max(lengths)))
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
             rules.begin(rows, num_drafts + 1)
-            lengths = list(caches["large"].lengths)
             asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft)
             choices = rules.choose(asked).cpu()
             accepted = num_accepted(asked.drafts, choices)

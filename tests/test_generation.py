@@ -169,6 +169,15 @@ def test_a_prompt_of_one_token_and_a_context_that_ends(inputs):
     assert torch.equal(ours, theirs)
 
 
+def test_rows_at_the_end_of_the_context_take_part_in_the_rounds_of_others():
+    proxy = ProxyModel(*relatives(tiny_gpt2), tokenizer=tiny_tokenizer())
+    ids = torch.randint(3, VOCAB, (2, 56), generator=torch.Generator().manual_seed(0))
+    ids[1, :50] = PAD
+    given = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    ours, theirs = both(proxy, given, 7, max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("settings", ["an end", "sampled", "sampled and penalised", "strength by rows"])
 def test_scores_are_those_of_transformers_loop_while_a_row_lives(proxy, inputs, settings):
     how = SETTINGS[settings] | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

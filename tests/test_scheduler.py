@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_speculative import relatives
 from tiny import EOS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.prompts import Template
@@ -36,6 +37,8 @@ def make_proxy(kind="llama", tuned_seed=2):
                 if "lora_" in name:
                     weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
         return ProxyModel(tiny_llama(1), tuned, None, vocab_size=VOCAB)
+    if kind == "related":  # drafts are right now and then
+        return ProxyModel(*relatives(), vocab_size=VOCAB)
     small = tiny_gpt2 if kind == "mixed" else tiny_llama
     # The large model's vocabulary is padded, as real ones are.
     return ProxyModel(tiny_llama(1, vocab=VOCAB + 5), small(tuned_seed), small(3), vocab_size=VOCAB)
@@ -102,6 +105,8 @@ def start():
     started = []
 
     def begin(version, **limits):
+        # Some drafts always, whatever passes cost on this machine; none where the test counts the large model's passes.
+        limits = {"draft_tokens": 0 if isinstance(version.steppers["large"], Gate) else 2} | limits
         scheduler = Scheduler(version, Limits(**limits), Metrics(), deliver, num_threads=1)
         scheduler.start()
         started.append(scheduler)
@@ -174,11 +179,14 @@ MIX = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixed"])
-def test_texts_of_all_kinds_at_once_are_what_generate_writes(start, kind):
+@pytest.mark.parametrize(
+    ("kind", "draft_tokens"),
+    [("llama", 2), ("mixed", 0), ("mixed", 2), ("related", 1), ("related", 5), ("related", "auto")],
+)
+def test_texts_of_all_kinds_at_once_are_what_generate_writes(start, kind, draft_tokens):
     proxy = make_proxy(kind)
     version = make_version(proxy)
-    scheduler = start(version, num_slots=7, prefill_tokens=16)
+    scheduler = start(version, num_slots=7, prefill_tokens=16, draft_tokens=draft_tokens)
     tasks, expected = [], []
     for number in range(39):
         settings = MIX[number % len(MIX)]
@@ -192,6 +200,25 @@ def test_texts_of_all_kinds_at_once_are_what_generate_writes(start, kind):
         assert one.sink.ended(1).ids() == ids
         assert one.sink.reason() == ("stop" if ids[-1] == EOS else "length")
     assert len({tuple(ids) for ids in expected}) > 30  # else the texts would say little
+    if kind == "related" and draft_tokens != "auto":
+        drafted, accepted = (
+            counter._value.get() for counter in (scheduler._metrics.drafted_tokens, scheduler._metrics.accepted_tokens)
+        )
+        assert 0.1 < accepted / drafted < 0.95
+
+
+def test_drafts_beside_texts_at_the_end_of_a_context_change_nothing(start):
+    proxy = ProxyModel(*relatives(tiny_gpt2), vocab_size=VOCAB)  # 64 learned positions
+    version = make_version(proxy, end_ids=frozenset())
+    prompts = [random_prompt(length, length) for length in (60, 3, 50)]
+    settings = [{"max_new_tokens": 4}, {"max_new_tokens": 40}, {"max_new_tokens": 14, "model": "large"}]
+    tasks = [task(version, prompt, **setting) for prompt, setting in zip(prompts, settings, strict=True)]
+    start(version, draft_tokens=7).submit(tasks)
+    for one, setting in zip(tasks, settings, strict=True):
+        assert len(one.sink.ended(1).ids()) == setting["max_new_tokens"]
+    ids = torch.tensor([prompts[1]])
+    alone = proxy.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert tasks[1].sink.ids() == alone[0, 3:].tolist()
 
 
 def test_an_adapter_serves_as_tuned_and_untuned(start):
