@@ -6,10 +6,12 @@ device that cannot take part answers with the sentence that says why.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -17,18 +19,30 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_config
-from fedpt_flwr.data import tokenize_examples
+from fedpt_flwr.data import TokenizedExample, tokenize_examples
 from fedpt_flwr.errors import DataError, DeviceError, FedPTError, ModelError
-from fedpt_flwr.models import cpu_threads, fingerprint, load_causal_lm, load_tokenizer, make_tunable, set_arrays
+from fedpt_flwr.limits import DeviceLimits, parse_limits
+from fedpt_flwr.memory import UNTOLD_BASE_BYTES, check_fits, give_freed_memory_back, is_out_of_memory
+from fedpt_flwr.models import (
+    cpu_threads,
+    fingerprint,
+    hold_frozen_weights_in,
+    load_causal_lm,
+    load_tokenizer,
+    make_tunable,
+    pick_device,
+    set_arrays,
+)
 from fedpt_flwr.models import tunable_arrays as arrays_of
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.records import (
     ARRAYS,
     CONFIG,
+    LIMITS,
     METRICS,
     DeviceCard,
     check_arrays,
@@ -40,6 +54,11 @@ from fedpt_flwr.records import (
 )
 from fedpt_flwr.sources import device_shard, local_shard
 from fedpt_flwr.training import TaskMemory, device_seed, round_learning_rate, train_locally
+
+OUT_OF_MEMORY = (
+    "it ran out of memory; lower max-batch-size in its node config, or set memory-limit-mb there, so that it says "
+    "beforehand what does not fit"
+)
 
 app = ClientApp()
 CODE_HASH = code_hash(Path(__file__))  # of the code that runs, whatever is edited later
@@ -61,15 +80,26 @@ def declines(handler: Handler) -> Handler:
             reason = str(error)
             if isinstance(error, DataError) and _has_own_data(context):
                 reason = _kept_here(context, "its data cannot be used")
-            return Message(content=refusal(reason), reply_to=message)
+            return _refuse(message, context, reason)
         except Exception as error:
+            if is_out_of_memory(error):
+                log(ERROR, "The round failed on this device", exc_info=error)
+                return _refuse(message, context, f"device {_told_number(context)}: {OUT_OF_MEMORY}")
             if not _has_own_data(context):
                 raise  # Flower sends its text
             log(ERROR, "The round failed on this device", exc_info=error)
             reason = _kept_here(context, f"it failed with {type(error).__name__}")
-            return Message(content=refusal(reason), reply_to=message)
+            return _refuse(message, context, reason)
 
     return answer
+
+
+def _refuse(message: Message, context: Context, reason: str) -> Message:
+    """Decline, and say what limits this device has, for the ledger."""
+    content = refusal(reason)
+    with suppress(DeviceError):
+        content[LIMITS] = ConfigRecord(parse_limits(context.node_config, place="").to_flat())  # type: ignore[arg-type]
+    return Message(content=content, reply_to=message)
 
 
 def _has_own_data(context: Context) -> bool:
@@ -78,8 +108,11 @@ def _has_own_data(context: Context) -> bool:
 
 def _kept_here(context: Context, what: str) -> str:
     """What the server is told where an error's text may hold examples or paths of the device's own data."""
-    number = context.node_config.get("partition-id", context.node_config.get("device-id"))
-    return f"device {number}: {what}; the log of its ClientApp says why"
+    return f"device {_told_number(context)}: {what}; the log of its ClientApp says why"
+
+
+def _told_number(context: Context) -> object:
+    return context.node_config.get("partition-id", context.node_config.get("device-id"))
 
 
 @app.query()
@@ -89,6 +122,7 @@ def introduce(message: Message, context: Context) -> Message:
     task_memory.begin()
     config = parse_run_config(context.run_config)
     _check_code(message)
+    load_limits(config, context)
     shard = load_shard(config, context)
     groups = {} if config.data.partitioner == "node-local" else Counter(example.group for example in shard)
     card = DeviceCard(
@@ -109,33 +143,42 @@ def train(message: Message, context: Context) -> Message:
     _check_code(message)
     told = message.content.config_records[CONFIG]
     server_round, device = int(str(told["server-round"])), device_number(context)
-    with cpu_threads(config.threads.device):
-        model, stored = load_small_model(config.model, config.tuning, config.seed)
+    place = f"device {device}, round {server_round}"
+    fedprox_mu = float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu
+    limits = load_limits(config, context)
+    config = dataclasses.replace(config, train=limits.apply(config.train))
+    tokenizer = cached_tokenizer(config.model.small)
+    examples = _tokenized(config, context, tokenizer)
+    estimate = None
+    if limits.memory_limit_mb is not None:
+        give_freed_memory_back()
+        estimate = check_fits(
+            config,
+            examples,
+            dtype=limits.dtype or config.model.small_dtype,
+            batch_size=limits.max_batch_size or config.train.batch_size,
+            with_fedprox=fedprox_mu > 0,
+            base_bytes=task_memory.base_bytes or UNTOLD_BASE_BYTES,
+            limit_mb=limits.memory_limit_mb,
+            place=place,
+        )
+    with cpu_threads(limits.threads or config.threads.device):
+        model, stored = load_small_model(config.model, config.tuning, config.seed, limits.dtype)
         _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
         received = message.content.array_records[ARRAYS]
-        place = f"device {device}, round {server_round}, what the server sent"
-        set_arrays(model, to_tensors(check_arrays(received, to_array_record(arrays_of(model)), place=place)))
-        tokenizer = cached_tokenizer(config.model.small)
-        examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
-        if report.num_dropped or report.num_prompts_cut or report.num_answers_cut:
-            log(
-                INFO,
-                "Device %d: of %d examples %d are left out as empty, %d prompts and %d answers are cut",
-                device,
-                report.num_examples,
-                report.num_dropped,
-                report.num_prompts_cut,
-                report.num_answers_cut,
-            )
+        sent = check_arrays(received, to_array_record(arrays_of(model)), place=f"{place}, what the server sent")
+        set_arrays(model, to_tensors(sent))
+        del sent
         peak = task_memory.peak_before_training()
         result = train_locally(
             model,
             examples,
             config.train,
             learning_rate=round_learning_rate(config.train, server_round, config.num_server_rounds),
-            fedprox_mu=float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu,
+            fedprox_mu=fedprox_mu,
             pad_id=int(tokenizer.pad_token_id or 0),
             seed=device_seed(config.seed, server_round, device),
+            max_batch_size=limits.max_batch_size or 0,
         )
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "device": device,
@@ -144,6 +187,7 @@ def train(message: Message, context: Context) -> Message:
         "train-loss": result.loss,
         "train-loss-last": result.loss_last,
         "num-steps": result.num_steps,
+        "batch-size": min(config.train.batch_size, limits.max_batch_size or config.train.batch_size, len(examples)),
         "num-examples-seen": result.num_examples_seen,
         "num-tokens": result.num_tokens,
         "num-answer-tokens": result.num_answer_tokens,
@@ -157,8 +201,46 @@ def train(message: Message, context: Context) -> Message:
     growth = None if "ray" in sys.modules else task_memory.growth_bytes(peak)
     if growth is not None:
         metrics["memory-growth-bytes"] = growth
+    if estimate is not None:
+        metrics["memory-estimate-bytes"] = estimate
     content = RecordDict({ARRAYS: to_array_record(arrays_of(model)), METRICS: MetricRecord(metrics)})
+    if limits.to_flat():
+        content[LIMITS] = ConfigRecord(limits.to_flat())  # type: ignore[arg-type]
     return Message(content=content, reply_to=message)
+
+
+def _tokenized(config: RunConfig, context: Context, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedExample]:
+    """This device's examples in tokens; what was left out or cut is logged."""
+    examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
+    if report.num_dropped or report.num_prompts_cut or report.num_answers_cut:
+        log(
+            INFO,
+            "Device %d: of %d examples %d are left out as empty, %d prompts and %d answers are cut",
+            device_number(context),
+            report.num_examples,
+            report.num_dropped,
+            report.num_prompts_cut,
+            report.num_answers_cut,
+        )
+    return examples
+
+
+def load_limits(config: RunConfig, context: Context) -> DeviceLimits:
+    """What this device's node config allows it.
+
+    Raises:
+        DeviceError: A limit is none, or this device cannot compute in the type that it names.
+    """
+    device = device_number(context)
+    limits = parse_limits(context.node_config, place=f"device {device}")
+    if limits.dtype == "float16" and pick_device(config.model.device).type == "cpu":
+        raise DeviceError(
+            "float16 needs a GPU",
+            value=limits.dtype,
+            place=f"device {device}, node config, dtype",
+            remedy='restart its SuperNode with dtype="bfloat16" or "float32" in --node-config',
+        )
+    return limits
 
 
 def device_number(context: Context) -> int:
@@ -208,13 +290,18 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_small_model(model: ModelConfig, tuning: TuningConfig, seed: int) -> tuple[PreTrainedModel | PeftModel, str]:
+def load_small_model(
+    model: ModelConfig, tuning: TuningConfig, seed: int, dtype: str | None
+) -> tuple[PreTrainedModel | PeftModel, str]:
     """The small model ready to be tuned, and the fingerprint of what this device has stored.
 
-    One process keeps one: every round overwrites all that tuning changes.
+    One process keeps one: every round overwrites all that tuning changes. It is loaded as the server loads it, to be
+    compared, and then held in the device's own ``dtype`` where its weights are frozen.
     """
     small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
     stored = fingerprint(small)
+    if dtype is not None and tuning.mode == "lora":
+        hold_frozen_weights_in(small, dtype)
     return make_tunable(small, tuning, seed=seed), stored
 
 

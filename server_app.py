@@ -436,6 +436,7 @@ class Server:
                     bytes_up=part.bytes_up,
                     metrics=part.metrics,
                     refused=part.refused,
+                    limits=part.limits,
                 )
                 for part in outcome.devices
             )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
@@ -115,6 +115,36 @@ def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> 
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.eval().to(pick_device(device))
     return loaded
+
+
+def model_without_weights(ref: str) -> PreTrainedModel:
+    """The model that a reference names on torch's ``meta`` device: all shapes and no memory, from its config alone.
+
+    Args:
+        ref: See :func:`resolve_model`.
+
+    Raises:
+        ModelError: Its config cannot be loaded.
+    """
+    source = resolve_model(ref)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _cannot_load("model", ref, error) from error
+    return model.requires_grad_(False).eval()
+
+
+def hold_frozen_weights_in(model: PreTrainedModel, dtype: str) -> None:
+    """Convert a model's weights in place, one after the other; its buffers (rotary frequencies) stay as they are.
+
+    Args:
+        model: A frozen model.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(_DTYPES[dtype])
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

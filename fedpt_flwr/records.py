@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedpt_flwr.errors import DeviceError, ReplyError, RunError
 
-ARRAYS, CONFIG, METRICS, REFUSAL = "arrays", "config", "metrics", "refusal"
+ARRAYS, CONFIG, METRICS, REFUSAL, LIMITS = "arrays", "config", "metrics", "refusal", "limits"
 """Names of the records in a message."""
 
 REQUIRED_METRICS = ("device", "server-round", "num-examples", "train-loss")
@@ -32,6 +32,7 @@ REQUIRED_METRICS = ("device", "server-round", "num-examples", "train-loss")
 COST_METRICS = (
     "train-loss-last",
     "num-steps",
+    "batch-size",
     "num-examples-seen",
     "num-tokens",
     "num-answer-tokens",
@@ -40,6 +41,7 @@ COST_METRICS = (
     "state-bytes",
     "peak-memory-bytes",
     "memory-growth-bytes",
+    "memory-estimate-bytes",
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 

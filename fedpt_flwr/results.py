@@ -18,7 +18,14 @@ _MEGABYTE = 1e6
 
 
 def device_cost_row(
-    server_round: int, device: int, *, bytes_down: int, bytes_up: int, metrics: Mapping[str, float], refused: str
+    server_round: int,
+    device: int,
+    *,
+    bytes_down: int,
+    bytes_up: int,
+    metrics: Mapping[str, float],
+    refused: str,
+    limits: Mapping[str, int | float | str] | None = None,
 ) -> dict[str, Any]:
     """One device's line of ``costs.jsonl``: what it reported, and what the server measured itself.
 
@@ -29,8 +36,11 @@ def device_cost_row(
         bytes_up: Bytes of its reply as serialised.
         metrics: What it reported.
         refused: Why its reply was not used, or empty.
+        limits: What its node config limits, by key.
     """
     row: dict[str, Any] = {"round": server_round, "device": device, "bytes_down": bytes_down, "bytes_up": bytes_up}
+    if limits:
+        row["limits"] = dict(limits)
     if refused:
         return row | {"refused": refused}
     reported = {name.replace("-", "_"): value for name, value in metrics.items() if name != "server-round"}

@@ -31,9 +31,11 @@ from numpy.typing import NDArray
 
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
+from fedpt_flwr.limits import parse_limits
 from fedpt_flwr.records import (
     ARRAYS,
     CONFIG,
+    LIMITS,
     METRICS,
     DeviceCard,
     check_arrays,
@@ -62,6 +64,7 @@ class DeviceRound:
         bytes_up: Bytes of the reply, as serialised; 0 if there was none.
         metrics: The numbers it reported; empty if its reply was refused or absent.
         refused: Why its reply was not used, or empty.
+        limits: What its node config limits, as it says, by key.
     """
 
     device: int
@@ -69,6 +72,7 @@ class DeviceRound:
     bytes_up: int
     metrics: Mapping[str, float]
     refused: str = ""
+    limits: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -653,11 +657,13 @@ class FedPT(Strategy):
             down = message_bytes(sent.content)
             place = f"device {device}, round {server_round}"
             metrics: dict[str, float] = {}
+            limits: dict[str, int | float | str] = {}
             up, reason = 0, ""
             try:
                 if device not in received:
                     raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
                 reply = received[device]
+                limits = _limits(reply, place)
                 content = _content(reply)
                 up = message_bytes(content)
                 if set(content.array_records) != {ARRAYS}:
@@ -670,7 +676,9 @@ class FedPT(Strategy):
                 usable.append(reply)
             except (ReplyError, DeviceError) as error:
                 metrics, reason = {}, str(error)
-            devices.append(DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason))
+            devices.append(
+                DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason, limits=limits)
+            )
         return usable, devices
 
     def _aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord, float]:
@@ -787,6 +795,17 @@ def _sender(reply: Message, sent: Mapping[int, Message]) -> int | None:
         if reply.metadata.reply_to_message_id == message.metadata.message_id:
             return key
     return None
+
+
+def _limits(reply: Message, place: str) -> dict[str, int | float | str]:
+    """The limits that a device says it has.
+
+    Raises:
+        DeviceError: One of them is none.
+    """
+    if reply.has_error() or LIMITS not in reply.content.config_records:
+        return {}
+    return parse_limits(reply.content.config_records[LIMITS], place=place).to_flat()
 
 
 def _content(reply: Message) -> RecordDict:

@@ -95,6 +95,7 @@ def train_locally(
     fedprox_mu: float,
     pad_id: int,
     seed: int,
+    max_batch_size: int = 0,
 ) -> LocalResult:
     """Tune a model in place on one device's shard.
 
@@ -106,6 +107,8 @@ def train_locally(
         fedprox_mu: FedProx's pull towards the weights that the round began with (Li et al. 2020, arXiv:1812.06127).
         pad_id: Id that fills up batches.
         seed: Of batches and dropout.
+        max_batch_size: Examples per forward pass that this device can bear; 0: as many as the config says. Larger
+            batches are passed in pieces whose gradients are added, so that a step learns from the same examples.
 
     Returns:
         Losses and costs.
@@ -153,8 +156,9 @@ def train_locally(
         try:
             for _ in range(steps):
                 step = [
-                    collate([examples[index] for index in next(draws)], pad_id)
+                    collate([examples[index] for index in piece], pad_id)
                     for _ in range(config.accumulation_steps)
+                    for piece in _pieces(next(draws), max_batch_size)
                 ]
                 count = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in step)
                 total = 0.0
@@ -201,6 +205,11 @@ def train_locally(
         state_bytes=state_bytes,
         peak_memory_bytes=memory.peak_bytes(),
     )
+
+
+def _pieces(indices: list[int], size: int) -> list[list[int]]:
+    """A batch in pieces of at most ``size``, 0 for one piece."""
+    return [indices[begin : begin + size] for begin in range(0, len(indices), size)] if size else [indices]
 
 
 def count_flops(model: torch.nn.Module, num_tokens: int) -> float:
@@ -271,12 +280,17 @@ class TaskMemory:
     def __init__(self) -> None:
         self._tasks = 0
         self._before: int | None = None
+        self.base_bytes: int | None = None
+        """Resident when the first task began: Python, its libraries, the message; None where it cannot be told."""
 
     def begin(self) -> None:
         """A task begins, nothing of it is loaded yet."""
         self._tasks += 1
         _forget_peak()
-        self._before = _resident_bytes("VmRSS") if self._tasks == 1 else None
+        if self._tasks == 1:
+            self._before = self.base_bytes = _resident_bytes("VmRSS")
+        else:
+            self._before = None
 
     def peak_before_training(self) -> int | None:
         """The peak so far, in bytes: :func:`train_locally` forgets it, to take one of its own."""

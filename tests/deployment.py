@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from federation import QUICK
 from relay import Relay
@@ -134,10 +135,12 @@ class Deployment:
     """A federation; the last of its devices may be told to misbehave.
 
     Each device reaches the SuperLink through a :class:`relay.Relay`, and has a part of the demo world's data as well as
-    a file of its own.
+    a file of its own. ``node_settings`` are keyword arguments of :meth:`start_node` by device.
     """
 
-    def __init__(self, folder: Path, data_files: Sequence[Path]) -> None:
+    def __init__(
+        self, folder: Path, data_files: Sequence[Path], node_settings: Mapping[int, dict[str, Any]] | None = None
+    ) -> None:
         self.folder, self.port = folder, free_port()
         self.certs = make_certs(folder / "certs", num_nodes=len(data_files) + 1).folder
         self.env = os.environ | {
@@ -161,7 +164,10 @@ class Deployment:
         for number, data_file in enumerate(data_files):
             self.register(number)
             self.relays.append(Relay(self.certs, self.port))
-            self.nodes.append(self.start_node(number, data_file, port=self.relays[-1].port, num_nodes=len(data_files)))
+            settings = (node_settings or {}).get(number, {})
+            self.nodes.append(
+                self.start_node(number, data_file, port=self.relays[-1].port, num_nodes=len(data_files), **settings)
+            )
         wait_until(lambda: self.online() == len(data_files), 90, "all nodes are online")
 
     def _copy_app(self) -> Path:
@@ -218,10 +224,16 @@ class Deployment:
         key: Path | str | None = None,
         tls: Sequence[object] | None = None,
         restart_s: float | None = 2.0,
+        limits: str = "",
+        max_data_mb: int = 0,
     ) -> Service:
-        """A SuperNode that starts its ClientApps itself. The last of the federation may be told to misbehave."""
-        config = f'partition-id={number} num-partitions={num_nodes} data-path="{data_file}"'
+        """A SuperNode that starts its ClientApps itself. The last of the federation may be told to misbehave.
+
+        ``limits`` goes into its node config; ``max_data_mb`` is what the system lets each of its processes allocate.
+        """
+        config = f'partition-id={number} num-partitions={num_nodes} data-path="{data_file}" {limits}'
         command = [
+            *(("prlimit", f"--data={max_data_mb * 10**6}") if max_data_mb else ()),
             "flower-supernode", "--superlink", f"localhost:{port}", "--port", free_port(), "--node-config", config,
             *(() if key == "" else ("--auth-supernode-private-key", key or self.key(number))),
             *(("--root-certificates", self.certs / "ca.crt") if tls is None else tls),

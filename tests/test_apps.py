@@ -286,6 +286,131 @@ def test_a_device_without_a_number_shows_no_values_of_its_node_config(tmp_path, 
     assert "alice" not in text
 
 
+# --- devices that can bear less than others ---
+
+UNSCORED = {"scoring.round-items": 0, "distillation.mode": "off", "scoring.few-shot": 0}
+
+
+def limited(limits, num_devices=2):
+    """Node configs of devices, of which the last has limits."""
+
+    def node_config(device):
+        own = {"partition-id": device, "num-partitions": num_devices}
+        return own | (limits if device == num_devices - 1 else {})
+
+    return node_config
+
+
+def device_rows(run, device):
+    return [row for row in read_lines(run / "costs.jsonl") if row["device"] == device]
+
+
+def test_a_device_does_what_its_limits_allow_and_the_ledger_says_so(tmp_path):
+    limits = {"max-batch-size": 3, "max-steps": 1, "dtype": "bfloat16", "threads": 2, "memory-limit-mb": 50_000}
+    run = federate(tmp_path, 2, UNSCORED, node_config=limited(limits))
+    for row in device_rows(run, 1):
+        assert row["limits"] == limits
+        assert (row["num_steps"], row["batch_size"], row["num_examples_seen"]) == (1, 3, 4)
+        assert row["memory_estimate_bytes"] > row["state_bytes"]
+    for row in device_rows(run, 0):
+        assert "limits" not in row
+        assert (row["num_steps"], row["batch_size"], row["num_examples_seen"]) == (2, 4, 8)
+    assert torch.get_num_threads() == 1
+
+
+def test_smaller_passes_give_the_same_update(tmp_path):
+    plain = federate(tmp_path / "plain", 2, UNSCORED)
+    limited_run = federate(tmp_path / "limited", 2, UNSCORED, node_config=limited({"max-batch-size": 1}))
+    close(final_arrays(limited_run), final_arrays(plain), 1e-4)
+    assert [row["num_examples_seen"] for row in device_rows(limited_run, 1)] == [8, 8]
+
+
+def test_a_device_whose_memory_is_too_small_declines_every_round_and_the_others_go_on(tmp_path, caplog):
+    def silent(device, message, reply):
+        return None if device == 1 and message.metadata.message_type == "train" else reply
+
+    without = federate(tmp_path / "without", 2, UNSCORED, tamper=silent)
+    loaded = client_app.load_small_model.cache_info()
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run = federate(tmp_path / "limited", 2, UNSCORED, node_config=limited({"memory-limit-mb": 100}))
+    assert_same(final_arrays(run), final_arrays(without))
+    rows = device_rows(run, 1)
+    assert [row["round"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["limits"] == {"memory-limit-mb": 100}
+        assert row["refused"].startswith(f"device 1, round {row['round']}: training would take about ")
+        assert "more than this device's memory-limit-mb, got 100" in row["refused"]
+    assert "Round 1: device 1 is left out: device 1, round 1: training would take" in caplog.text
+    now = client_app.load_small_model.cache_info()
+    assert now.hits + now.misses == loaded.hits + loaded.misses + 2  # device 0's two rounds: device 1 loaded nothing
+
+
+def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_the_wire_stays_float32(tmp_path):
+    seen = []
+
+    def watch(device, message, reply):
+        if message.metadata.message_type == "train":
+            model, _ = client_app.load_small_model(*client_app_arguments)
+            frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
+            tuned = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+            wire = {array.dtype for array in reply.content["arrays"].values()}
+            seen.append((frozen, tuned, wire))
+        return reply
+
+    settings = UNSCORED | {"min-devices": 1, "num-server-rounds": 1, "tuning.mode": "lora", "tuning.lora-rank": 2}
+    config = parse_run_config(settings)
+    client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16")
+    federate(tmp_path, 1, settings, node_config=limited({"dtype": "bfloat16"}, 1), tamper=watch)
+    assert seen == [({torch.bfloat16}, {torch.float32}, {"float32"})]
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max-steps": 0}, "device 1, node config, max-steps: must be a whole number of at least 1, got 0; restart"),
+        ({"dtype": "float16"}, "device 1, node config, dtype: float16 needs a GPU, got 'float16'; restart"),
+        ({"max_batch_size": 2}, "max_batch_size: is not a key of this app; did you mean max-batch-size?"),
+    ],
+    ids=["value", "type", "name"],
+)
+def test_a_limit_that_cannot_be_kept_is_said_by_the_device(limits, said, tmp_path, caplog):
+    settings = UNSCORED | {"model.device": "cpu", "min-devices": 1, "num-server-rounds": 1}
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run = federate(tmp_path, 2, settings, node_config=limited(limits))
+    assert "A device cannot take part: device 1, node config, " in caplog.text
+    assert said in caplog.text
+    assert device_rows(run, 1) == []  # it was never sent a model
+
+
+def test_limits_that_a_reply_makes_up_are_refused(tmp_path):
+    def boast(device, message, reply):
+        if device == 1 and message.metadata.message_type == "train":
+            reply.content["limits"] = ConfigRecord({"max-steps": -3, "dtype": "x" * 100_000})
+        return reply
+
+    run = federate(tmp_path, 2, UNSCORED, tamper=boast)
+    for row in device_rows(run, 1):
+        assert "2 limits are wrong" in row["refused"]
+        assert len(row["refused"]) < 2000
+        assert "limits" not in row
+
+
+def test_a_device_that_runs_out_of_memory_says_so_and_what_to_do(tmp_path, monkeypatch):
+    train = client_app.train_locally
+
+    def too_much(model, *arguments, **settings):
+        if settings["seed"] == device_seed(0, 1, 1):
+            torch.empty(2**58, dtype=torch.uint8)
+        return train(model, *arguments, **settings)
+
+    monkeypatch.setattr(client_app, "train_locally", too_much)
+    run = federate(tmp_path, 2, UNSCORED, node_config=limited({"max-steps": 1}))
+    first, second = device_rows(run, 1)
+    assert first["refused"].startswith("device 1: it ran out of memory; lower max-batch-size in its node config")
+    assert first["limits"] == second["limits"] == {"max-steps": 1}
+    assert "refused" not in second
+
+
 def spoil(device, message, reply):
     """Device 1 answers NaN."""
     if device == 1 and message.metadata.message_type == "train" and reply.has_content():

@@ -1,9 +1,11 @@
 """The deployment engine for real: TLS, authenticated nodes, each with data of its own, and everything that can fail."""
 
+import contextlib
 import csv
 import json
 import os
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from pyarrow import Table, parquet
 
 from fedpt_flwr.certs import make_certs
 from fedpt_flwr.data import read_records
+from fedpt_flwr.proxy import ProxyModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -213,3 +216,88 @@ def test_a_device_whose_client_the_oom_killer_ends_is_left_out_and_comes_back(si
     assert "ClientApp stopped responding" in refused[0]
     assert refused[1] == "", refused
     assert len(site.nodes[1].exit_codes) == ends  # the SuperNode itself went on
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of some megabytes, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "fedpt-test", str(folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk):
+    """Take all the space that is left on a disk."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def test_a_disk_that_fills_up_fails_the_run_with_a_sentence_and_it_goes_on_when_there_is_space(site, alone, small_disk):
+    settings = {"output-dir": str(small_disk)}
+    run_id = site.submit(settings)
+    wait_until(lambda: list(small_disk.glob("*/rounds/0001")), 180, "round 1 is complete")
+    filler = fill(small_disk)
+    assert site.wait(run_id)["status"] == "finished:failed"
+    said = [line for line in site.log(run_id).splitlines() if "FEDPT-RUN-FAILED" in line]
+    assert "No space left on device" in said[-1]
+    assert "what was written before is whole" in said[-1]
+    (folder,) = small_disk.glob(f"*-{run_id}")
+    assert [path.name for path in (folder / "rounds").iterdir()] == ["0001"]
+    assert ProxyModel.from_pretrained(folder)
+    filler.unlink()
+    again = site.submit(settings | {"resume": folder.name})
+    assert site.wait(again)["status"] == "finished:completed", site.log(again)
+    assert_same_arrays(alone, folder)
+
+
+NUM_BIG = 1900
+MAX_DATA_MB = 1750
+"""More than a ClientApp reserves for a moment while it imports its libraries (1520), less than what it has afterwards
+(about 470) and a batch of :data:`NUM_BIG` (about 1600) need together."""
+
+
+@pytest.fixture
+def unequal(tmp_path):
+    """Three devices: one with limits, one that has too little memory and knows, one that has and does not."""
+    files, _ = write_own_data(tmp_path / "data")
+    files.append(tmp_path / "data" / "big.jsonl")
+    big = read_records("demo:train")[:NUM_BIG]
+    files[2].write_text("".join(json.dumps(record) + "\n" for record in big))
+    node_settings = {
+        0: {"limits": 'max-batch-size=5 max-steps=1 dtype="bfloat16" threads=2 memory-limit-mb=4000'},
+        1: {"limits": "memory-limit-mb=300"},
+        2: {"max_data_mb": MAX_DATA_MB},
+    }
+    deployment = Deployment(tmp_path / "site", files, node_settings)
+    yield deployment
+    deployment.stop()
+
+
+def test_unequal_devices_do_what_they_can_or_say_why_not(unequal):
+    run = unequal.run(OWN_DATA | {"train.batch-size": NUM_BIG, "min-replies": 1, "min-devices": 3})
+    lines = [json.loads(line) for line in (run / "costs.jsonl").read_text().splitlines()]
+    rows = {number: [row for row in lines if row["device"] == number] for number in range(3)}
+    assert [len(part) for part in rows.values()] == [2, 2, 2]
+    limits = {"max-batch-size": 5, "max-steps": 1, "dtype": "bfloat16", "threads": 2, "memory-limit-mb": 4000}
+    for row in rows[0]:
+        assert row["limits"] == limits
+        assert (row["num_steps"], row["batch_size"], row["num_examples_seen"]) == (1, 5, 12)
+        assert 0 < row["memory_growth_bytes"] < row["memory_estimate_bytes"] < 4e9
+    for row in rows[1]:
+        assert row["limits"] == {"memory-limit-mb": 300}
+        assert row["refused"].startswith(f"device 1, round {row['round']}: training would take about ")
+        assert "more than this device's memory-limit-mb, got 300" in row["refused"]
+    for row in rows[2]:
+        assert row["refused"].startswith("device 2: it ran out of memory; lower max-batch-size"), row
+    assert "can't allocate memory" in unequal.nodes[2].log
+    assert [node.exit_codes for node in unequal.nodes] == [[], [], []]

@@ -31,7 +31,7 @@ def test_what_the_server_measured_stands_whatever_the_device_says():
 
 
 def test_a_refused_reply_costs_bytes_and_says_why():
-    row = device_cost_row(2, 0, bytes_down=10, bytes_up=20, metrics={"num-steps": 3}, refused="too late")
+    row = device_cost_row(2, 0, bytes_down=10, bytes_up=20, metrics={"num-steps": 3}, refused="too late", limits={})
     assert row == {"round": 2, "device": 0, "bytes_down": 10, "bytes_up": 20, "refused": "too late"}
 
 

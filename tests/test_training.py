@@ -51,10 +51,12 @@ def fresh(seed=0, tuning=None, **settings):
     return make_tunable(tiny_llama(seed, **settings).requires_grad_(False), tuning or TuningConfig(), seed=1)
 
 
-def train(model, examples=None, *, rate=RATE, mu=0.0, seed=5, **settings):
+def train(model, examples=None, *, rate=RATE, mu=0.0, seed=5, max_piece=0, **settings):
     config = TrainConfig(**{"max_steps": 4, "batch_size": 4, **settings})
     examples = shard() if examples is None else examples
-    return train_locally(model, examples, config, learning_rate=rate, fedprox_mu=mu, pad_id=PAD, seed=seed)
+    return train_locally(
+        model, examples, config, learning_rate=rate, fedprox_mu=mu, pad_id=PAD, seed=seed, max_batch_size=max_piece
+    )
 
 
 def trained(*, tuning=None, **settings):
@@ -164,6 +166,18 @@ def test_two_passes_of_four_are_one_of_eight_although_answers_differ_in_length()
         trained(batch_size=8, accumulation_steps=1, **settings),
         2e-5,
     )
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 8, 100])
+def test_a_batch_in_pieces_is_the_same_step_on_the_same_examples(size):
+    settings = {"batch_size": 8, "accumulation_steps": 2, "epochs": 1, "max_steps": 0}
+    whole, pieces = fresh(), fresh()
+    expected, result = train(whole, **settings), train(pieces, max_piece=size, **settings)
+    close(tunable_arrays(pieces), tunable_arrays(whole), 2e-5)
+    for name in ("num_steps", "num_examples_seen", "num_tokens", "num_answer_tokens"):
+        assert getattr(result, name) == getattr(expected, name)
+    assert result.loss == pytest.approx(expected.loss, abs=1e-5)
+    assert equal(tunable_arrays(pieces), tunable_arrays(whole)) == (size >= 8)
 
 
 def test_fedprox_pulls_towards_the_weights_that_the_round_began_with():
