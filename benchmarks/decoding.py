@@ -43,6 +43,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr import packing
+from fedpt_flwr.lean import step_function
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import write_json
 
@@ -286,7 +287,7 @@ class Models:
             found.append(Method("three-forward, ragged", proxy(0), three, is_ragged=True))
             found.append(Method("adaptive, ragged", proxy("auto"), is_ragged=True))
         if setting.against_plain:
-            step = packing.step_function(self.prepared)
+            step = step_function(self.prepared)
             found += [
                 Method("stock", lambda *given: stock(self.large, *given), large, is_proxy=False),
                 Method("stock, prepared", lambda *given: stock(self.prepared, *given), large, is_proxy=False),

@@ -235,8 +235,8 @@ def check_plain(model: torch.nn.Module) -> None:
     Raises:
         ModelError: The model is prepared for decoding (``packing.py``).
     """
-    for name, weight in model.named_parameters():
-        if weight.is_meta:
+    for name, part in model.named_modules():
+        if getattr(part, "prepared_for_decoding", False):
             raise ModelError(
                 "weights can be saved, compared, changed or trained only while they are not prepared for decoding",
                 value=name,

@@ -30,8 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpt_flwr.errors import ModelError
 
-_pack = torch.ops.mkldnn._reorder_linear_weight
-_multiply = torch.ops.mkldnn._linear_pointwise
+# Builds of torch without oneDNN have neither.
+_pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_multiply: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _ROWS = 8
 """For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
 
@@ -46,6 +47,9 @@ class PackedLinear(nn.Module):
     Args:
         layer: The layer that this one stands for. **Its weight is given up**: it gets the one without values.
     """
+
+    prepared_for_decoding = True
+    """What ``models.check_plain`` looks for."""
 
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         super().__init__()
@@ -193,7 +197,7 @@ def _can_pack(layer: nn.Linear | Conv1D) -> bool:
 @cache
 def _has_kernel(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies such weights on this machine; it says so only when it is asked to."""
-    if not torch.backends.mkldnn.is_available():
+    if _pack is None or _multiply is None or not torch.backends.mkldnn.is_available():
         return False
     try:
         weight = torch.eye(16, dtype=dtype)
