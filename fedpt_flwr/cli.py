@@ -213,6 +213,12 @@ def serve(
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of the others' texts.")
     ] = 512,
+    draft_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Tokens that the tuned model drafts for the proxy at a time: `auto`, as many as pay, or a number."
+        ),
+    ] = "auto",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer that may be asked for, if the models' context allows it.")
     ] = 4096,
@@ -245,6 +251,7 @@ def serve(
     folder, config = _open_run(run)
     from transformers import logging as transformers_logging
 
+    from fedpt_flwr.generation import Drafts
     from fedpt_flwr.logits import check_alpha, check_plausibility
     from fedpt_flwr.service import server
     from fedpt_flwr.service.guard import ServiceConfig
@@ -255,6 +262,9 @@ def serve(
         check_alpha(1.0 if alpha is None else alpha)
     with naming("--plausibility"):
         check_plausibility(0.0 if plausibility is None else plausibility)
+    with naming("--draft-tokens"):
+        drafts = Drafts(int(draft_tokens) if draft_tokens.isdecimal() else draft_tokens).draft_tokens
+    limits = Limits(num_slots=slots, queue_size=queue, prefill_tokens=prefill_tokens, draft_tokens=drafts)
     given = os.environ.get("FEDPT_API_KEY")
     if any(not key.strip() or not key.isascii() for key in api_key or ()) or (given is not None and not given.strip()):
         raise ConfigError(
@@ -299,7 +309,7 @@ def serve(
             log_prompts=log_prompts,
             hosts=hosts,
         ),
-        Limits(num_slots=slots, queue_size=queue, prefill_tokens=prefill_tokens),
+        limits,
         on_ready=on_ready,
     )
 

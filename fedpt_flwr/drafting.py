@@ -15,9 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from fedpt_flwr.ragged import RaggedCache, Stepper
+from fedpt_flwr.ragged import Stepper
 
 LONGEST_DRAFT = 8
 """Tokens drafted at most: beyond that, even good drafters gain little."""
@@ -25,8 +24,8 @@ LONGEST_DRAFT = 8
 _MOST_AT_ONCE = 64
 """Tokens of all rows that are verified in one pass at most; wider passes are bound by arithmetic and gain nothing."""
 
-_CONTEXT = 16
-"""Tokens before those whose passes are timed."""
+_SLOW_S = 0.05
+"""A pass that takes so long is timed twice, and others three times."""
 
 _FORGETTING = 0.9
 _PRIOR_WEIGHT = 3.0
@@ -145,24 +144,17 @@ def _time_pass(step: Stepper, num_tokens: int) -> float:
     ids = torch.zeros((num_rows, num_tokens // num_rows), dtype=torch.int64)
     cache = step.new_cache()
     cache.add_rows(num_rows)
-    step(cache, torch.zeros((num_rows, _CONTEXT), dtype=torch.int64))
     timings: list[float] = []
     while len(timings) < 3:  # the first one also makes what later ones find
-        timings.append(_seconds(step, cache, ids))
-        if len(timings) == 2 and timings[0] > 0.1:  # slow enough for that not to matter
+        _wait_for(step.device)
+        begun = time.perf_counter()
+        step(cache, ids, keep=0)
+        _wait_for(step.device)
+        timings.append(time.perf_counter() - begun)
+        cache.cut([0] * num_rows)
+        if len(timings) == 2 and timings[0] > _SLOW_S:
             break
     return min(timings)
-
-
-def _seconds(step: Stepper, cache: RaggedCache, ids: Tensor) -> float:
-    lengths = list(cache.lengths)
-    _wait_for(step.device)
-    begun = time.perf_counter()
-    step(cache, ids, keep=0)
-    _wait_for(step.device)
-    elapsed = time.perf_counter() - begun
-    cache.cut(lengths)
-    return elapsed
 
 
 def _wait_for(device: torch.device) -> None:

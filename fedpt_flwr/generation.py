@@ -96,7 +96,7 @@ class Drafts:
         ModelError: It is none of these.
     """
 
-    def __init__(self, draft_tokens: int | Literal["auto"] | None) -> None:
+    def __init__(self, draft_tokens: int | str | None) -> None:
         is_number = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool) and draft_tokens >= 0
         if not is_number and draft_tokens not in (AUTO, None):
             raise ModelError(
@@ -104,7 +104,7 @@ class Drafts:
                 value=draft_tokens,
                 remedy="'auto' drafts as many tokens as pay, 0 none; None decodes with transformers' own loop",
             )
-        self.draft_tokens = draft_tokens
+        self.draft_tokens: Any = draft_tokens
 
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """Change nothing."""
