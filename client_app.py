@@ -36,6 +36,7 @@ from fedpt_flwr.records import (
     code_hash,
     refusal,
     to_array_record,
+    to_reply,
     to_tensors,
 )
 from fedpt_flwr.sources import device_shard, local_shard
@@ -114,7 +115,9 @@ def train(message: Message, context: Context) -> Message:
         _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
         received = message.content.array_records[ARRAYS]
         place = f"device {device}, round {server_round}, what the server sent"
-        set_arrays(model, to_tensors(check_arrays(received, to_array_record(arrays_of(model)), place=place)))
+        wire = config.wire.dtype
+        received = check_arrays(received, to_array_record(arrays_of(model)), place=place, dtype=wire)
+        set_arrays(model, to_tensors(received, wire))
         tokenizer = cached_tokenizer(config.model.small)
         examples, report = tokenize_examples(load_shard(config, context), tokenizer, max_length=config.train.max_length)
         if report.num_dropped or report.num_prompts_cut or report.num_answers_cut:
@@ -157,7 +160,8 @@ def train(message: Message, context: Context) -> Message:
     growth = None if "ray" in sys.modules else task_memory.growth_bytes(peak)
     if growth is not None:
         metrics["memory-growth-bytes"] = growth
-    content = RecordDict({ARRAYS: to_array_record(arrays_of(model)), METRICS: MetricRecord(metrics)})
+    update = to_reply(arrays_of(model), received, wire, place=f"device {device}, round {server_round}")
+    content = RecordDict({ARRAYS: update, METRICS: MetricRecord(metrics)})
     return Message(content=content, reply_to=message)
 
 

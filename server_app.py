@@ -135,6 +135,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         max_failed_rounds=config.max_failed_rounds,
         wait_timeout_s=config.wait_timeout_s,
         code_hash=CODE_HASH,
+        wire_dtype=config.wire.dtype,
         expected=server.devices_before() if config.resume else None,
         is_good_enough=server.is_good_enough,
     )
