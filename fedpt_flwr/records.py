@@ -78,7 +78,7 @@ def to_wire(record: ArrayRecord, dtype: str, *, place: str) -> ArrayRecord:
         WireError: A value is too large for ``dtype``.
     """
     if dtype == "float32":
-        return record
+        return ArrayRecord(dict(record))  # another record of the same bytes
     return ArrayRecord(
         {name: _packed(name, torch.from_numpy(array.numpy()), dtype, place) for name, array in record.items()}
     )

@@ -92,7 +92,7 @@ class RoundOutcome:
 
     Attributes:
         server_round: From 1.
-        sent: The arrays that the devices began with.
+        sent: The arrays that the devices began with; whoever gets them may clear the record.
         arrays: The aggregated arrays, float32.
         inner_state: What the inner strategy carries into the next round, see :func:`inner_state`.
         train_loss: Mean over the devices' examples of the training loss, nats per answer token.
@@ -440,6 +440,7 @@ class FedPT(Strategy):
     ) -> bool:
         """Train for one round; whether it was completed."""
         self.configure_train(server_round, result.arrays, config, grid)
+        result.arrays = self._broadcast  # the same, and held once
         came = answers(grid, self._sent, timeout_s=timeout, what=f"Round {server_round}")
         arrays, metrics = self._take_in(server_round, came)
         if metrics is not None:
@@ -730,6 +731,7 @@ class FedPT(Strategy):
             self._fail(error)
             return None, None
         self._failed_rounds = 0
+        self._sent = {}
         outcome = RoundOutcome(
             server_round=server_round,
             sent=self._broadcast,
