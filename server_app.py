@@ -7,12 +7,13 @@ Flower calls it failed.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -74,6 +75,7 @@ FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
 _WORTH_RESTING = 32 * 1024**2  # bytes of the tuned weights
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
 _EXAMPLES = 12  # answers that are kept token by token
 
 app = ServerApp()
@@ -84,6 +86,7 @@ transformers_logging.disable_progress_bar()  # a log is no place for it
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     started = time.perf_counter()
+    return_freed_memory()
     try:
         config = parse_run_config(context.run_config)
         root = runs_root(config.output_dir)
@@ -105,6 +108,16 @@ def main(grid: Grid, context: Context) -> None:
         message = str(error).strip() or "no message"
         log(ERROR, "%s: %s: %s", FAILED, type(error).__name__, message.splitlines()[0])
         raise
+
+
+def return_freed_memory() -> None:
+    """Let glibc give every large block back to the system as soon as it is freed.
+
+    Otherwise it takes to keeping blocks of up to 32 MB for reuse, with holes between them: a model comes and goes in
+    pieces of 5 MB with every reply, and the process would look and be as large as several.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _headline(error: FedPTError) -> str:
