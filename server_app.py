@@ -138,6 +138,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
             return
 
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
+        arrays.clear()  # what the first round began with: nobody needs it any more, and its memory is given back
         server.write_shards(list(strategy.devices.values()))
         return server.after_aggregate(outcome)
 

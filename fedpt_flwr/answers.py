@@ -8,6 +8,7 @@ of it.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from logging import WARNING
@@ -107,6 +108,8 @@ def _put_together(grid: Any, tree: Any, reply_id: str) -> Message:
 
     for array in _at_depth(tree, _DEPTH_OF_ARRAYS):
         made[array.object_id] = inflate(array)
+        # The HTTP client's responses are in cycles, and each holds a piece: young ones are cheap to find.
+        gc.collect(1)
     reply = cast(Message, inflate(tree))
     grid._runtime_client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=reply_id)
