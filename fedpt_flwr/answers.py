@@ -96,14 +96,8 @@ def _put_together(grid: Any, tree: Any, reply_id: str) -> Message:
     fetch = make_pull_object_fn_protobuf(grid._runtime_client.PullObject, node=grid.node, run_id=run_id)
     made: dict[str, Any] = {}
 
-    def missing(part: Any) -> Iterator[str]:
-        if part.object_id not in made:
-            for child in part.children:
-                yield from missing(child)
-            yield part.object_id
-
     def inflate(part: Any) -> Any:
-        contents = pull_objects(list(missing(part)), fetch)
+        contents = pull_objects(list(_missing(part, made)), fetch)
         return inflate_object_from_contents(part.object_id, contents, objects=dict(made))
 
     for array in _at_depth(tree, _DEPTH_OF_ARRAYS):
@@ -116,6 +110,14 @@ def _put_together(grid: Any, tree: Any, reply_id: str) -> Message:
     )
     reply.metadata.__dict__["_message_id"] = reply_id
     return reply
+
+
+def _missing(part: Any, made: Mapping[str, Any]) -> Iterator[str]:
+    """Ids of a part and of all below it, but for what is made."""
+    if part.object_id not in made:
+        for child in part.children:
+            yield from _missing(child, made)
+        yield part.object_id
 
 
 def _at_depth(part: Any, depth: int) -> Iterator[Any]:

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,3 +156,16 @@ def test_a_message_that_the_superlink_did_not_take_has_no_reply():
             return [None for _ in messages]
 
     assert list(answers(Full(SuperLink()), messages(0), timeout_s=60, what="Round 1")) == [(0, None)]
+
+
+def test_a_reply_is_gone_as_soon_as_it_is_let_go():
+    sent, superlink = messages(0), SuperLink()
+    superlink.has(Message(content(0), reply_to=sent[0]), to="message 0")
+    gc.disable()
+    try:
+        ((_, reply),) = answers(Wire(superlink), sent, timeout_s=0, what="Round 1")
+        arrays = weakref.ref(reply.content["arrays"]["big"])
+        del reply
+        assert arrays() is None
+    finally:
+        gc.enable()
