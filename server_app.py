@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import math
 import platform
 import time
@@ -440,6 +441,7 @@ class Server:
         if not self.rests:
             set_arrays(self.proxy.tuned, as_tensors(tuned))
             return
+        gc.collect()  # what came over the wire is left in cycles
         bring_back(self.proxy.tuned, as_tensors(tuned))
         if self.proxy.untuned is not None:
             model = self.config.model
