@@ -678,6 +678,7 @@ class FedPT(Strategy):
     ) -> DeviceRound:
         """Check a reply; append it to ``usable``, without its arrays if they could be added to ``mean``."""
         sent = self._sent[device].content
+        received = reply.content if reply is not None and reply.has_content() else RecordDict()
         place = f"device {device}, round {server_round}"
         up, metrics, reason = 0, {}, ""
         try:
@@ -698,6 +699,8 @@ class FedPT(Strategy):
             usable.append(reply)
         except (ReplyError, DeviceError) as error:
             metrics, reason = {}, str(error)
+        for record in received.array_records.values():  # a RecordDict is in a cycle with views of itself
+            record.clear()
         down = message_bytes(sent)
         return DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason)
 
