@@ -50,6 +50,7 @@ from fedpt_flwr.records import (
     code_hash,
     refusal,
     to_array_record,
+    to_reply,
     to_tensors,
 )
 from fedpt_flwr.sources import device_shard, local_shard
@@ -166,9 +167,11 @@ def train(message: Message, context: Context) -> Message:
         model, stored = load_small_model(config.model, config.tuning, config.seed, limits.dtype)
         _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
         received = message.content.array_records[ARRAYS]
-        sent = check_arrays(received, to_array_record(arrays_of(model)), place=f"{place}, what the server sent")
-        set_arrays(model, to_tensors(sent))
-        del sent
+        wire = config.wire.dtype
+        expected = to_array_record(arrays_of(model))
+        received = check_arrays(received, expected, place=f"{place}, what the server sent", dtype=wire)
+        del expected
+        set_arrays(model, to_tensors(received, wire))
         peak = task_memory.peak_before_training()
         result = train_locally(
             model,
@@ -203,7 +206,8 @@ def train(message: Message, context: Context) -> Message:
         metrics["memory-growth-bytes"] = growth
     if estimate is not None:
         metrics["memory-estimate-bytes"] = estimate
-    content = RecordDict({ARRAYS: to_array_record(arrays_of(model)), METRICS: MetricRecord(metrics)})
+    update = to_reply(arrays_of(model), received, wire, place=place)
+    content = RecordDict({ARRAYS: update, METRICS: MetricRecord(metrics)})
     if limits.to_flat():
         content[LIMITS] = ConfigRecord(limits.to_flat())  # type: ignore[arg-type]
     return Message(content=content, reply_to=message)

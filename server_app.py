@@ -7,11 +7,14 @@ Flower calls it failed.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
+import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -37,6 +40,7 @@ from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
 from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import (
+    bring_back,
     check_vocabularies,
     fingerprint,
     load_causal_lm,
@@ -44,11 +48,11 @@ from fedpt_flwr.models import (
     make_tunable,
     max_positions,
     output_size,
+    put_away,
     set_arrays,
-    tunable_arrays,
 )
 from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
-from fedpt_flwr.records import DeviceCard, code_hash, to_array_record, to_tensors
+from fedpt_flwr.records import DeviceCard, as_tensors, code_hash, to_array_record
 from fedpt_flwr.results import (
     check_same_run,
     device_cost_row,
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
+_WORTH_RESTING = 32 * 1024**2  # bytes of the tuned weights
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
 _EXAMPLES = 12  # answers that are kept token by token
 
 app = ServerApp()
@@ -81,6 +87,7 @@ transformers_logging.disable_progress_bar()  # a log is no place for it
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     started = time.perf_counter()
+    return_freed_memory()
     try:
         config = parse_run_config(context.run_config)
         root = runs_root(config.output_dir)
@@ -104,6 +111,16 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
+def return_freed_memory() -> None:
+    """Let glibc give every large block back to the system as soon as it is freed.
+
+    Otherwise it takes to keeping blocks of up to 32 MB for reuse, with holes between them: a model comes and goes in
+    pieces of 5 MB with every reply, and the process would look and be as large as several.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
 def _headline(error: FedPTError) -> str:
     """The rule that was broken and what was found, in one line; of several the first."""
     lines = [str(error), *(str(problem) for problem in error.problems[:1])]
@@ -114,14 +131,15 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
     """Load, tune, score: everything between the first line of the log and the table at its end."""
     inner = make_inner_strategy(config.strategy)
     server = Server.load(config, run, flower_run_id)
-    arrays, last_round = server.initial_arrays, 0
+    arrays, last_round = server.first_arrays(), 0
     if config.resume:
-        arrays, last_round = server.resume(inner)
+        arrays, last_round = server.resume(inner, arrays)
         if server.is_over(last_round) and (run.path / "results.json").is_file():
             log(INFO, "This run has ended after round %d and has its results: it is left as it is", last_round)
             return
 
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
+        arrays.clear()  # what the first round began with: nobody needs it any more, and its memory is given back
         server.write_shards(list(strategy.devices.values()))
         return server.after_aggregate(outcome)
 
@@ -135,6 +153,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         max_failed_rounds=config.max_failed_rounds,
         wait_timeout_s=config.wait_timeout_s,
         code_hash=CODE_HASH,
+        wire_dtype=config.wire.dtype,
         expected=server.devices_before() if config.resume else None,
         is_good_enough=server.is_good_enough,
     )
@@ -143,7 +162,8 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
             strategy.meet_devices(grid)  # nothing of the run may be lost for devices that cannot go on with it
         server.go_on(last_round, flower_run_id)
         log(INFO, "Going on after round %d of %d", last_round, config.num_server_rounds)
-    strategy.start(
+    server.rest()
+    result = strategy.start(
         grid,
         initial_arrays=arrays,
         num_rounds=config.num_server_rounds,
@@ -151,6 +171,8 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
         first_round=last_round + 1,
     )
+    if config.distillation.mode not in IN_ROUNDS:
+        server.wake(result.arrays)
     server.finish(started=started)
 
 
@@ -163,7 +185,7 @@ class Server:
         run: Its folder.
         tokenizer: Shared by all models.
         proxy: Large, tuned and untuned; its small models get new weights every round.
-        initial_arrays: The small model's tunable weights before round 1.
+        shapes: Of the small model's tunable weights, by name.
         small_fingerprint: Of the small model as loaded.
         rounds_scored: Validation items that score rounds.
         validation: All validation items, which choose the shift.
@@ -171,7 +193,7 @@ class Server:
         public: Public texts, for few-shot prompts.
         prompts: Public prompts, for distillation; None if there are none.
         distiller: Teaches small models; None where nothing is distilled.
-        tuned: Weights of the proxy's tuned model.
+        tuned: Weights of the proxy's tuned model where the next round begins with others; else None.
         next_untuned: Weights that the proxy's untuned model gets with the next round; mode ``paired``.
         shift: Alpha and mask, and how they were chosen; None before the first round.
         course: The metric that may end the run early, round by round.
@@ -183,7 +205,7 @@ class Server:
     run: RunFolder
     tokenizer: PreTrainedTokenizerBase
     proxy: ProxyModel
-    initial_arrays: ArrayRecord
+    shapes: Mapping[str, tuple[int, ...]]
     small_fingerprint: str
     rounds_scored: Evaluator | None
     validation: Evaluator
@@ -191,7 +213,7 @@ class Server:
     public: Sequence[str]
     prompts: Prompts | None
     distiller: Distiller | None
-    tuned: dict[str, Tensor]
+    tuned: dict[str, Tensor] | None = None
     next_untuned: dict[str, Tensor] | None = None
     shift: Shift | None = None
     course: list[float] = dataclasses.field(default_factory=list)
@@ -219,7 +241,7 @@ class Server:
                 place="train.max-length",
             )
         tuned = make_tunable(small, config.tuning, seed=config.seed)
-        initial = tunable_arrays(tuned)
+        shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
         untuned = None
         if config.tuning.mode == "full":
@@ -248,7 +270,7 @@ class Server:
         distiller = None
         if mode != "off":
             texts = None if prompts is None else prompts.texts
-            distiller = Distiller(config, proxy, tokenizer, prompts=texts, texts=public, trainable=list(initial))
+            distiller = Distiller(config, proxy, tokenizer, prompts=texts, texts=public, trainable=list(shapes))
         _record(
             run,
             config,
@@ -267,14 +289,14 @@ class Server:
             "Small model %s: %s parameters, of which devices tune and send %s",
             model.small,
             f"{small.num_parameters():,}",
-            f"{sum(weight.numel() for weight in initial.values()):,}",
+            f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         )
         return cls(
             config=config,
             run=run,
             tokenizer=tokenizer,
             proxy=proxy,
-            initial_arrays=to_array_record(initial),
+            shapes=shapes,
             small_fingerprint=small_fingerprint,
             rounds_scored=evaluator("validation", validation.first(number)) if number else None,
             validation=of_validation,
@@ -282,14 +304,22 @@ class Server:
             public=public if config.scoring.few_shot else [],
             prompts=prompts,
             distiller=distiller,
-            tuned=initial,
         )
 
-    def resume(self, inner: Strategy) -> tuple[ArrayRecord, int]:
+    def first_arrays(self) -> ArrayRecord:
+        """The small model's tunable weights as they are before round 1."""
+        weights = dict(self.proxy.tuned.named_parameters())
+        arrays = to_array_record({name: weights[name] for name in self.shapes})
+        if self.config.distillation.mode in IN_ROUNDS:
+            self.tuned = as_tensors(arrays)
+        return arrays
+
+    def resume(self, inner: Strategy, first: ArrayRecord) -> tuple[ArrayRecord, int]:
         """Take up everything that the last complete round left; nothing in the folder is changed, see :meth:`go_on`.
 
         Args:
             inner: Gets back what it carries from round to round.
+            first: What round 1 begins with.
 
         Returns:
             The arrays that the next round begins with, and the last round's number, 0 if none was completed.
@@ -299,21 +329,20 @@ class Server:
         """
         last_round = max(self.run.rounds(), default=0)
         if not last_round:
-            return self.initial_arrays, 0
-        mode, like = self.config.distillation.mode, self.initial_arrays
+            return first, 0
+        mode, like = self.config.distillation.mode, self.shapes
         with self._of_round(last_round, "arrays.safetensors") as path:
-            arrays = _read_arrays(path, like)
-        self.tuned = arrays
+            sent = to_array_record(_read_arrays(path, like))
+        set_arrays(self.proxy.tuned, as_tensors(sent))
         if mode in IN_ROUNDS:
             with self._of_round(last_round, "tuned.safetensors") as path:
                 self.tuned = _read_arrays(path, like)
-        set_arrays(self.proxy.tuned, self.tuned)
+            set_arrays(self.proxy.tuned, self.tuned)
         if mode == "paired" and self.proxy.untuned is not None:
             with self._of_round(last_round, "untuned.safetensors") as path:
                 set_arrays(self.proxy.untuned, _read_arrays(path, like))
             with self._of_round(last_round, "next-untuned.safetensors") as path:
                 self.next_untuned = _read_arrays(path, like)
-        sent = to_array_record(arrays)
         with self._of_round(last_round, "inner.safetensors") as path:
             set_inner_state(inner, _read_numpy(path), sent)
         with self._of_round(last_round, "proxy") as path:
@@ -392,6 +421,33 @@ class Server:
         shards = {card.device: card.shard() for card in reversed(cards)}
         write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
 
+    # --- while devices train ---
+
+    @property
+    def rests(self) -> bool:
+        """Whether the small models take memory only while they are used: where they are large."""
+        num_bytes = 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        return num_bytes >= _WORTH_RESTING and self.config.distillation.mode not in IN_ROUNDS
+
+    def rest(self) -> None:
+        """Give back the small models' memory until :meth:`wake`."""
+        if self.rests:
+            put_away(self.proxy.tuned, self.shapes)
+            if self.proxy.untuned is not None:
+                put_away(self.proxy.untuned, [name for name, _ in self.proxy.untuned.named_parameters()])
+
+    def wake(self, tuned: ArrayRecord) -> None:
+        """Give the proxy's tuned model these arrays, and its untuned model its own, if they rested."""
+        if not self.rests:
+            set_arrays(self.proxy.tuned, as_tensors(tuned))
+            return
+        gc.collect()  # what came over the wire is left in cycles
+        bring_back(self.proxy.tuned, as_tensors(tuned))
+        if self.proxy.untuned is not None:
+            model = self.config.model
+            stored = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
+            bring_back(self.proxy.untuned, dict(stored.named_parameters()), copy=False)
+
     # --- after a round --------------------------------------------------------------------------------------------
 
     def after_aggregate(self, outcome: RoundOutcome) -> ArrayRecord | None:
@@ -400,15 +456,17 @@ class Server:
         Returns:
             The arrays that the next round begins with, if not the aggregated ones.
         """
-        aggregated = to_tensors(outcome.arrays)
+        aggregated = as_tensors(outcome.arrays)
         if self.next_untuned is not None and self.proxy.untuned is not None:
             set_arrays(self.proxy.untuned, self.next_untuned)
-        if self.config.distillation.mode == "carry":
-            sent = to_tensors(outcome.sent)
+        if self.config.distillation.mode == "carry" and self.tuned is not None:
+            sent = as_tensors(outcome.sent)
             self.tuned = {name: self.tuned[name] + (weights - sent[name]) for name, weights in aggregated.items()}
+            set_arrays(self.proxy.tuned, self.tuned)
         else:
-            self.tuned = aggregated
-        set_arrays(self.proxy.tuned, self.tuned)
+            self.tuned = aggregated if self.config.distillation.mode in IN_ROUNDS else None
+            self.wake(outcome.arrays)
+        outcome.sent.clear()  # nobody needs it any more: its memory is given back
         self._write_training(outcome)
         if self.config.proxy.alpha == AUTO:
             self._choose_shift(outcome.server_round)
@@ -424,6 +482,7 @@ class Server:
             keep=self.config.keep_rounds,
         )
         self.next_untuned = untuned or self.next_untuned
+        self.rest()
         return None if following is aggregated else to_array_record(following)
 
     def _write_training(self, outcome: RoundOutcome) -> None:
@@ -534,9 +593,9 @@ class Server:
         save_numpy(inner, folder / "inner.safetensors")
         mode = self.config.distillation.mode
         if mode in IN_ROUNDS:
-            save_file(self.tuned, folder / "tuned.safetensors")
+            save_file(self.tuned or {}, folder / "tuned.safetensors")
         if mode == "paired" and self.proxy.untuned is not None:
-            weights = _weights_of(self.proxy.untuned, self.initial_arrays)
+            weights = _weights_of(self.proxy.untuned, self.shapes)
             save_file(weights, folder / "untuned.safetensors")
             save_file(dict(untuned or weights), folder / "next-untuned.safetensors")
         write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
@@ -626,10 +685,8 @@ class Server:
         if untuned is None:
             return
         begun = time.perf_counter()
-        learnt = _weights_of(untuned, self.initial_arrays)
-        set_arrays(untuned, to_tensors(self.initial_arrays))
-        evaluator.remember_untuned(untuned)
-        set_arrays(untuned, learnt)
+        model = self.config.model
+        evaluator.remember_untuned(load_causal_lm(model.small, dtype=model.small_dtype, device=model.device))
         seconds = time.perf_counter() - begun
         self._spend(server_cost_row(last_round, phase, large_tokens=0, seconds=seconds))
 
@@ -683,7 +740,7 @@ def _weights_of(model: PreTrainedModel, like: Iterable[str]) -> dict[str, Tensor
     return {name: weights[name].detach().to("cpu", torch.float32, copy=True) for name in like}
 
 
-def _read_arrays(path: Path, like: ArrayRecord) -> dict[str, Tensor]:
+def _read_arrays(path: Path, like: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Weights of a checkpoint, which must have the names and shapes of ``like``.
 
     Raises:
@@ -697,7 +754,7 @@ def _read_arrays(path: Path, like: ArrayRecord) -> dict[str, Tensor]:
             value=f"{len(missing)} missing {missing[:1]}, {len(extra)} unknown {extra[:1]}",
         )
     for name, array in arrays.items():
-        wanted, found = ("float32", tuple(like[name].shape)), (array.dtype.name, array.shape)
+        wanted, found = ("float32", like[name]), (array.dtype.name, array.shape)
         if found != wanted:
             raise RunError(f"its array {name} must be {wanted[0]} of shape {wanted[1]}", value=found)
         if not np.isfinite(array).all():

@@ -267,6 +267,20 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WireConfig:
+    """How arrays travel."""
+
+    dtype: str = _setting(
+        "float32",
+        "Type of the arrays on the wire. `float16` and `bfloat16` halve the bytes: the server sends its arrays "
+        "rounded, a device sends back its change of them, rounded; the server's own arrays and all sums stay float32. "
+        "`float16` is the more exact (11 bits, to 65504; changes below 3e-8 are lost), `bfloat16` has the range of "
+        "float32 (8 bits).",
+        *_DTYPE,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyConfig:
     """The Flower strategy that aggregates the devices' weights."""
 
@@ -438,6 +452,7 @@ class RunConfig:
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    wire: WireConfig = dataclasses.field(default_factory=WireConfig)
     strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
     proxy: ProxyConfig = dataclasses.field(default_factory=ProxyConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)

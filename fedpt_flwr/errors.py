@@ -104,6 +104,10 @@ class ReplyError(FedPTError):
     """A device's reply breaks the wire format and is refused."""
 
 
+class WireError(FedPTError):
+    """Arrays do not fit the type in which they are to be sent."""
+
+
 class RoundError(FedPTError):
     """A round had too few usable replies, or too few devices to begin with."""
 

@@ -39,6 +39,9 @@ class LocalGrid(Grid):
         online: Ids of the nodes that can be seen.
     """
 
+    answers_at_once = True
+    """A reply comes with the first question for it, or never."""
+
     def __init__(
         self,
         handle: Handler,

@@ -11,7 +11,7 @@ import hashlib
 import importlib.resources
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -332,6 +332,42 @@ def set_arrays(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor])
         ModelError: The model has no weight of that name and shape, or is prepared for decoding.
     """
     check_plain(model)
+    for name, weight in _weights_for(model, arrays).items():
+        weight.copy_(arrays[name])
+
+
+@torch.no_grad()
+def put_away(model: PreTrainedModel | PeftModel, names: Iterable[str]) -> None:
+    """Give back the memory of some weights; they are zeros that must not be used until :func:`bring_back`.
+
+    Args:
+        model: The model.
+        names: Of the weights.
+    """
+    weights = dict(model.named_parameters())
+    for name in names:
+        weights[name].data = weights[name].new_zeros(()).expand(weights[name].shape)
+
+
+@torch.no_grad()
+def bring_back(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor], *, copy: bool = True) -> None:
+    """Give weights that were put away, or others, memory of their own with these values.
+
+    Args:
+        model: The model.
+        arrays: Tensors with the names and shapes of the weights.
+        copy: False: the very tensors that are given, where their device and type are the weights'.
+
+    Raises:
+        ModelError: The model has no weight of that name and shape.
+    """
+    for name, weight in _weights_for(model, arrays).items():
+        # In memory that torch gets, which lies the same way in every run: the last bits of products depend on that.
+        weight.data = arrays[name].to(weight.device, weight.dtype, copy=copy)
+
+
+def _weights_for(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor]) -> dict[str, torch.nn.Parameter]:
+    """The weights of these names; all are checked before one is changed."""
     weights = dict(model.named_parameters())
     for name, values in arrays.items():
         if name not in weights or weights[name].shape != values.shape:
@@ -341,8 +377,7 @@ def set_arrays(model: PreTrainedModel | PeftModel, arrays: Mapping[str, Tensor])
                 value=found,
                 remedy="use the same model.small and tuning settings everywhere",
             )
-    for name, values in arrays.items():
-        weights[name].copy_(values)
+    return {name: weights[name] for name in arrays}
 
 
 @contextmanager

@@ -1,17 +1,24 @@
 """The wire format between server and devices: what a message holds, and the checks before any of it is used.
 
 A train message carries the arrays that tuning changes and a small config; the reply carries the same arrays, tuned,
-and the device's measurements. Arrays are float32 in NumPy's own format, written and read without pickle. Whatever
-arrives is compared with what was sent: the same names, the same shapes, float values, all of them finite.
+and the device's measurements. Arrays are in NumPy's own format, written and read without pickle, in the type that
+``wire.dtype`` names. Whatever arrives is compared with what was sent: the same names, the same shapes, values of that
+type, all of them finite.
+
+With a type of half the bytes, the server sends its arrays rounded to it and a device sends back what it changed,
+rounded to it: a change is small beside the array it is a change of, and so is its error. The server adds changes to
+the arrays that it did not round, in float32, so that no error is carried from round to round.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,7 +28,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpt_flwr.errors import DeviceError, ReplyError, RunError
+from fedpt_flwr.errors import DeviceError, ReplyError, RunError, WireError
 
 ARRAYS, CONFIG, METRICS, REFUSAL, LIMITS = "arrays", "config", "metrics", "refusal", "limits"
 """Names of the records in a message."""
@@ -45,20 +52,130 @@ COST_METRICS = (
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 
-_FLOAT_DTYPES = ("float16", "float32", "float64")
+_STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # NumPy has no bfloat16: its bits
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38}
 _MAX_GROUPS = 1000
 
 
-def to_array_record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors of any float type as an ArrayRecord of float32."""
+def to_array_record(arrays: Mapping[str, Tensor], dtype: str = "float32", *, place: str = "") -> ArrayRecord:
+    """Tensors of any float type as an ArrayRecord.
+
+    Args:
+        arrays: The tensors.
+        dtype: Type on the wire: ``float32``, ``float16`` or ``bfloat16``.
+        place: Who and when, for the error.
+
+    Raises:
+        WireError: A value is finite, and too large for ``dtype``.
+    """
     return ArrayRecord(
-        {name: Array(tensor.detach().to("cpu", torch.float32).numpy()) for name, tensor in arrays.items()}
+        {name: _packed(name, tensor.detach().to("cpu", torch.float32), dtype, place) for name, tensor in arrays.items()}
     )
 
 
-def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+def to_wire(record: ArrayRecord, dtype: str, *, place: str) -> ArrayRecord:
+    """What the server sends of its float32 arrays: themselves, or rounded to ``dtype``.
+
+    Raises:
+        WireError: A value is too large for ``dtype``.
+    """
+    if dtype == "float32":
+        return ArrayRecord(dict(record))  # another record of the same bytes
+    return ArrayRecord(
+        {name: _packed(name, torch.from_numpy(array.numpy()), dtype, place) for name, array in record.items()}
+    )
+
+
+def to_reply(arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str, *, place: str) -> ArrayRecord:
+    """What a device sends back: its arrays in float32, or, in a shorter type, what it changed.
+
+    Args:
+        arrays: The tuned arrays, by name.
+        received: What it was sent, checked.
+        dtype: Type on the wire.
+        place: Who and when, for the error.
+
+    Raises:
+        WireError: A change is too large for ``dtype``.
+    """
+    if dtype == "float32":
+        return to_array_record(arrays)
+    return ArrayRecord(
+        {
+            name: _packed(name, tensor - torch.from_numpy(_widened(received[name], dtype)), dtype, place)
+            for name, tensor in arrays.items()
+        }
+    )
+
+
+def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """A device's arrays, out of a reply that has been checked, one after the other.
+
+    Args:
+        record: The reply's arrays.
+        sent: The server's own arrays of this round, float32, not rounded.
+        dtype: Type on the wire.
+
+    Yields:
+        Names and float32 values, perhaps read-only views of the reply.
+    """
+    for name, array in record.items():
+        values = _widened(array, dtype)
+        yield name, values if dtype == "float32" else np.asarray(_view(sent[name]) + values)
+
+
+def to_tensors(record: ArrayRecord, dtype: str = "float32") -> dict[str, Tensor]:
     """An ArrayRecord that has been checked, as float32 tensors of their own memory."""
-    return {name: torch.from_numpy(array.numpy().astype(np.float32, copy=True)) for name, array in record.items()}
+    return {name: torch.from_numpy(_widened(array, dtype).copy()) for name, array in record.items()}
+
+
+def as_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """A record of float32 as tensors that share its memory: they must never be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return {name: torch.from_numpy(_view(array)) for name, array in record.items()}
+
+
+def _packed(name: str, tensor: Tensor, dtype: str, place: str) -> Array:
+    if dtype == "float32":
+        return Array(tensor.numpy())
+    short = tensor.to(getattr(torch, dtype))
+    # A number that is not finite is left as it is: that is found where it arrives, and said of the device's training.
+    too_large = torch.isinf(short) & torch.isfinite(tensor)
+    if too_large.any():
+        raise WireError(
+            f"{dtype} holds numbers up to {_LARGEST[dtype]:g}, which {int(too_large.sum())} of {tensor.numel()} exceed",
+            value=float(tensor[too_large].abs().max()),
+            place=f"{place}: array {name}",
+            remedy="set wire.dtype='float32'" + (" or 'bfloat16'" if dtype == "float16" else ""),
+        )
+    return Array((short.view(torch.uint16) if dtype == "bfloat16" else short).numpy())
+
+
+def _widened(array: Array, dtype: str) -> NDArray[np.float32]:
+    """An array that has been checked, as float32: where it is that already, a read-only view."""
+    values = _view(array)
+    if dtype == "bfloat16":
+        return np.asarray(values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def _view(array: Array) -> NDArray[Any]:
+    """What ``Array.numpy`` gives, without a copy, read-only; of NumPy's format 1.0 alone, which is what arrives.
+
+    Raises:
+        Exception: Of any type: the header is made up.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"unknown serialization {array.stype}")
+    file = io.BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("unknown version of NumPy's format")
+    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("objects are not read")
+    values = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=file.tell())
+    return values.reshape(shape, order="F" if columns_first else "C")
 
 
 def message_bytes(content: RecordDict) -> int:
@@ -68,16 +185,17 @@ def message_bytes(content: RecordDict) -> int:
     return arrays + sum(len(record.deflate()) for record in others)
 
 
-def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str) -> ArrayRecord:
+def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str, dtype: str = "float32") -> ArrayRecord:
     """Check arrays that came over the wire against those that were sent out.
 
     Args:
         record: What arrived.
         sent: What the device was given: the names and shapes that must come back.
         place: Who and when, for the error.
+        dtype: Type on the wire.
 
     Returns:
-        The arrays as float32, in the order of ``sent``.
+        The arrays that arrived, in the order of ``sent``; nothing is copied.
 
     Raises:
         ReplyError: Names, shapes or types differ, an array cannot be decoded, or a value is not finite.
@@ -90,12 +208,14 @@ def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str) -> Array
             place=place,
             remedy="was the device started with other tuning settings or another model.small?",
         )
-    return ArrayRecord({name: Array(_checked(name, record[name], sent[name], place)) for name in sent})
+    for name in sent:
+        _check_array(name, record[name], tuple(sent[name].shape), place, dtype)
+    return ArrayRecord({name: record[name] for name in sent})
 
 
-def _checked(name: str, array: Array, sent: Array, place: str) -> NDArray[np.float32]:
+def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dtype: str) -> None:
     where = f"{place}: array {name}"
-    shape = tuple(sent.shape)
+    stored = np.dtype(_STORED_AS[dtype])
     # The record's own claims first: decoding must not be asked to build an array of another size.
     if tuple(array.shape) != shape:
         raise ReplyError(
@@ -104,27 +224,28 @@ def _checked(name: str, array: Array, sent: Array, place: str) -> NDArray[np.flo
             place=where,
             remedy="was the device started with another lora-rank or model.small?",
         )
-    if array.dtype not in _FLOAT_DTYPES:
-        raise ReplyError("must be of a float type", value=array.dtype, place=where)
-    if len(array.data) > 8 * math.prod(shape) + 4096:
+    if array.dtype != stored.name:
+        what = dtype if dtype == stored.name else f"{dtype}, carried as {stored.name}"
+        raise ReplyError(f"must be {what}, as wire.dtype says", value=array.dtype, place=where)
+    if len(array.data) > stored.itemsize * math.prod(shape) + 4096:
         raise ReplyError("holds more bytes than its shape needs", value=len(array.data), place=where)
     if not array.data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would open an archive, too
         raise ReplyError("must be in NumPy's format", value=array.data[:8], place=where)
     try:
-        values = array.numpy()
+        values = _view(array)
     except Exception as error:  # a made-up header fails in any way: TokenError, IndexError, OverflowError
         raise ReplyError(f"cannot be decoded ({error})", place=where) from error
-    if values.shape != shape or str(values.dtype) not in _FLOAT_DTYPES:
-        raise ReplyError(f"must hold floats of shape {shape}", value=(str(values.dtype), values.shape), place=where)
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
+    if values.shape != shape or values.dtype != stored:
         raise ReplyError(
-            f"{int((~np.isfinite(values)).sum())} of its {values.size} values are not finite numbers",
+            f"must hold {stored.name} of shape {shape}", value=(str(values.dtype), values.shape), place=where
+        )
+    finite = np.isfinite(_widened(array, dtype))
+    if not finite.all():
+        raise ReplyError(
+            f"{int((~finite).sum())} of its {values.size} values are not finite numbers",
             place=where,
             remedy="lower train.learning-rate on this device, or look at its data",
         )
-    return values
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

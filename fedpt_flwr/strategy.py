@@ -5,6 +5,10 @@ stable numbers, sampling and the order of replies depend on the seed alone), che
 what it refused, waits no longer than told, and hands each round's outcome to a callback: that is where the server
 writes its checkpoint, scores, and distils.
 
+Where the inner strategy begins with a weighted mean (:data:`FOLDED`), replies are fetched one by one in the order of
+the devices' numbers and added up, so that memory does not grow with the number of devices. The others (medians, Krum)
+need all replies beside each other, and get them.
+
 A run can go on in another process as if it had never stopped. What a round depends on is its number, the seed, the
 arrays that it sends and what the inner strategy carries over from the rounds before (:func:`inner_state`).
 """
@@ -16,7 +20,8 @@ import inspect
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from typing import Any
 
@@ -26,9 +31,12 @@ from flwr.app.exception import AppExitException
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi, Result, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
+from fedpt_flwr.aggregate import WeightedMean
+from fedpt_flwr.answers import answers
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
 from fedpt_flwr.limits import parse_limits
@@ -41,17 +49,24 @@ from fedpt_flwr.records import (
     check_arrays,
     check_code,
     check_metrics,
+    from_reply,
     message_bytes,
     refusal_reason,
+    to_wire,
 )
 
 RESUMABLE = INNER_STRATEGIES
 """Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
 
+FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+"""Strategies that see no more of the replies than their weighted mean."""
+
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _MAX_REASONS = 5  # shown of what devices say when they all fail
-_FORWARDED_METRICS = ("num-examples", "train-loss")
+_MAX_DEVICES = 20  # shown one by one in the log
+_WEIGHT = "num-examples"
+_FORWARDED_METRICS = (_WEIGHT, "train-loss")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +96,7 @@ class RoundOutcome:
 
     Attributes:
         server_round: From 1.
-        sent: The arrays that the devices began with.
+        sent: The arrays that the devices began with; whoever gets them may clear the record.
         arrays: The aggregated arrays, float32.
         inner_state: What the inner strategy carries into the next round, see :func:`inner_state`.
         train_loss: Mean over the devices' examples of the training loss, nats per answer token.
@@ -128,23 +143,40 @@ def make_inner_strategy(config: StrategyConfig) -> Strategy:
             raise ConfigError(f"{name} must be a number", value=value, place="strategy.arguments")
     if config.name == "FedProx" and "proximal_mu" not in arguments:
         arguments["proximal_mu"] = 0.0
-    # Flower warns that evaluation on devices is off; here that is meant.
+    try:
+        with _flower_is_quiet():  # it warns that evaluation on devices is off; here that is meant
+            strategy: Strategy = cls(
+                fraction_train=1.0,
+                fraction_evaluate=0.0,
+                min_train_nodes=1,
+                min_evaluate_nodes=0,
+                min_available_nodes=1,
+                **arguments,
+            )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.name} refuses its arguments ({error})", place="strategy.arguments") from error
+    return strategy
+
+
+@contextmanager
+def _flower_is_quiet() -> Iterator[None]:
+    """Keep what Flower logs from users to whom it says nothing."""
     flower_log = logging.getLogger("flwr")
     flower_log.disabled = True
     try:
-        strategy: Strategy = cls(
-            fraction_train=1.0,
-            fraction_evaluate=0.0,
-            min_train_nodes=1,
-            min_evaluate_nodes=0,
-            min_available_nodes=1,
-            **arguments,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{config.name} refuses its arguments ({error})", place="strategy.arguments") from error
+        yield
     finally:
         flower_log.disabled = False
-    return strategy
+
+
+def _is_folded(strategy: Strategy) -> bool:
+    """Whether a strategy, as it is set, sees no more of the replies than their weighted mean."""
+    return (
+        type(strategy) in FOLDED
+        and isinstance(strategy, FedAvg)
+        and strategy.weighted_by_key == _WEIGHT
+        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
+    )
 
 
 def _record_keys(cls: type) -> list[str]:
@@ -282,6 +314,7 @@ class FedPT(Strategy):
         max_failed_rounds: Rounds in a row that may lack replies; the arrays stay as they were.
         wait_timeout_s: Seconds to wait for devices to connect, and for their answer to the first question.
         code_hash: Devices that run other code are refused; empty: any code is accepted.
+        wire_dtype: Type of the arrays on the wire, see :mod:`fedpt_flwr.records`.
         expected: Devices that a run had before it was stopped, by number, with their shards: it goes on with exactly
             these. None: with any.
         is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
@@ -299,6 +332,7 @@ class FedPT(Strategy):
         max_failed_rounds: int = 0,
         wait_timeout_s: float = 120.0,
         code_hash: str = "",
+        wire_dtype: str = "float32",
         expected: Mapping[int, DeviceCard] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
     ) -> None:
@@ -311,12 +345,13 @@ class FedPT(Strategy):
         self.max_failed_rounds = max_failed_rounds
         self.wait_timeout_s = wait_timeout_s
         self.code_hash = code_hash
+        self.wire_dtype = wire_dtype
         self.expected = expected
         self.is_good_enough = is_good_enough
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
         self._cards: dict[int, DeviceCard] = {}  # this round's, by device number
-        self._broadcast = ArrayRecord()  # this round's
+        self._broadcast = ArrayRecord()  # this round's, as the server holds it
         self._sent: dict[int, Message] = {}  # this round's messages by device number
         self._sent_at = 0.0
         self._failed_rounds = 0
@@ -408,8 +443,10 @@ class FedPT(Strategy):
         self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
     ) -> bool:
         """Train for one round; whether it was completed."""
-        messages = self.configure_train(server_round, result.arrays, config, grid)
-        arrays, metrics = self.aggregate_train(server_round, grid.send_and_receive(messages, timeout=timeout))
+        self.configure_train(server_round, result.arrays, config, grid)
+        result.arrays = self._broadcast  # the same, and held once
+        came = answers(grid, self._sent, timeout_s=timeout, what=f"Round {server_round}")
+        arrays, metrics = self._take_in(server_round, came)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[server_round] = metrics
@@ -477,9 +514,10 @@ class FedPT(Strategy):
     def _ask(self, grid: Grid, nodes: Sequence[int], timeout_s: float) -> None:
         question = RecordDict({CONFIG: ConfigRecord({"code-hash": self.code_hash})})
         messages = [Message(content=question, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
-        asked = {message.metadata.dst_node_id: message for message in messages}
-        for reply in grid.send_and_receive(messages, timeout=timeout_s):
-            node = _sender(reply, asked)
+        replies = grid.send_and_receive(messages, timeout=timeout_s)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in replies:
+            node = asked.get(reply.metadata.reply_to_message_id)  # an error made by the SuperLink names no node
             if node is None:
                 continue
             try:
@@ -556,17 +594,19 @@ class FedPT(Strategy):
             ("connected nodes that do not answer", silent),
             ("nodes that decline", sorted(self._declined)),
         ]
-        return "; ".join(f"{what}: {', '.join(map(str, who))}" for what, who in groups if who)
+        return "; ".join(f"{what}: {_listed(who)}" for what, who in groups if who)
 
     def log_shards(self) -> None:
         """Log the table of shards: device, number of examples, groups."""
         cards = sorted(self.devices.values(), key=lambda card: card.device)
         log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
-        for card in cards:
+        for card in cards[:_MAX_DEVICES]:
             groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
             more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
             log(INFO, "\tdevice %3d  %7d examples  %s%s", card.device, card.num_examples, shown, more)
+        if len(cards) > _MAX_DEVICES:
+            log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - _MAX_DEVICES)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -578,7 +618,7 @@ class FedPT(Strategy):
         sampled = sample_devices(
             list(node_of), self.fraction_train, self.min_replies, seed=self.seed, server_round=server_round
         )
-        log(INFO, "Round %d: devices %s train", server_round, ", ".join(map(str, sampled)))
+        log(INFO, "Round %d: devices %s train", server_round, _listed(sampled))
         config = ConfigRecord({**config, "server-round": server_round, "code-hash": self.code_hash})
         # By name, however they came from a model, a file or a teacher: sums over all arrays depend on their order, and
         # FedAvgM keeps its momentum as a list.
@@ -594,6 +634,9 @@ class FedPT(Strategy):
         device_of = {node: device for device, node in node_of.items()}
         self._sent = {device_of[message.metadata.dst_node_id]: message for message in messages}
         self._sent = dict(sorted(self._sent.items()))
+        on_wire = to_wire(arrays, self.wire_dtype, place=f"what round {server_round} sends")
+        for message in self._sent.values():
+            message.content = RecordDict({**message.content, ARRAYS: on_wire})
         self._sent_at = time.monotonic()
         return list(self._sent.values())
 
@@ -607,12 +650,80 @@ class FedPT(Strategy):
         Raises:
             RoundError: Too few usable replies, in more rounds in a row than allowed.
         """
-        usable, devices = self._check_replies(server_round, replies)
+        device_of = {message.metadata.message_id: device for device, message in self._sent.items()}
+        received: dict[int, Message] = {}
+        for reply in replies:
+            device = device_of.get(reply.metadata.reply_to_message_id)  # an error made by the SuperLink names no node
+            if device is None:
+                log(WARNING, "Round %d: a reply to no message of this round is left out", server_round)
+            else:
+                received[device] = reply
+        return self._take_in(server_round, ((device, received.pop(device, None)) for device in self._sent))
+
+    def _take_in(
+        self, server_round: int, came: Iterable[tuple[int, Message | None]]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take in the reply of every sampled device, or None, in the order of their numbers; then as above."""
+        # What is expected of the mean is what the devices said they have: then its bits are Flower's.
+        expected = sum(self._cards[device].num_examples for device in self._sent)
+        mean = WeightedMean(expected) if _is_folded(self.inner) else None
+        usable: list[Message] = []
+        devices: list[DeviceRound] = []
+        for device, reply in came:
+            devices.append(self._take(server_round, device, reply, usable, mean))
+            del reply  # before the next one is fetched
+        self._log_refused(server_round, devices)
+        arrays, metrics = self._finish_round(server_round, usable, mean, devices)
+        self._broadcast, self._sent = ArrayRecord(), {}
+        return arrays, metrics
+
+    def _take(
+        self, server_round: int, device: int, reply: Message | None, usable: list[Message], mean: WeightedMean | None
+    ) -> DeviceRound:
+        """Check a reply; append it to ``usable``, without its arrays if they could be added to ``mean``."""
+        sent = self._sent[device].content
+        received = reply.content if reply is not None and reply.has_content() else RecordDict()
+        place = f"device {device}, round {server_round}"
+        up, metrics, reason = 0, {}, ""
+        limits: dict[str, int | float | str] = {}
+        try:
+            if reply is None:
+                raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
+            limits = _limits(reply, place)
+            content = _content(reply)
+            up = message_bytes(content)
+            if set(content.array_records) != {ARRAYS}:
+                raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
+            arrays = check_arrays(content.array_records[ARRAYS], self._broadcast, place=place, dtype=self.wire_dtype)
+            metrics = check_metrics(content, server_round=server_round, card=self._cards[device], place=place)
+            reply.content = RecordDict({METRICS: MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})})
+            tuned = from_reply(arrays, self._broadcast, self.wire_dtype)
+            if mean is not None:
+                mean.add(tuned, metrics[_WEIGHT])
+            else:
+                reply.content[ARRAYS] = ArrayRecord({name: Array(values) for name, values in tuned})
+            usable.append(reply)
+        except (ReplyError, DeviceError) as error:
+            metrics, reason = {}, str(error)
+        for record in received.array_records.values():  # a RecordDict is in a cycle with views of itself
+            record.clear()
+        down = message_bytes(sent)
+        return DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason, limits=limits)
+
+    def _log_refused(self, server_round: int, devices: Sequence[DeviceRound]) -> None:
         refused = [part for part in devices if part.refused]
-        for part in refused:
+        for part in refused[:_MAX_DEVICES]:
             log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
+        if len(refused) > _MAX_DEVICES:
+            rest = len(refused) - _MAX_DEVICES
+            log(WARNING, "Round %d: %d more devices are left out; costs.jsonl says why", server_round, rest)
+
+    def _finish_round(
+        self, server_round: int, usable: list[Message], mean: WeightedMean | None, devices: Sequence[DeviceRound]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate, and hand the outcome on; or survive a failed round."""
         if len(usable) < self.min_replies:
-            reasons = list(dict.fromkeys(part.refused for part in refused))
+            reasons = list(dict.fromkeys(part.refused for part in devices if part.refused))
             self._fail(
                 RoundError(
                     f"round {server_round} needs {self.min_replies} usable replies of {len(devices)} devices and has "
@@ -624,11 +735,12 @@ class FedPT(Strategy):
             )
             return None, None
         try:
-            arrays, train_loss = self._aggregate(server_round, usable)
+            arrays, train_loss = self._aggregate(server_round, usable, mean)
         except RoundError as error:
             self._fail(error)
             return None, None
         self._failed_rounds = 0
+        self._sent = {}
         outcome = RoundOutcome(
             server_round=server_round,
             sent=self._broadcast,
@@ -642,47 +754,10 @@ class FedPT(Strategy):
         summary = MetricRecord({"train-loss": train_loss, "num-replies": len(usable)})
         return (following if following is not None else arrays), summary
 
-    def _check_replies(self, server_round: int, replies: Iterable[Message]) -> tuple[list[Message], list[DeviceRound]]:
-        """Usable replies and one entry for every sampled device, both by device number."""
-        received: dict[int, Message] = {}
-        for reply in replies:
-            device = _sender(reply, self._sent)
-            if device is None:
-                log(WARNING, "Round %d: a reply to no message of this round is left out", server_round)
-            else:
-                received[device] = reply
-        usable: list[Message] = []
-        devices: list[DeviceRound] = []
-        for device, sent in self._sent.items():
-            down = message_bytes(sent.content)
-            place = f"device {device}, round {server_round}"
-            metrics: dict[str, float] = {}
-            limits: dict[str, int | float | str] = {}
-            up, reason = 0, ""
-            try:
-                if device not in received:
-                    raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
-                reply = received[device]
-                limits = _limits(reply, place)
-                content = _content(reply)
-                up = message_bytes(content)
-                if set(content.array_records) != {ARRAYS}:
-                    raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
-                arrays = check_arrays(content.array_records[ARRAYS], sent.content.array_records[ARRAYS], place=place)
-                card = self._cards[device]
-                metrics = check_metrics(content, server_round=server_round, card=card, place=place)
-                forwarded = MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})
-                reply.content = RecordDict({ARRAYS: arrays, METRICS: forwarded})
-                usable.append(reply)
-            except (ReplyError, DeviceError) as error:
-                metrics, reason = {}, str(error)
-            devices.append(
-                DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason, limits=limits)
-            )
-        return usable, devices
-
-    def _aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord, float]:
-        """What the inner strategy makes of the replies, and the mean training loss.
+    def _aggregate(
+        self, server_round: int, usable: list[Message], mean: WeightedMean | None
+    ) -> tuple[ArrayRecord, float]:
+        """What the inner strategy makes of the replies, or of their mean, and the mean training loss.
 
         Raises:
             RoundError: It cannot, or what it makes or carries into the next round is not finite. It then carries what
@@ -690,18 +765,23 @@ class FedPT(Strategy):
         """
         carried = _carried(self.inner)
         try:
-            return self._finite_aggregate(server_round, usable)
+            return self._finite_aggregate(server_round, usable, mean)
         except RoundError:
             for field, value in carried.items():
                 setattr(self.inner, field, value)
             raise
 
-    def _finite_aggregate(self, server_round: int, usable: list[Message]) -> tuple[ArrayRecord, float]:
+    def _finite_aggregate(
+        self, server_round: int, usable: list[Message], mean: WeightedMean | None
+    ) -> tuple[ArrayRecord, float]:
         name = type(self.inner).__name__
         arrays = metrics = failure = None
         try:
             with np.errstate(all="ignore"):  # what is not finite is found below
-                arrays, metrics = self.inner.aggregate_train(server_round, usable)
+                if mean is None:
+                    arrays, metrics = self.inner.aggregate_train(server_round, usable)
+                else:
+                    arrays, metrics = self._aggregate_mean(server_round, usable, mean)
         except (AppExitException, ArithmeticError, TypeError, ValueError) as error:
             failure = error
         if arrays is None or metrics is None:
@@ -718,6 +798,23 @@ class FedPT(Strategy):
                 remedy="lower its learning rate",
             )
         return result, float(np.asarray(metrics["train-loss"]).item())
+
+    def _aggregate_mean(
+        self, server_round: int, usable: list[Message], mean: WeightedMean
+    ) -> tuple[ArrayRecord | None, MetricRecord]:
+        """What the inner strategy makes of the replies' weighted mean, which is all that it would see of them."""
+        metrics = aggregate_metricrecords([reply.content for reply in usable], _WEIGHT)
+        means = ArrayRecord({name: Array(values) for name, values in mean.take()})
+        if type(self.inner) in (FedAvg, FedProx):
+            return means, metrics
+        # As if one device had sent it: the mean of one is itself, bit for bit.
+        content = RecordDict({ARRAYS: means, METRICS: MetricRecord({**metrics, _WEIGHT: 1})})
+        with _flower_is_quiet():
+            arrays, _ = self.inner.aggregate_train(server_round, [Message(content, reply_to=self._any_sent())])
+        return arrays, metrics
+
+    def _any_sent(self) -> Message:
+        return next(iter(self._sent.values()))
 
     def _fail(self, error: RoundError) -> None:
         """Survive a failed round with the model as it was, or end the run."""
@@ -772,12 +869,21 @@ def _counted(cards: Collection[DeviceCard]) -> str:
 
 def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
     """What a strategy made of the updates (some compute in float64), or None if it is not finite."""
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is found
-        # The order in memory is the devices', who may say anything; safetensors wants rows one after the other.
-        values = {name: np.asarray(array.numpy(), np.float32, order="C") for name, array in arrays.items()}
-    if not all(np.isfinite(part).all() for part in values.values()):
-        return None
-    return ArrayRecord({name: Array(part) for name, part in values.items()})
+    finite: dict[str, Array] = {}
+    for name, array in arrays.items():
+        stored = array.numpy()
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is found
+            # The order in memory is the devices', who may say anything; safetensors wants rows one after the other.
+            values = np.asarray(stored, np.float32, order="C")
+        if not np.isfinite(values).all():
+            return None
+        finite[name] = array if values is stored else Array(values)
+    return ArrayRecord(finite)
+
+
+def _listed(devices: Sequence[object]) -> str:
+    shown = ", ".join(map(str, devices[:_MAX_DEVICES]))
+    return shown if len(devices) <= _MAX_DEVICES else f"{shown} and {len(devices) - _MAX_DEVICES} more"
 
 
 def _evaluate_on_server(
@@ -787,14 +893,6 @@ def _evaluate_on_server(
     if metrics is not None:
         log(INFO, "\t└──> Round %d on the server: %s", server_round, metrics)
         result.evaluate_metrics_serverapp[server_round] = metrics
-
-
-def _sender(reply: Message, sent: Mapping[int, Message]) -> int | None:
-    """Which of the messages sent, by key, a reply answers: an error made by the SuperLink names no node."""
-    for key, message in sent.items():
-        if reply.metadata.reply_to_message_id == message.metadata.message_id:
-            return key
-    return None
 
 
 def _limits(reply: Message, place: str) -> dict[str, int | float | str]:

@@ -8,6 +8,7 @@ from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
 from fedpt_flwr.models import (
+    bring_back,
     check_vocabularies,
     cpu_threads,
     fingerprint,
@@ -18,6 +19,7 @@ from fedpt_flwr.models import (
     max_positions,
     output_size,
     pick_device,
+    put_away,
     resolve_model,
     set_arrays,
     tunable_arrays,
@@ -416,3 +418,19 @@ def test_a_shape_counts_even_where_all_values_are_the_same():
         one.weight.fill_(1)
         other.weight.fill_(1)
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_weights_that_are_put_away_take_no_memory_and_come_back_with_memory_of_their_own():
+    model = tiny_llama().requires_grad_(True)
+    arrays = tunable_arrays(model)
+    put_away(model, arrays)
+    for name, weight in model.named_parameters():
+        assert weight.shape == arrays[name].shape
+        assert weight.untyped_storage().nbytes() == 4
+    bring_back(model, arrays)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, arrays[name])
+        assert weight.data_ptr() != arrays[name].data_ptr()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ModelError, match=r"array model.norm.weight of shape \(3,\) must fit the small model"):
+        bring_back(model, {"model.norm.weight": torch.zeros(3)})

@@ -1,7 +1,9 @@
+import gc
 import logging
 import pickle
 import random
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from local_grid import LocalGrid
 
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
-from fedpt_flwr.errors import ConfigError, RoundError, RunError
-from fedpt_flwr.records import DeviceCard, refusal
+from fedpt_flwr.errors import ConfigError, RoundError, RunError, WireError
+from fedpt_flwr.records import DeviceCard, refusal, to_array_record, to_reply, to_tensors
 from fedpt_flwr.strategy import (
+    FOLDED,
     RESUMABLE,
     FedPT,
     check_resumable,
@@ -116,15 +119,116 @@ def test_every_strategy_that_can_be_named_runs_and_gives_finite_float32(name):
 
 @pytest.mark.parametrize("inner", ["FedAvg", "FedAdam", "FedMedian", "Krum"])
 def test_the_order_in_which_replies_arrive_changes_no_bit(inner):
+    """In Flower's own loop, which takes in all replies together as they come; ours fetches them in order."""
+
     def shuffled(replies):
         return random.Random(len(replies)).sample(replies, len(replies))
 
-    settings = {"inner": inner, "fraction_train": 0.5, "seed": 3}
-    plain = run(fedpt(**settings), LocalGrid(make_device(), NUM_DEVICES), rounds=4)
-    mixed = run(fedpt(**settings), LocalGrid(make_device(), NUM_DEVICES, order=shuffled), rounds=4)
-    reversed_ = run(fedpt(**settings), LocalGrid(make_device(), NUM_DEVICES, order=lambda r: r[::-1]), rounds=4)
-    assert_same(plain, mixed)
-    assert_same(plain, reversed_)
+    def run_in_flowers_loop(order=None):
+        grid = LocalGrid(make_device(), NUM_DEVICES, order=order)
+        strategy = fedpt(inner=inner, fraction_train=0.5, seed=3)
+        return Strategy.start(strategy, grid, initial_arrays=start_arrays(), num_rounds=4, timeout=5).arrays
+
+    plain = run(fedpt(inner=inner, fraction_train=0.5, seed=3), LocalGrid(make_device(), NUM_DEVICES), rounds=4)
+    for order in (None, shuffled, lambda replies: replies[::-1]):
+        assert_same(plain, run_in_flowers_loop(order))
+
+
+@pytest.mark.parametrize("name", [strategy.__name__ for strategy in FOLDED])
+def test_replies_added_up_one_by_one_give_flowers_own_bits(name, monkeypatch):
+    ours = outcomes_of(name)
+    monkeypatch.setattr("fedpt_flwr.strategy.FOLDED", ())
+    flowers = outcomes_of(name)
+    assert len(ours) == len(flowers) > 2
+    for (mine, _), (expected, _) in zip(ours, flowers, strict=True):
+        assert_same(mine.arrays, expected.arrays)
+        assert mine.train_loss == expected.train_loss
+        assert mine.inner_state.keys() == expected.inner_state.keys()
+        for key, value in expected.inner_state.items():
+            np.testing.assert_array_equal(mine.inner_state[key], value)
+
+
+@pytest.mark.parametrize("inner", ["FedAvg", "FedProx", "FedAvgM", "FedAdam"])
+def test_a_mean_holds_no_reply_when_the_next_one_is_fetched(inner):
+    replies, alive = [], []
+
+    def watch(device, message, reply):
+        if message.metadata.message_type == "train":
+            alive.append(sum(array() is not None for array in replies))
+            replies.append(weakref.ref(reply.content["arrays"]["weight"]))
+        return reply
+
+    gc.disable()
+    try:
+        run(fedpt(inner=inner), LocalGrid(make_device(), 5, tamper=watch), rounds=1)
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0, 0]
+
+
+def test_a_strategy_that_wants_more_than_the_mean_gets_all_replies():
+    class Counting(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            self.seen = len(list(replies))
+            return super().aggregate_train(server_round, replies)
+
+    inner = Counting(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    run(FedPT(inner, wait_timeout_s=1.0), LocalGrid(make_device(), 4), rounds=1)
+    assert inner.seen == 4
+
+
+@pytest.mark.parametrize("name", INNER_STRATEGIES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_the_bytes_give_nearly_the_same_arrays_with_every_strategy(name, dtype):
+    start = ArrayRecord({"weight": Array(np.linspace(-2, 3, 600, dtype=np.float32).reshape(20, 30))})
+    exact = outcomes_of(name, arrays=start, rounds=2)
+    outcomes = []
+    strategy = fedpt(inner=name, arguments=ARGUMENTS.get(name, ""), after_aggregate=outcomes.append, wire_dtype=dtype)
+    strategy.start(LocalGrid(in_half(dtype), NUM_DEVICES), initial_arrays=start, num_rounds=2, timeout=5)
+    # The devices' steps are about 1: 2**-9 of that is what bfloat16 rounds, times what a strategy makes of it.
+    for (whole, _), half in zip(exact, outcomes, strict=True):
+        np.testing.assert_allclose(half.arrays["weight"].numpy(), whole.arrays["weight"].numpy(), atol=0.05)
+        for mine, other in zip(half.devices, whole.devices, strict=True):
+            assert not mine.refused
+            assert mine.bytes_up < 0.8 * other.bytes_up
+            assert mine.bytes_down < 0.8 * other.bytes_down
+
+
+def in_half(dtype):
+    """:func:`make_device`, which reads and answers in this type."""
+    device = make_device()
+
+    def handle(message, context):
+        if message.metadata.message_type != "train":
+            return device(message, context)
+        received = message.content["arrays"]
+        message.content["arrays"] = to_array_record(to_tensors(received, dtype))
+        reply = device(message, context)
+        tuned = to_tensors(reply.content["arrays"])
+        reply.content["arrays"] = to_reply(tuned, received, dtype, place="")
+        return reply
+
+    return handle
+
+
+def test_arrays_that_float16_cannot_hold_end_the_run_with_the_remedy():
+    arrays = ArrayRecord({"weight": Array(np.float32([1e5]))})
+    with pytest.raises(WireError, match=r"what round 1 sends: array weight: float16 holds .* set wire.dtype='float32'"):
+        fedpt(wire_dtype="float16").start(LocalGrid(make_device(), 2), initial_arrays=arrays, num_rounds=1)
+
+
+def test_of_a_thousand_devices_the_log_names_twenty(caplog):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        run(fedpt(), LocalGrid(make_device(), 50, tamper=nobody_but_one), rounds=1)
+    assert "and 30 more devices; all are in shards.json" in caplog.text
+    assert "Round 1: devices 0, 1, 2," in caplog.text
+    assert "18, 19 and 30 more train" in caplog.text
+    assert "29 more devices are left out" in caplog.text
+    assert len(caplog.records) < 80
+
+
+def nobody_but_one(device, message, reply):
+    return reply if message.metadata.message_type == "query" or device == 0 else None
 
 
 def test_another_seed_samples_other_devices():
@@ -179,7 +283,7 @@ BAD_REPLIES = {
     ),
     "integers": (
         lambda message, reply: changed(reply, arrays=lambda a: as_arrays({**a, "scale": np.array([1])})),
-        "scale: must be of a float type, got 'int64'",
+        "scale: must be float32, as wire.dtype says, got 'int64'",
     ),
     "another round": (
         lambda message, reply: changed(reply, metrics={"server-round": 9}),
@@ -220,6 +324,10 @@ BAD_REPLIES = {
 }
 
 
+def silence_of_device_1(device, message, reply):
+    return None if device == 1 and message.metadata.message_type == "train" else reply
+
+
 @pytest.mark.parametrize("fault", BAD_REPLIES)
 def test_a_bad_reply_is_left_out_and_said_and_the_others_count(fault, caplog):
     tamper, said = BAD_REPLIES[fault]
@@ -235,7 +343,10 @@ def test_a_bad_reply_is_left_out_and_said_and_the_others_count(fault, caplog):
         LocalGrid(lambda m, c: make_device(examples=lambda d: 0 if d == 1 else examples_of(d))(m, c), 3),
         rounds=1,
     )
-    assert_same(got, alone)
+    # To the last bit as if no reply had come; and as if there were no such device, which is one rounding less.
+    assert_same(got, run(fedpt(), LocalGrid(make_device(), 3, tamper=silence_of_device_1), rounds=1))
+    for name, expected in values(alone).items():
+        np.testing.assert_allclose(got[name].numpy(), expected, rtol=3e-7)
     assert [bool(part.refused) for part in outcomes[0].devices] == [False, True, False]
     assert re.search(said, outcomes[0].devices[1].refused)
     assert re.search(said, caplog.text)
@@ -246,7 +357,7 @@ def test_a_reply_to_nothing_is_left_out(caplog):
     extra.metadata.__dict__["_message_id"] = "somebody else's"
     stray = Message(RecordDict(), reply_to=extra)
     with caplog.at_level(logging.WARNING, logger="flwr"):
-        got = run(fedpt(), LocalGrid(make_device(), 2, order=lambda replies: replies and [*replies, stray]), rounds=1)
+        got = run(fedpt(), LocalGrid(make_device(), 2, order=lambda replies: replies and [stray, *replies]), rounds=1)
     assert_same(got, run(fedpt(), LocalGrid(make_device(), 2), rounds=1))
     assert "a reply to no message of this round" in caplog.text
 
@@ -391,9 +502,9 @@ def test_an_aggregate_that_is_not_finite_is_said_to_be_the_strategys():
 
 
 def test_a_strategy_that_cannot_aggregate_is_named():
-    strategy = fedpt()
+    strategy = fedpt(inner="FedMedian")
     strategy.inner.aggregate_train = lambda *_: [].remove(1)
-    with pytest.raises(RoundError, match="FedAvg cannot aggregate round 1"):
+    with pytest.raises(RoundError, match="FedMedian cannot aggregate round 1"):
         run(strategy, LocalGrid(make_device(), 2))
 
 
