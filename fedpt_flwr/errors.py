@@ -7,6 +7,7 @@
     │   └── VocabularyMismatch
     ├── DeviceError          a device cannot take part
     ├── ReplyError           a device's reply is refused
+    ├── WireError            arrays do not fit the type in which they are to be sent
     ├── RoundError           a round cannot be completed
     ├── RunError             a run folder cannot be written or read
     └── CertificateError     keys or certificates cannot be made or used

@@ -145,6 +145,7 @@ def test_another_seed_gives_other_arrays(run, tmp_path):
     assert any(not np.array_equal(values, other[name]) for name, values in final_arrays(run).items())
 
 
+@pytest.mark.slow
 def test_shuffled_replies_at_half_participation_give_the_same_arrays(tmp_path):
     settings = {"run_config": {"fraction-train": 0.5, "scoring.round-items": 0}, "num_devices": 4}
     plain = federate(tmp_path / "plain", **settings)
@@ -197,6 +198,7 @@ def test_lora_sends_the_adapter_only_and_its_proxy_loads(tmp_path):
     assert not torch.equal(shifted, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

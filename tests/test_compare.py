@@ -392,6 +392,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(config, tmp_path):
     comparison.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_cell_alone(config, tmp_path):
     app = tmp_path / "app"
     app.mkdir()
@@ -497,6 +498,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(config, tmp_path):
     command = Command(tmp_path, config, "--kinds", "fedpt", "--seeds", "0,1,2", "--jobs", "2")

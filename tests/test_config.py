@@ -124,6 +124,7 @@ VALID = {
     "min-devices": st.integers(2, 100),
     "min-replies": st.integers(1, 2),
     "model.small-dtype": st.just("float32"),
+    "wire.dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
     "data.prompts": SOURCES,
     "distillation.mode": st.sampled_from([mode for mode in DISTILLATION_MODES if mode != "paired"]),
     "scoring.rows": st.sampled_from(["tuned", "large,proxy", " proxy , tuned,"]),

@@ -268,14 +268,10 @@ KILLS = {
     ],
 }
 OFTEN = (
-    ("FedAvg", "in round 1 between two devices"),
     ("FedAvg", "before a round counts"),
-    ("FedAvg", "before the first links"),
     ("FedAvg", "before the results"),
-    ("FedAdam", "in round 2 between two devices"),
     ("FedAdam", "in a line"),
     ("FedAdam", "in a checkpoint"),
-    ("FedAdam", "again and again"),
     ("paired FedAvgM", "before the next round"),
     ("good enough", "before the test"),
 )
