@@ -242,7 +242,7 @@ def assert_same_run(run, expected):
 KILLS = {
     "in round 1 between two devices": [("LocalGrid.ask", 6)],
     "in round 2 between two devices": [("LocalGrid.ask", 8)],
-    "while training": [("FedPT.aggregate_train", 3)],
+    "while training": [("FedPT._take_in", 3)],
     "between two lines": [("RunFolder.append", 10)],
     "in a line": [("RunFolder.append", 11, "torn")],
     "before a checkpoint": [("RunFolder.save_round", 2)],
