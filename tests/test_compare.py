@@ -371,6 +371,7 @@ def test_a_comparison_has_one_writer_at_a_time(done, config, tmp_path):
     Comparison(make_plan(config), folder, app=APP).close()
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(config, tmp_path):
     worlds = {"bad": config | {"data.train": "/no/such.jsonl"}, "good": config}
     plan = make_plan(config, worlds=worlds, kinds=(FEDPT,), seeds=(0,))
