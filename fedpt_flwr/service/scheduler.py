@@ -27,7 +27,8 @@ from fedpt_flwr.logits import choose_next, combine_logits, mask_implausible
 from fedpt_flwr.ragged import RaggedCache, Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.text import TextStream
-from fedpt_flwr.service.versions import PARTS, Version
+from fedpt_flwr.service.versions import Version
+from fedpt_flwr.speculative import PARTS
 
 _log = logging.getLogger(__name__)
 

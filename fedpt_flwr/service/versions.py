@@ -23,14 +23,12 @@ from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.runs import LATEST, find_run, read_json
 from fedpt_flwr.sources import held_out_items
+from fedpt_flwr.speculative import PARTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-
-PARTS = ("large", "tuned", "untuned")
-"""The three models of a proxy, in the order of its formula."""
 
 _NUM_EXAMPLES = 12
 
