@@ -7,6 +7,7 @@ harm: it is Flower, below the app, that lies. The file that TAMPER_FILE names sa
 
 import importlib.machinery
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def tamper_with(cls):
             how = planned(int(message.content["config"]["server-round"]))
         if how == "raise":
             raise RuntimeError("out of paper")
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         reply = honest(self, message, context)
         if how:
             spoil(reply, how)
