@@ -5,7 +5,9 @@
 A real SuperLink with its database, its executor and the app's own ServerApp, each a process; the devices are scripted:
 threads of one process that speak Flower's own protocol to the SuperLink, and answer a train message with the model
 plus a little noise, of one of a few kinds (the SuperLink keeps equal pieces once). One device fetches all that it is
-sent, and its bytes are counted; the others fetch what they need to answer.
+sent, and its bytes are counted; the others fetch what they need to answer. Where the SuperLink's answer is a server
+error (its database was locked for five seconds), a SuperNode ends and is started again by its supervisor; a scripted
+device asks again, and the errors are counted.
 
 The first federation is of a model of a few hundred kB: what the ServerApp takes for it is the constant. Peaks are the
 largest resident memory that Linux saw (VmHWM).
@@ -28,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -99,10 +102,11 @@ class Devices:
     Attributes:
         down, up: Bytes of the objects that device 0 fetched and sent, of train messages.
         errors: What went wrong.
+        num_server_errors: How often the SuperLink could not answer.
     """
 
     def __init__(self, address: str, number: int, kinds: Kinds) -> None:
-        self.down = self.up = self.rounds = 0
+        self.down = self.up = self.rounds = self.num_server_errors = 0
         self.errors: list[str] = []
         self._address, self._kinds = address, kinds
         self._code = code_hash(ROOT / "client_app.py")
@@ -122,7 +126,7 @@ class Devices:
             with http_request_response(self._address, insecure=True) as connection:
                 receive = connection[1]
                 while not self._stop.is_set():
-                    received = receive()
+                    received = self._patiently(receive)
                     if received is None:
                         self._stop.wait(0.5)
                     else:
@@ -130,13 +134,23 @@ class Devices:
         except Exception as error:
             self.errors.append(f"device {device}: {type(error).__name__}: {error}")
 
+    def _patiently(self, ask: Callable[..., Any], *told: Any) -> Any:
+        while True:
+            try:
+                return ask(*told)
+            except httpx.HTTPStatusError as error:
+                if not error.response.is_server_error or self._stop.is_set():
+                    raise
+                self.num_server_errors += 1
+                self._stop.wait(1)
+
     def _answer(self, device: int, connection: Any, message: Message, tree: Any) -> None:
         _, _, send, _, _, pull, push, confirm = connection
         run_id, is_train = message.metadata.run_id, message.metadata.message_type == "train"
         wanted = [part.object_id for part in iterate_object_tree(tree) if device == 0 or _is_small(part, tree)]
-        contents = pull_objects(wanted, lambda object_id: pull(run_id, object_id), initial_backoff=0.2)
+        contents = pull_objects(wanted, lambda object_id: self._patiently(pull, run_id, object_id), initial_backoff=0.2)
         down = sum(map(len, contents.values()))
-        confirm(run_id, tree.object_id)
+        self._patiently(confirm, run_id, tree.object_id)
         config = next(
             inflate_object_from_contents(object_id, contents, keep_object_contents=True)
             for object_id, content in contents.items()
@@ -147,12 +161,12 @@ class Devices:
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             parts = get_all_nested_objects(reply)
-            missing, session = send(reply, get_object_tree(reply), 1.0)
+            missing, session = self._patiently(send, reply, get_object_tree(reply), 1.0)
             for object_id, part in parts.items():
                 content = part.deflate() if device == 0 or object_id in missing else b""
                 up += len(content)
                 if object_id in missing:
-                    push(run_id, session, object_id, content)
+                    self._patiently(push, run_id, session, object_id, content)
         if device == 0 and is_train:
             self.down, self.up, self.rounds = down, up, self.rounds + 1
 
@@ -364,6 +378,7 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
         "superlink_peak_bytes": watcher.peaks["flower-superlink"],
         "database_bytes": database,
         "seconds_per_round": float(np.median(seconds)),
+        "server_errors": devices.num_server_errors,
         "bytes_down": devices.down,
         "bytes_up": devices.up,
     }
@@ -400,15 +415,19 @@ def main() -> None:
     result = {**settings, "strategy": arguments.strategy, "constant": constant, "rows": rows}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print("| model MB | devices | ServerApp MB | above constant | SuperLink MB | database MB | s a round | down | up |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| model MB | devices | ServerApp MB | above constant | SuperLink MB | database MB | s a round | down | up | "
+        "server errors |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in [{**constant, "model_bytes": constant["arrays_bytes"]}, *rows]:
         above = f"{row['serverapp_models']:.2f} models" if "serverapp_models" in row else "-"
         sizes = [row[key] / MB for key in ("serverapp_peak_bytes", "superlink_peak_bytes", "database_bytes")]
         ratios = [row[key] / row["arrays_bytes"] for key in ("bytes_down", "bytes_up")]
         print(
             f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {sizes[0]:.0f} | {above} | {sizes[1]:.0f} | "
-            f"{sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} |"
+            f"{sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} | "
+            f"{row['server_errors']} |"
         )
 
 

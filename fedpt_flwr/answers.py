@@ -8,12 +8,14 @@ of it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from logging import WARNING
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import httpx
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
@@ -35,7 +37,11 @@ except ImportError:  # another version of Flower: its own way to fetch replies w
     _IN_PIECES = ()
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0  # between two questions, the longest as in Flower
+_PAUSES_AFTER_ERRORS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _DEPTH_OF_ARRAYS = 3  # message, records, record, array, chunk of an array
+
+Q = TypeVar("Q")
+T = TypeVar("T")
 
 
 def answers(
@@ -74,12 +80,29 @@ def _answer(grid: Grid, message: Message, message_id: str, deadline: float, what
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
+def _patiently(ask: Callable[[Q], T], question: Q) -> T:
+    """Ask the SuperLink, and some times again what it could not answer.
+
+    While devices write large replies into its database, others' turn to write may not come within the five seconds
+    that it waits for; then its answer is a 500, which Flower passes on at once. Nothing has happened by then.
+    """
+    for pause_s in _PAUSES_AFTER_ERRORS_S:
+        try:
+            return ask(question)
+        except httpx.HTTPStatusError as error:
+            if not error.response.is_server_error:
+                raise
+            log(WARNING, "the SuperLink answered %d; it is asked again", error.response.status_code)
+            time.sleep(pause_s)
+    return ask(question)
+
+
 def _pull(grid: Grid, message: Message, message_id: str) -> list[Message]:
     """The reply to a message, if it has come."""
     if not isinstance(grid, _IN_PIECES):
         return list(grid.pull_messages([message_id]))
     client: Any = grid
-    found = client._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=[message_id]))
+    found = _patiently(client._runtime_client.PullMessages, PullAppMessagesRequest(message_ids=[message_id]))
     replies = []
     for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
         try:
@@ -93,7 +116,8 @@ def _pull(grid: Grid, message: Message, message_id: str) -> list[Message]:
 def _put_together(grid: Any, tree: Any, reply_id: str) -> Message:
     """Fetch a reply array by array, so that no more than one of them is there in pieces as well."""
     run_id = grid.run.run_id
-    fetch = make_pull_object_fn_protobuf(grid._runtime_client.PullObject, node=grid.node, run_id=run_id)
+    fetch_once = make_pull_object_fn_protobuf(grid._runtime_client.PullObject, node=grid.node, run_id=run_id)
+    fetch = functools.partial(_patiently, fetch_once)
     made: dict[str, Any] = {}
 
     def inflate(part: Any) -> Any:
@@ -105,8 +129,9 @@ def _put_together(grid: Any, tree: Any, reply_id: str) -> Message:
         # The HTTP client's responses are in cycles, and each holds a piece: young ones are cheap to find.
         gc.collect(1)
     reply = cast(Message, inflate(tree))
-    grid._runtime_client.ConfirmMessageReceived(
-        ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=reply_id)
+    _patiently(
+        grid._runtime_client.ConfirmMessageReceived,
+        ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=reply_id),
     )
     reply.metadata.__dict__["_message_id"] = reply_id
     return reply

@@ -1,7 +1,9 @@
 import gc
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -148,6 +150,49 @@ def test_a_reply_that_comes_within_the_time_is_waited_for():
 
     ((_, reply),) = answers(Late(superlink), sent, timeout_s=60, what="Round 1")
     assert reply is not None
+
+
+@pytest.mark.parametrize(("status", "num_failures"), [(500, 2), (500, 100), (404, 1)])
+def test_what_the_superlink_fails_to_answer_is_asked_again_for_a_while(status, num_failures, monkeypatch):
+    monkeypatch.setattr("fedpt_flwr.answers._PAUSES_AFTER_ERRORS_S", (0.0,) * 3)
+    sent = messages(0)
+
+    class Locked(SuperLink):
+        """Whose database is locked when it is asked for the first pieces, and for the reply as such."""
+
+        def __init__(self):
+            super().__init__()
+            self.failures = Counter()
+
+        def fail(self, what):
+            self.failures[what] += 1
+            if self.failures[what] <= num_failures:
+                response = httpx.Response(status, request=httpx.Request("POST", "http://superlink"))
+                raise httpx.HTTPStatusError(str(status), request=response.request, response=response)
+
+        def PullMessages(self, request):  # noqa: N802
+            self.fail("messages")
+            return super().PullMessages(request)
+
+        def PullObject(self, request):  # noqa: N802
+            self.fail("objects")
+            return super().PullObject(request)
+
+        def ConfirmMessageReceived(self, request):  # noqa: N802
+            self.fail("confirmation")
+            return super().ConfirmMessageReceived(request)
+
+    superlink = Locked()
+    superlink.has(Message(content(0), reply_to=sent[0]), to="message 0")
+    came = answers(Wire(superlink), sent, timeout_s=0, what="Round 1")
+    if status == 500 and num_failures < 3:
+        ((_, reply),) = came
+        assert reply.content == content(0)
+        assert superlink.failures.keys() == {"messages", "objects", "confirmation"}
+    else:
+        with pytest.raises(httpx.HTTPStatusError, match=str(status)):
+            list(came)
+        assert superlink.failures["messages"] == (4 if status == 500 else 1)
 
 
 def test_a_message_that_the_superlink_did_not_take_has_no_reply():
