@@ -41,7 +41,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents, pull_objects
 from flwr.supernode.fleet_http_connection import http_request_response
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +54,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 APP_FILES = ("pyproject.toml", "README.md", "LICENSE", "client_app.py", "server_app.py", "fedpt_flwr")
 MB = 1_000_000
+_POLL_S = 3.0  # how often a SuperNode asks for messages
 
 
 def make_model(folder: Path, megabytes: float) -> Path:
@@ -128,7 +129,7 @@ class Devices:
                 while not self._stop.is_set():
                     received = self._patiently(receive)
                     if received is None:
-                        self._stop.wait(0.5)
+                        self._stop.wait(_POLL_S)
                     else:
                         self._answer(device, connection, *received)
         except Exception as error:
@@ -156,19 +157,27 @@ class Devices:
             for object_id, content in contents.items()
             if get_object_head_values_from_object_content(content)[0] == "ConfigRecord"
         )
-        reply = Message(self._content(device, config, is_train=is_train), reply_to=message)
-        up = 0
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            parts = get_all_nested_objects(reply)
-            missing, session = self._patiently(send, reply, get_object_tree(reply), 1.0)
-            for object_id, part in parts.items():
-                content = part.deflate() if device == 0 or object_id in missing else b""
-                up += len(content)
-                if object_id in missing:
-                    self._patiently(push, run_id, session, object_id, content)
+        content = self._content(device, config, is_train=is_train)
+        while (up := self._send(device, Message(content, reply_to=message), send, push)) is None:
+            self.num_server_errors += 1
         if device == 0 and is_train:
             self.down, self.up, self.rounds = down, up, self.rounds + 1
+
+    def _send(self, device: int, reply: Message, send: Any, push: Any) -> int | None:
+        """Bytes of a reply, or None if the SuperLink lost a piece of it."""
+        num_bytes = 0
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            missing, session = self._patiently(send, reply, get_object_tree(reply), 1.0)
+            for object_id, part in get_all_nested_objects(reply).items():
+                content = part.deflate() if device == 0 or object_id in missing else b""
+                num_bytes += len(content)
+                if object_id in missing:
+                    try:
+                        self._patiently(push, reply.metadata.run_id, session, object_id, content)
+                    except ObjectPushError:
+                        return None
+        return num_bytes
 
     def _content(self, device: int, config: Any, *, is_train: bool) -> RecordDict:
         if not is_train:

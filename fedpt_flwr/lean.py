@@ -43,7 +43,7 @@ _FOLD_UP_TO = 16
 """New tokens per row up to which the heads that share keys are put side by side as if they were tokens."""
 
 _FEW_ROWS = 8
-"""Rows up to which a plain weight is multiplied from the left: half as long as ``F.linear`` takes, from 2 rows on."""
+"""Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
 
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far the scores may be from transformers', as a share of the largest one."""
@@ -188,7 +188,7 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
     if type(layer) is PackedLinear:
         return layer.forward(x)
     if type(layer) is nn.Linear:
-        return F.linear(x, layer.weight, layer.bias)
+        return _plain(layer, x)
     product = _linear(layer.base_layer, x)
     if layer.disable_adapters:
         return product
@@ -201,14 +201,17 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
     return product.to(dtype)
 
 
+def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer that is not packed: the drafter's on some processors, a head that is tied, or nothing is prepared."""
+    if not (2 <= x.shape[0] <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"):
+        return F.linear(x, layer.weight, layer.bias)
+    product = (layer.weight @ x.t()).t().contiguous()
+    return product if layer.bias is None else product.add_(layer.bias)
+
+
 def _scores(head: Any, x: Tensor) -> Tensor:
     """The head, ``(rows, kept, hidden)`` to ``(rows, kept, vocab)``."""
-    rows = x.reshape(-1, x.shape[-1])
-    is_plain = type(head) is nn.Linear and head.bias is None and x.dtype == torch.float32 and x.device.type == "cpu"
-    if is_plain and 2 <= rows.shape[0] <= _FEW_ROWS:  # a tied head is never packed: see packing.py
-        scores: Tensor = head.weight @ rows.t()
-        return scores.t().reshape(*x.shape[:-1], -1)
-    return _linear(head, x)
+    return _linear(head, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

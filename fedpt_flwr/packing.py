@@ -1,7 +1,8 @@
 """Weights prepared once for decoding, in place and layer by layer.
 
 Decoding multiplies a few rows by every weight of a model. Laid out for that once, a weight costs little more for a few
-rows than for one, where the plain layout costs about twice as much from the second row on.
+rows than for one, where the plain layout costs about twice as much from the second row on. For a single row it depends
+on the processor: :func:`suits_single_rows`.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
@@ -172,6 +173,15 @@ def restore(model: nn.Module) -> None:
     """Undo :func:`prepare`, in place: the layers and the bits of their weights are what they were."""
     for parent, name, layer in _layers(model, (PackedLinear,)):
         setattr(parent, name, layer.unpack())
+
+
+def suits_single_rows() -> bool:
+    """Whether the packed layout is no slower than the plain one for a single row.
+
+    It is not on an AMD processor with AVX2 (by a fifth; docs/decoding.md), it is with AVX512. Told by the instruction
+    set and not timed, so that the bits of a model's scores do not depend on how busy the machine was.
+    """
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -380,14 +380,20 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         }
 
     def prepare(self) -> ProxyModel:
-        """Lay out the weights of all three models for decoding, in place; results stay the same up to rounding.
+        """Lay out the models' weights for decoding, in place; results stay the same up to rounding.
 
-        Until :meth:`restore` the weights cannot be saved, changed, moved or converted. See ``packing.py``.
+        Large and untuned, which judge several tokens in a pass, always; tuned, which drafts one after the other, where
+        that makes a pass over one token no slower. Until :meth:`restore` the weights cannot be saved, changed, moved or
+        converted. See ``packing.py``.
 
         Returns:
             This proxy.
         """
-        packing.prepare(self)
+        packing.prepare(self.large)
+        if self.untuned is not None:
+            packing.prepare(self.untuned)
+        if packing.suits_single_rows():
+            packing.prepare(self.tuned)
         return self
 
     def restore(self) -> ProxyModel:
