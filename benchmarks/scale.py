@@ -1,6 +1,6 @@
 """How a deployment's memory, time and bytes grow with the model and with the number of devices.
 
-    python benchmarks/scale.py --megabytes 200 --devices 4 64 --out scale.json
+    python benchmarks/scale.py --megabytes 100 200 --devices 4 64 --out scale.json
 
 A real SuperLink with its database, its executor and the app's own ServerApp, each a process; the devices are scripted:
 threads of one process that speak Flower's own protocol to the SuperLink, and answer a train message with the model
@@ -9,8 +9,8 @@ sent, and its bytes are counted; the others fetch what they need to answer. Wher
 error (its database was locked for five seconds), a SuperNode ends and is started again by its supervisor; a scripted
 device asks again, and the errors are counted.
 
-The first federation is of a model of a few hundred kB: what the ServerApp takes for it is the constant. Peaks are the
-largest resident memory that Linux saw (VmHWM).
+The first federation is of a model of a few hundred kB. Peaks are the largest resident memory that Linux saw (VmHWM);
+they are a multiple of the model and a constant, in which a batch's activations are: two sizes tell the multiple.
 """
 
 from __future__ import annotations
@@ -396,7 +396,9 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=200, help="size of the model that all devices send")
+    parser.add_argument(
+        "--megabytes", type=float, nargs="+", default=[100, 200], help="sizes of the model that all devices send"
+    )
     parser.add_argument("--devices", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", type=int, default=4, help="different answers")
@@ -406,38 +408,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    constant = measure("demo:small", min(arguments.devices), arguments)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        model = make_model(Path(folder) / "model", arguments.megabytes)
-        size = sum(values.nbytes for values in load_file(model / "model.safetensors").values())
-        rows = []
-        for number in arguments.devices:
-            row = measure(model, number, arguments)
-            row["model_bytes"] = size
-            row["serverapp_models"] = (row["serverapp_peak_bytes"] - constant["serverapp_peak_bytes"]) / size
-            row["superlink_models"] = (row["superlink_peak_bytes"] - constant["superlink_peak_bytes"]) / size
-            row["overhead_down"] = row["bytes_down"] / row["arrays_bytes"]
-            row["overhead_up"] = row["bytes_up"] / row["arrays_bytes"]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    smallest = measure("demo:small", min(arguments.devices), arguments)
+    rows = [smallest | {"model_bytes": smallest["arrays_bytes"]}]
+    for megabytes in arguments.megabytes:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            model = make_model(Path(folder) / "model", megabytes)
+            size = sum(values.nbytes for values in load_file(model / "model.safetensors").values())
+            for number in arguments.devices:
+                rows.append(measure(model, number, arguments) | {"model_bytes": size})
+                print(json.dumps(rows[-1]), flush=True)
+    slopes = {number: slope(rows, number) for number in arguments.devices if len(arguments.megabytes) > 1}
     settings = {"rounds": arguments.rounds, "kinds": arguments.kinds, "dtype": arguments.dtype}
-    result = {**settings, "strategy": arguments.strategy, "constant": constant, "rows": rows}
+    result = {**settings, "strategy": arguments.strategy, "rows": rows, "serverapp_bytes_per_model_byte": slopes}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(
-        "| model MB | devices | ServerApp MB | above constant | SuperLink MB | database MB | s a round | down | up | "
-        "server errors |"
+        "| model MB | devices | ServerApp MB | above the smallest model's | SuperLink MB | database MB | s a round | "
+        "down | up | server errors |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in [{**constant, "model_bytes": constant["arrays_bytes"]}, *rows]:
-        above = f"{row['serverapp_models']:.2f} models" if "serverapp_models" in row else "-"
+    print("| --- " * 10 + "|")
+    for row in rows:
+        above = (row["serverapp_peak_bytes"] - smallest["serverapp_peak_bytes"]) / row["model_bytes"]
         sizes = [row[key] / MB for key in ("serverapp_peak_bytes", "superlink_peak_bytes", "database_bytes")]
         ratios = [row[key] / row["arrays_bytes"] for key in ("bytes_down", "bytes_up")]
         print(
-            f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {sizes[0]:.0f} | {above} | {sizes[1]:.0f} | "
-            f"{sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} | "
+            f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {sizes[0]:.0f} | {above:.2f} models | "
+            f"{sizes[1]:.0f} | {sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} | "
             f"{row['server_errors']} |"
         )
+    for number, value in slopes.items():
+        print(f"{number} devices: each MB more of the model takes {value:.2f} MB more of the ServerApp")
+
+
+def slope(rows: list[dict[str, Any]], num_devices: int) -> float:
+    """What a byte more of the model takes in the ServerApp, between the two largest models."""
+    low, high = sorted((row for row in rows if row["devices"] == num_devices), key=lambda row: row["model_bytes"])[-2:]
+    more = high["serverapp_peak_bytes"] - low["serverapp_peak_bytes"]
+    return float(more / (high["model_bytes"] - low["model_bytes"]))
 
 
 if __name__ == "__main__":
