@@ -365,19 +365,26 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             [DynamicCache(config=_base_model(model).config) for model in (self.large, self.tuned, untuned)]
         )
 
-    def steppers(self) -> dict[str, Stepper]:
+    def steppers(self, known: Mapping[str, Stepper] | None = None) -> dict[str, Stepper]:
         """A step function for each of ``large``, ``tuned`` and ``untuned``: what a scheduler batches requests with.
+
+        Args:
+            known: Those of a proxy that shares models with this one. They are taken for the shared models, so that
+                rows of both proxies can share a pass, and need not be found again.
 
         Raises:
             ModelError: One of the models cannot take rows of different lengths.
         """
-        return {
-            "large": step_function(self.large),
-            "tuned": step_function(self.tuned),
-            "untuned": step_function(self.tuned, self.without_adapter)
-            if self.untuned is None
-            else step_function(self.untuned),
-        }
+        models = {"large": self.large, "tuned": self.tuned, "untuned": self.untuned}
+        steppers: dict[str, Stepper] = {}
+        for name, model in models.items():
+            if model is None:  # one copy of the small weights, with the adapter and without
+                steppers[name] = step_function(self.tuned, self.without_adapter)
+            elif known is not None and known[name].model is model:
+                steppers[name] = known[name]
+            else:
+                steppers[name] = step_function(model)
+        return steppers
 
     def prepare(self) -> ProxyModel:
         """Lay out the models' weights for decoding, in place; results stay the same up to rounding.

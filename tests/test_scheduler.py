@@ -354,6 +354,24 @@ def until(condition, timeout_s=30):
         time.sleep(0.002)
 
 
+def test_proxies_that_share_models_share_their_step_functions():
+    first = make_proxy()
+    second = ProxyModel(first.large, make_proxy(tuned_seed=4).tuned, first.untuned, vocab_size=VOCAB)
+    known = first.steppers()
+    steppers = second.steppers(known)
+    assert steppers["large"] is known["large"]
+    assert steppers["untuned"] is known["untuned"]
+    assert steppers["tuned"].model is second.tuned
+
+
+def test_a_service_that_drafts_has_timed_its_passes_before_the_first_request_comes(start):
+    version = gated()
+    gate = version.steppers["large"]
+    gate.let()
+    start(version, draft_tokens="auto")
+    until(lambda: gate.calls)
+
+
 def test_a_cancelled_text_frees_its_slot_at_the_next_step(start):
     version = gated()
     gate = version.steppers["large"]

@@ -403,6 +403,8 @@ class Scheduler:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)  # OpenMP counts per thread
         with torch.inference_mode():
+            if self.limits.draft_tokens == "auto":
+                self._length_of(self._version).measure()
             while self._wait():
                 try:
                     self._step()

@@ -127,11 +127,7 @@ class Loader:
         tuned_fingerprint = fingerprint(proxy.tuned)
         if self._prepare:  # after all that reads weights; what the last version shares is prepared already
             proxy.prepare()
-        steppers = proxy.steppers()
-        if last is not None:  # one step function per model, so that rows of several versions share a pass
-            for part in PARTS:
-                if steppers[part].model is last.steppers[part].model:
-                    steppers[part] = last.steppers[part]
+        steppers = proxy.steppers(None if last is None else last.steppers)
         tokenizer = load_tokenizer(str(target))
         context = proxy.config.max_position_embeddings
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
