@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +43,7 @@ _out, _err = Console(), Console(stderr=True)
 _MODELS = ("proxy", "large", "tuned", "untuned")
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPARED = ("large", "tuned", "proxy")
+_SUMMARY_EVERY_S = 60.0  # while a comparison runs
 _Number = TypeVar("_Number", int, float)
 
 Run = Annotated[
@@ -443,8 +445,8 @@ def compare(
     for note in notes:
         _err.print(f"fedpt: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     listed_seeds = tuple(_numbers(seeds, int, "--seeds"))
-    said = dict.fromkeys(str(flat["distillation.mode"]) for flat in own.values() if "distillation.mode" in flat)
-    listed_modes = tuple(_listed(modes) or said or comparing.MODES)
+    own_modes = dict.fromkeys(str(flat["distillation.mode"]) for flat in own.values() if "distillation.mode" in flat)
+    listed_modes = tuple(_listed(modes) or own_modes or comparing.MODES)
     tried = {name: kind.rates for name, kind in comparing.KINDS.items() if kind.rates and (tune or kind.needs_rate)}
     plan = comparing.Plan(
         worlds=worlds,
@@ -478,13 +480,16 @@ def compare(
             write_json(folder / "tuning.json", comparison.tuning(command=command))
         return summary
 
-    summary = summarise()
+    summary, written = summarise(), time.monotonic()
     try:
         with _cell_progress(comparison.num_found, plan.num_cells) as show:
 
             def on_cell(cell: comparing.Progress) -> None:
-                summarise()
+                nonlocal written
                 show(cell)
+                if time.monotonic() - written > _SUMMARY_EVERY_S:  # it resamples all items, which takes a while
+                    summarise()
+                    written = time.monotonic()
 
             comparison.run(
                 jobs=jobs or comparing.default_jobs(worlds.values()),

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpt_flwr.compare.kinds import KINDS, LARGE, LARGE_LORA, UNTOUCHED
+from fedpt_flwr.compare.kinds import ALL, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.statistics import mean_over_seeds
 
 Result = Mapping[str, Any]
@@ -60,6 +60,8 @@ def mean_costs(world: str, kind: str, mode: str | None, cells: Sequence[Result])
     """
     costs = [cell["costs"] for cell in cells]
     names = {name: label for name, label in _COSTS.items() if all(name in part for part in costs)}
+    if KINDS[kind].who != ALL:  # it trains where the data is, so nothing is sent
+        names = {name: label for name, label in names.items() if not name.startswith("bytes_")}
     rows = list(KINDS[kind].rows.values())
     uses_large = bool({"proxy", "device"} & KINDS[kind].rows.keys())
     if uses_large:
@@ -85,7 +87,7 @@ def mean_costs(world: str, kind: str, mode: str | None, cells: Sequence[Result])
         for name in ("seconds", "processor_seconds")
         if all(name in cell for cell in cells)
     }
-    return {"world": world, "mode": mode, "row": row, **means, **seconds}
+    return {"world": world, "mode": mode, "row": row, "kind": kind, **means, **seconds}
 
 
 def ratios(costs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -102,11 +104,11 @@ def ratios(costs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # --- over the rounds -------------------------------------------------------------------------------------------------
 
 
-def _course(cell: Result, row: str) -> list[dict[str, float]]:
+def _course(cell: Result, row: str, *, is_sent: bool) -> list[dict[str, float]]:
     """Round by round a row's exact match and loss, and what a device has spent by then."""
     found, spent = [], dict.fromkeys((*BUDGETS, "seconds"), 0.0)
     for point in cell.get("curve", ()):
-        spent["bytes"] += point.get("bytes_up", 0) + point.get("bytes_down", 0)
+        spent["bytes"] += point.get("bytes_up", 0) + point.get("bytes_down", 0) if is_sent else 0
         spent["flops"] += point.get("flops", 0)
         spent["seconds"] += point.get("seconds", 0)
         scores = point.get("rows", {}).get(row, {})
@@ -120,7 +122,8 @@ def _courses(groups: Groups) -> list[tuple[str, str | None, str, list[tuple[int,
     found = []
     for (world, kind, mode), cells in groups.items():
         for row in dict.fromkeys(KINDS[kind].rows.values()):
-            courses = [(cell["seed"], course) for cell in cells if (course := _course(cell, row))]
+            is_sent = KINDS[kind].who == ALL
+            courses = [(cell["seed"], course) for cell in cells if (course := _course(cell, row, is_sent=is_sent))]
             if courses:
                 found.append((world, mode, row, courses))
     return found
@@ -152,8 +155,8 @@ def quality_under_budget(groups: Groups) -> list[dict[str, Any]]:
         for what in BUDGETS:
             totals = {(mode, row): statistics.fmean(course[-1][what] for _, course in part) for mode, row, part in here}
             own = [total for (_, row), total in totals.items() if row == "proxy"][:1]
-            budgets = sorted({*(share * total for total in own for share in (0.25, 0.5)), *totals.values()})
-            for mode, row, part in here:
+            budgets = sorted({*(share * total for total in own for share in (0.25, 0.5)), *totals.values()} - {0.0})
+            for mode, row, part in [part for part in here if totals[part[0], part[1]]]:  # what costs nothing is no row
                 best = [
                     mean_over_seeds([_best_within(course, what, budget) for _, course in part])["mean"]
                     for budget in budgets
