@@ -16,16 +16,31 @@ from federation import QUICK, federate, final_arrays
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from typer.testing import CliRunner
 
+import server_app
 from fedpt_flwr import cli
-from fedpt_flwr.compare import FEDPT, LARGE, LARGE_LORA, Cell, Comparison, Plan, comparison, default_jobs, summarise
+from fedpt_flwr.compare import (
+    FEDPT,
+    KINDS,
+    LARGE,
+    LARGE_LORA,
+    Ablation,
+    Cell,
+    Comparison,
+    Plan,
+    comparison,
+    default_jobs,
+    summarise,
+)
+from fedpt_flwr.compare.footprint import first_task_apart
 from fedpt_flwr.compare.kinds import UNTOUCHED
 from fedpt_flwr.compare.plan import choose_cell
 from fedpt_flwr.compare.summary import summary_text
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError
-from fedpt_flwr.grid import LocalGrid
+from fedpt_flwr.grid import LocalGrid, run_locally
 from fedpt_flwr.models import load_causal_lm, tunable_arrays
 from fedpt_flwr.report import find_folder, make_report
+from fedpt_flwr.runs import find_run
 
 APP = Path(__file__).parents[1]
 TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
@@ -369,6 +384,66 @@ def test_a_comparison_has_one_writer_at_a_time(done, config, tmp_path):
         Comparison(make_plan(config), folder, app=APP)
     first.close()
     Comparison(make_plan(config), folder, app=APP).close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kind_gives_its_rows_and_what_the_summary_needs(config, tmp_path):
+    """All kinds with one seed, and one ablation."""
+    settings = config | {"scoring.few-shot": 2, "scoring.round-items": 2, "proxy.alpha": "auto"}
+    rates = {kind: part.rates[:1] for kind, part in KINDS.items() if part.needs_rate}
+    plan = make_plan(
+        settings,
+        kinds=tuple(KINDS),
+        modes=("final", "carry"),
+        learning_rates=rates,
+        seeds=(1,),
+        ablations=(Ablation.parse("devices=3"),),
+    )
+    folder = tmp_path / "one"
+    comparison = Comparison(plan, folder, app=APP)
+    comparison.run(jobs=1)
+    summary = comparison.summary(title="t", command="c")
+    comparison.close()
+    assert summary["errors"] == {}
+    assert summary["cells"] == {"done": plan.num_cells, "all": plan.num_cells}
+    rows = {row["row"] for row in summary["rows"]}
+    assert rows == {row for kind in KINDS.values() for row in kind.rows.values() if not row.endswith("covered")}
+    assert {(row["mode"], row["against"]) for row in summary["differences"]} == {
+        (mode, rival) for mode in ("final", "carry") for rival in ("tuned", LARGE, LARGE_LORA)
+    }
+    costs = {(row["kind"], row["mode"]): row for row in summary["costs"]}
+    assert costs[FEDPT, "final"]["device_state_bytes"] < 0.06 * costs[LARGE, None]["device_state_bytes"]
+    assert "bytes_up_per_device_and_round" not in costs["large_central", None]
+    assert {row["row"] for row in summary["calibration"]} >= {"large", "untuned", "tuned", "proxy", LARGE}
+    local = result_of(folder, "demo-tuned_local-seed1")
+    each = local["by_device"]["tuned_local"]
+    assert len(each) == 2
+    assert local["rows"]["tuned_local"]["exact_match"] == pytest.approx(sum(each) / 2)
+    assert [part["is_base"] for part in summary["ablations"]] == [False]
+    json.dumps(summary, allow_nan=False)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "large_federated_lora" in reported(folder)
+
+
+@pytest.mark.slow
+def test_a_training_task_in_a_process_of_its_own_gives_the_same_update_and_its_memory(config, tmp_path):
+    """The reply is the one that this process would have given, bit for bit."""
+    import client_app
+
+    flat = config | {"num-server-rounds": 1, "min-devices": 1, "scoring.rows": "tuned"}
+    runs = {}
+    for name, handle in (("here", client_app.app), ("apart", first_task_apart(client_app.app, APP))):
+        root = tmp_path / name
+        torch.set_num_threads(1)
+        run_locally(server_app.app, handle, flat | {"output-dir": str(root)}, num_devices=2, only_device=1)
+        runs[name] = find_run(root=root)
+    assert_same(final_arrays(runs["here"]), final_arrays(runs["apart"]))
+    lines = [json.loads(line) for line in (runs["apart"] / "costs.jsonl").read_text().splitlines()]
+    (device,) = [line for line in lines if line["device"] != "server"]
+    assert device["device"] == 1
+    if sys.platform == "linux":
+        assert 0 < device["memory_growth_bytes"] < device["peak_memory_bytes"]
 
 
 @pytest.mark.slow

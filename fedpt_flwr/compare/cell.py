@@ -36,7 +36,7 @@ from fedpt_flwr.training import count_flops
 
 _CALIBRATION_BINS = 10
 _KEPT_EXAMPLES = 8
-_TIMED_ITEMS = 12
+_TIMED_ITEMS = 6
 _APP_FILES = ("client_app.py", "server_app.py")
 _LARGEST_OF = ("device_state_bytes", "device_peak_memory_bytes", "device_memory_growth_bytes")
 _SCORED_AGAIN = ("large", "untuned", "tuned", "proxy")  # rows that the validation items are scored for

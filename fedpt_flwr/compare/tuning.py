@@ -19,7 +19,7 @@ from fedpt_flwr.errors import ConfigError
 from fedpt_flwr.runs import read_json
 
 FILE = "tuning.json"
-_DEMO_PACKAGE, _DEMO = "fedpt_demo_world", "demo"
+_DEMO_PACKAGE = "fedpt_demo_world"
 # Of these, and of what is measured, no learning rate depends by much; all else must be as it was.
 _FREE = ("seed", "output-dir", "resume", "keep-rounds", "round-timeout-s", "wait-timeout-s", "train.learning-rate")
 _FREE_SECTIONS = ("distillation.", "proxy.", "scoring.", "stop.", "threads.")
@@ -76,7 +76,10 @@ def _bound(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def packaged_tuning() -> Path | None:
     """The tuning of the demo world, which the project carries; None where it is not installed."""
-    path = Path(str(resources.files(_DEMO_PACKAGE) / FILE))
+    try:
+        path = Path(str(resources.files(_DEMO_PACKAGE) / FILE))
+    except ModuleNotFoundError:
+        return None
     return path if path.is_file() else None
 
 
