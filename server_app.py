@@ -63,6 +63,7 @@ from fedpt_flwr.results import (
     worse_by,
 )
 from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
+from fedpt_flwr.scoring import MODELS
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
@@ -77,6 +78,7 @@ CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
 _WORTH_RESTING = 32 * 1024**2  # bytes of the tuned weights
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
+_FOLLOWED = ("tuned", "proxy")  # models whose progress the log tells
 _EXAMPLES = 12  # answers that are kept token by token
 
 app = ServerApp()
@@ -530,23 +532,28 @@ class Server:
 
     def _score_round(self, evaluator: Evaluator, server_round: int, train_loss: float) -> None:
         begun = time.perf_counter()
-        scores = evaluator.score(self.proxy)
+        scores = evaluator.score(self.proxy, rows=self._rows_of_rounds())
         seconds = time.perf_counter() - begun
         rows = {name: row.to_json() for name, row in scores.rows.items()}
         self._remember(rows)
         shift = {"alpha": self.proxy.alpha, "plausibility": self.proxy.plausibility}
         self._note(server_round, "validation", {"rows": rows, **shift, "seconds": round(seconds, 3)})
         self._spend(server_cost_row(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds))
+        right = ", ".join(f"{name} {100 * rows[name]['exact_match']:.1f} %" for name in _FOLLOWED if name in rows)
         log(
             INFO,
-            "Round %d/%d: training loss %.3f | %d validation answers right: tuned %.1f %%, proxy %.1f %%",
+            "Round %d/%d: training loss %.3f | %d validation answers right: %s",
             server_round,
             self.config.num_server_rounds,
             train_loss,
             len(evaluator.items.examples),
-            100 * rows["tuned"]["exact_match"],
-            100 * rows["proxy"]["exact_match"],
+            right or "not asked for",
         )
+
+    def _rows_of_rounds(self) -> list[str]:
+        """The rows that are scored after a round: those of the end, and what may end the run early."""
+        wanted = self.config.scoring.row_names()
+        return [name for name in MODELS if name in wanted or (name == "proxy" and self.config.stop.metric)]
 
     def _teach(
         self, distiller: Distiller, server_round: int, aggregated: Mapping[str, Tensor]

@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +43,7 @@ _out, _err = Console(), Console(stderr=True)
 _MODELS = ("proxy", "large", "tuned", "untuned")
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPARED = ("large", "tuned", "proxy")
+_SUMMARY_EVERY_S = 60.0  # while a comparison runs
 _Number = TypeVar("_Number", int, float)
 
 Run = Annotated[
@@ -376,16 +378,38 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds of the federation; learning rates are chosen with the first.")] = (
         "0,1,2"
     ),
-    kinds: Annotated[str, typer.Option(help="`fedpt`, `large_federated`, `large_federated_lora`.")] = (
-        "fedpt,large_federated,large_federated_lora"
-    ),
-    modes: Annotated[str, typer.Option(help="Distillation modes of `fedpt`; by default the config's.")] = "",
-    large_learning_rates: Annotated[
-        str, typer.Option(help="To choose from for `large_federated`; by default 2e-4,4e-4,1e-3.")
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of cells, by default all: see docs/comparison.md.", show_default=False)
     ] = "",
-    large_lora_learning_rates: Annotated[
-        str, typer.Option(help="To choose from for `large_federated_lora`; by default 1e-3,3e-3,1e-2.")
+    modes: Annotated[
+        str,
+        typer.Option(
+            help="Distillation modes of `fedpt`; ablations are of the first. By default the config's if it says one, "
+            "else final,carry.",
+            show_default=False,
+        ),
     ] = "",
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A key with the values to vary it over, "proxy.alpha=0.5,1,2"; what follows goes with it. Repeat it.'
+        ),
+    ] = None,
+    ablate_kinds: Annotated[str, typer.Option(help="Kinds that are run with each of those values.")] = "fedpt",
+    ablation_seeds: Annotated[str, typer.Option(help="Seeds of the ablations, by default all.")] = "",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Only choose the learning rates, with the first seed; writes tuning.json.")
+    ] = False,
+    tuning: Annotated[
+        Path | None,
+        typer.Option(help="A tuning.json to take learning rates from; by default the demo world's for `demo`."),
+    ] = None,
+    learning_rates: Annotated[
+        list[str] | None,
+        typer.Option(help="Learning rates of a kind to choose from: `central=1e-3,3e-3`. Repeat it."),
+    ] = None,
+    large_learning_rates: Annotated[str, typer.Option(help="The same for `large_federated`.")] = "",
+    large_lora_learning_rates: Annotated[str, typer.Option(help="The same for `large_federated_lora`.")] = "",
     num_devices: Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")] = 8,
     jobs: Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")] = 0,
     out: Annotated[
@@ -395,29 +419,46 @@ def compare(
     keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep the run folders, under OUT/runs.")] = False,
     app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
 ) -> None:
-    """Compare proxy-tuning with tuning the large model on the devices, over seeds, worlds and distillation modes.
+    """Compare proxy-tuning with whatever else one could do, over seeds and worlds, with costs and intervals.
 
     Every federation runs in one process, without a network, and leaves one file when it has ended; ended in whatever
-    way, the same command with the same --out goes on. Lists are separated by commas.
+    way, the same command with the same --out goes on. Lists are separated by commas. alpha and mask are chosen on
+    validation items, unless the config says otherwise.
     """
     app_dir = app_dir.resolve()
     defaults, given = _app_config(app_dir), _given_config(overrides)
     from fedpt_flwr import compare as comparing
+    from fedpt_flwr.config import AUTO
     from fedpt_flwr.runs import write_json
 
-    worlds = {label: defaults | flat | given for label, flat in _worlds(world or ["demo"]).items()}
-    chosen_modes = _listed(modes) or list(dict.fromkeys(flat["distillation.mode"] for flat in worlds.values()))
-    rates = {comparing.LARGE: large_learning_rates, comparing.LARGE_LORA: large_lora_learning_rates}
+    by_validation = {} if "proxy.plausibility" in given else {"proxy.alpha": AUTO}
+    own = {label: by_validation | flat | given for label, flat in _worlds(world or ["demo"]).items()}
+    worlds = {label: defaults | flat for label, flat in own.items()}
+    chosen_kinds = tuple(_listed(kinds) or comparing.KINDS)
+    rates = _rates_of_kinds(learning_rates or [])
+    for kind, text in ((comparing.LARGE, large_learning_rates), (comparing.LARGE_LORA, large_lora_learning_rates)):
+        if text:
+            rates[kind] = tuple(_numbers(text, float, comparing.RATES_OPTIONS[kind]))
+    is_given = any("train.learning-rate" in flat for flat in own.values())
+    rated = {*rates, *(name for name, kind in comparing.KINDS.items() if is_given and not kind.needs_rate)}
+    tuned, notes = _tuned_before(tuning, worlds, num_devices, rated) if not tune else ({}, [])
+    for note in notes:
+        _err.print(f"fedpt: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    listed_seeds = tuple(_numbers(seeds, int, "--seeds"))
+    own_modes = dict.fromkeys(str(flat["distillation.mode"]) for flat in own.values() if "distillation.mode" in flat)
+    listed_modes = tuple(_listed(modes) or own_modes or comparing.MODES)
+    tried = {name: kind.rates for name, kind in comparing.KINDS.items() if kind.rates and (tune or kind.needs_rate)}
     plan = comparing.Plan(
         worlds=worlds,
-        kinds=tuple(_listed(kinds)),
-        modes=tuple(chosen_modes),
-        seeds=tuple(_numbers(seeds, int, "--seeds")),
+        kinds=tuple(kind for kind in chosen_kinds if not tune or kind in tried or kind not in comparing.KINDS),
+        modes=listed_modes[:1] if tune else listed_modes,
+        seeds=listed_seeds[:1] if tune else listed_seeds,
         num_devices=num_devices,
-        learning_rates={
-            kind: tuple(_numbers(text, float, comparing.RATES_OPTIONS[kind])) or comparing.LEARNING_RATES[kind]
-            for kind, text in rates.items()
-        },
+        learning_rates={kind: part for kind, part in (tried | rates).items() if part},
+        tuned=tuned,
+        ablations=() if tune else tuple(comparing.Ablation.parse(text) for text in ablate or ()),
+        ablated_kinds=tuple(_listed(ablate_kinds)),
+        ablation_seeds=tuple(_numbers(ablation_seeds, int, "--ablation-seeds")),
     )
     folder = (out or comparing.new_folder()).absolute()
     comparison = comparing.Comparison(plan, folder, app=app_dir)
@@ -425,26 +466,37 @@ def compare(
     _err.print(f"{plan.num_cells} federations, {comparison.num_found} of them done before", highlight=False)
     if comparison.num_outdated:
         _err.print(f"{comparison.num_outdated} were made by other code and are run again", highlight=False)
+    command = shlex.join(["fedpt", *sys.argv[1:]])
     damaged = iter(comparison.damaged)  # more may turn up when learning rates have been chosen
-    title = f"Proxy-tuning beside tuning the large model: {', '.join(worlds)}"
+    title = f"Proxy-tuning beside what else one could do: {', '.join(worlds)}"
 
     def summarise() -> dict[str, Any]:
         """Write summary.json, so that there is a report to be made at any time; say which cells were damaged."""
         for path in damaged:
             _err.print(f"{path} is damaged, so the cell is run again", markup=False, highlight=False, soft_wrap=True)
-        summary = comparison.summary(title=title, command=shlex.join(["fedpt", *sys.argv[1:]]))
+        summary = comparison.summary(title=title, command=command) | {"notes": notes}
         write_json(folder / "summary.json", summary)
+        if tune:
+            write_json(folder / "tuning.json", comparison.tuning(command=command))
         return summary
 
-    summary = summarise()
+    summary, written = summarise(), time.monotonic()
     try:
         with _cell_progress(comparison.num_found, plan.num_cells) as show:
 
             def on_cell(cell: comparing.Progress) -> None:
-                summarise()
+                nonlocal written
                 show(cell)
+                if time.monotonic() - written > _SUMMARY_EVERY_S:  # it resamples all items, which takes a while
+                    summarise()
+                    written = time.monotonic()
 
-            comparison.run(jobs=jobs or comparing.default_jobs(worlds.values()), keep_runs=keep_runs, on_cell=on_cell)
+            comparison.run(
+                jobs=jobs or comparing.default_jobs(worlds.values()),
+                keep_runs=keep_runs,
+                apart=not tune,
+                on_cell=on_cell,
+            )
     except KeyboardInterrupt:
         said = f"Ended; the same command with --out {folder} goes on"
         _err.print(said, markup=False, highlight=False, soft_wrap=True)
@@ -452,6 +504,8 @@ def compare(
     summary = summarise()
     _out.print(comparing.summary_text(summary), markup=False, highlight=False, soft_wrap=True)
     _err.print(f"Summary: {folder / 'summary.json'}", markup=False, highlight=False, soft_wrap=True)
+    if tune:
+        _err.print(f"Tuning: {folder / 'tuning.json'}", markup=False, highlight=False, soft_wrap=True)
     if summary["errors"]:
         problems = [f"{name}: {error}" for name, error in summary["errors"].items()]
         raise RunError(
@@ -780,6 +834,37 @@ def _numbers(text: str, kind: type[_Number], place: str) -> list[_Number]:
         return [kind(part) for part in _listed(text)]
     except ValueError as error:
         raise ConfigError("must be numbers separated by commas", value=text, place=place) from error
+
+
+def _rates_of_kinds(options: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """What ``--learning-rates`` says, by kind."""
+    from fedpt_flwr.compare import KINDS
+
+    found = {}
+    for option in options:
+        kind, _, text = option.partition("=")
+        if kind not in KINDS or not KINDS[kind].rates:
+            known = ", ".join(name for name, part in KINDS.items() if part.rates)
+            raise ConfigError(f"must begin with one of {known} and =", value=option, place="--learning-rates")
+        found[kind] = tuple(_numbers(text, float, "--learning-rates"))
+    return found
+
+
+def _tuned_before(
+    tuning: Path | None, worlds: Mapping[str, Mapping[str, Any]], num_devices: int, rated: set[str]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Learning rates by world and kind that were chosen before, but for ``rated`` kinds; and what to say of them."""
+    from fedpt_flwr.compare import packaged_tuning, read_tuning
+
+    path = tuning or packaged_tuning()
+    if path is None:
+        return {}, []
+    asked = tuning is not None
+    about = worlds if asked else {label: flat for label, flat in worlds.items() if label == "demo"}
+    tuned, notes = read_tuning(path, about, num_devices=num_devices, is_asked_for=asked)
+    return {
+        label: {kind: rate for kind, rate in part.items() if kind not in rated} for label, part in tuned.items()
+    }, notes
 
 
 def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:

@@ -360,6 +360,13 @@ class DistillationConfig:
     )
     batch_size: int = _setting(16, "Texts per step.", *_at_least(1))
     temperature: float = _setting(1.0, "Divides the scores of teacher and student before the softmax.", *_POSITIVE)
+    direction: str = _setting(
+        "forward",
+        "`forward`: KL(teacher || student), the student covers all that the teacher finds likely. `reverse`: "
+        "KL(student || teacher), it keeps to what the teacher finds likeliest; the teacher then has no mask, whose "
+        "ruled-out tokens would make that infinite.",
+        *_one_of("forward", "reverse"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,8 @@ class DistillationResult:
 
     Attributes:
         num_steps: Optimizer steps.
-        kl_first: KL divergence of the (tuned) student from the teacher in the first step, nats per answer token.
+        kl_first: KL divergence of the (tuned) student from the teacher in the first step, nats per answer token; in the
+            direction that is learnt.
         kl_last: The same, mean over the last tenth of the steps.
         seconds: Time of the steps.
     """
@@ -84,7 +85,7 @@ def distil(
         student: Learns the teacher's ``proxy`` scores; without dropout.
         texts: What to learn on; tokens of the answers count.
         teacher: Scores of those texts.
-        config: Batch size, temperature, gamma.
+        config: Batch size, temperature, direction, gamma.
         trainable: Names of the weights that change.
         num_steps: Optimizer steps (AdamW).
         learning_rate: Constant over the steps.
@@ -108,7 +109,8 @@ def distil(
             batch = collate([texts[index] for index in chosen], pad_id)
             targets = teacher(chosen)
             scores = [answer_scores(model, batch, vocab_size=vocab_size) for model in students]
-            loss = kl_divergence(targets.proxy, scores[0], temperature=config.temperature).mean()
+            pair = (targets.proxy, scores[0]) if config.direction == "forward" else (scores[0], targets.proxy)
+            loss = kl_divergence(*pair, temperature=config.temperature).mean()
             divergences.append(loss.item())
             if untuned is not None:
                 loss = loss + kl_divergence(targets.large, scores[1], temperature=config.temperature).mean()

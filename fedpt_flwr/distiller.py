@@ -297,6 +297,7 @@ class Distiller:
 
     def _teacher(self, texts: Sequence[TokenizedExample]) -> Teacher:
         proxy = self._proxy
+        mask = proxy.plausibility if self._config.distillation.direction == "forward" else 0.0
 
         @torch.no_grad()
         def teach(indices: Sequence[int]) -> Targets:
@@ -305,7 +306,7 @@ class Distiller:
             tuned = answer_scores(proxy.tuned, batch, vocab_size=self._vocab_size)
             with untuned_of(proxy) as model:
                 untuned = answer_scores(model, batch, vocab_size=self._vocab_size)
-            combined = combine_logits(large, tuned, untuned, alpha=proxy.alpha, plausibility=proxy.plausibility)
+            combined = combine_logits(large, tuned, untuned, alpha=proxy.alpha, plausibility=mask)
             home = proxy.tuned.device
             return Targets(proxy=combined.to(home), large=large.to(home))
 

@@ -6,6 +6,8 @@ Used by the server between rounds and at the end, and by ``fedpt score``.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from fedpt_flwr.scoring import (
     Measurement,
     Row,
     Scores,
+    answer_losses,
     end_token_ids,
     generate_ids,
     greedy_quality,
@@ -230,6 +233,52 @@ class Evaluator:
                 fields=self.items.fields,
                 place=self._place,
             )
+
+    def answer_probabilities(self, model: PreTrainedModel, measurement: Measurement) -> list[float]:
+        """How likely a model finds each answer that it wrote, from its first token to the one that ended it.
+
+        Args:
+            model: The model, a :class:`ProxyModel` included, whose alpha and mask then count.
+            measurement: What it did on these items.
+        """
+        texts = [TokenizedExample(*pair) for pair in zip(self._prompts, measurement.written or [], strict=True)]
+        with cpu_threads(self._config.threads.server):
+            losses = answer_losses(
+                model,
+                texts,
+                pad_id=self._tokenizer.pad_token_id or 0,
+                batch_size=self._config.scoring.batch_size,
+                vocab_size=self._vocab_size,
+            )
+        return [math.exp(-nats) for nats in losses.nats]
+
+    def tokens_per_second(self, model: PreTrainedModel, *, number: int) -> float:
+        """How fast a model writes, one answer at a time, as its own ``generate()`` does it by default.
+
+        Args:
+            model: The model.
+            number: Items to answer; one more is answered before, to warm up.
+        """
+        ends, limit = end_token_ids(model, self._tokenizer), self._config.scoring.max_new_tokens
+        prompts = [torch.tensor([prompt], device=model.device) for prompt in self._prompts[: number + 1]]
+        written, started = 0, 0.0
+        with cpu_threads(self._config.threads.server), torch.inference_mode():
+            for place, ids in enumerate(prompts):
+                if place == min(1, len(prompts) - 1):
+                    written, started = 0, time.perf_counter()
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
+                    eos_token_id=ends,
+                    pad_token_id=ends[0],
+                )
+                written += output.shape[1] - ids.shape[1]
+        return written / (time.perf_counter() - started)
 
     def remember_untuned(self, model: PreTrainedModel) -> None:
         """Let the row ``untuned`` be of this model, where the proxy's own untuned model is another one by now."""

@@ -14,6 +14,8 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -50,8 +52,7 @@ class LocalGrid(Grid):
         *,
         node_config: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
-        # Messages are stamped with the identity of the process that makes them, and refuse to be made without one.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK, _RUN, _SERVER
+        _identify(_SERVER)
         self.handle = handle
         self.device_of = {(num_devices - device) * 7919 + 13: device for device in range(num_devices)}
         node_config = node_config or (lambda device: {"partition-id": device, "num-partitions": num_devices})
@@ -128,6 +129,7 @@ def run_locally(
     run_config: Mapping[str, Scalar],
     *,
     num_devices: int,
+    only_device: int | None = None,
     run_id: int = _RUN,
 ) -> None:
     """Run a whole federation in this process.
@@ -136,14 +138,51 @@ def run_locally(
         server: A ServerApp.
         handle: A ClientApp.
         run_config: All keys, as Flower hands them to both.
-        num_devices: Devices.
+        num_devices: Devices that the data is dealt out to.
+        only_device: The one of them that is there; None: all are.
         run_id: What the server is told as its run's id.
     """
     grid = LocalGrid(handle, num_devices, run_config)
+    if only_device is not None:
+        grid.online = {node for node, device in grid.device_of.items() if device == only_device}
     server(
         grid,
         Context(run_id=run_id, node_id=_SERVER, node_config={}, state=RecordDict(), run_config=dict(run_config)),
     )
+
+
+def _identify(node: int) -> None:
+    """Messages are stamped with the identity of the process that makes them, and refuse to be made without one."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK, _RUN, node
+
+
+def device_context(node: int, node_config: Mapping[str, Any], run_config: Mapping[str, Scalar]) -> Context:
+    """A device's context, for a process that plays one device alone.
+
+    Args:
+        node: Its id.
+        node_config: What it was started with.
+        run_config: All keys.
+    """
+    _identify(node)
+    return Context(
+        run_id=_RUN,
+        node_id=node,
+        node_config=dict(node_config),
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+
+
+def to_bytes(message: Message) -> bytes:
+    """A message as it can be handed to another process."""
+    data: bytes = message_to_proto(message).SerializeToString()
+    return data
+
+
+def from_bytes(data: bytes) -> Message:
+    """The inverse of :func:`to_bytes`."""
+    return message_from_proto(ProtoMessage.FromString(data))
 
 
 def _stamp(message: Message) -> str:

@@ -756,12 +756,14 @@ class Measurement:
     Attributes:
         losses: Its losses on the right answers, or None if they were not computed.
         answers: What it wrote, or None if nothing was generated.
+        written: The same as token ids, up to and with the token that ended each answer.
         judged: 0 or 1 for every answer, by metric; see :func:`judge_answers`.
         shots: Public texts in each prompt, or None for a prompt without any.
     """
 
     losses: AnswerLosses | None = None
     answers: list[str] | None = None
+    written: list[list[int]] | None = None
     judged: Mapping[str, IntArray] = field(default_factory=dict)
     shots: IntArray | None = None
 
@@ -771,6 +773,7 @@ class Measurement:
         return Measurement(
             losses=self.losses and AnswerLosses(self.losses.nats[chosen], self.losses.tokens[chosen]),
             answers=self.answers and [self.answers[index] for index in indices],
+            written=self.written and [self.written[index] for index in indices],
             judged={name: marks[chosen] for name, marks in self.judged.items()},
             shots=None if self.shots is None else self.shots[chosen],
         )
@@ -943,7 +946,7 @@ def score_models(
     def measure(name: str, opener: _Opener, prompts: Sequence[Sequence[int]], losses: AnswerLosses) -> Measurement:
         nonlocal large_tokens
         with opener() as model:
-            answers, num_written = generate_answers(
+            written = generate_ids(
                 model,
                 prompts,
                 tokenizer=tokenizer,
@@ -952,11 +955,12 @@ def score_models(
                 place=place,
                 on_progress=progress(f"answers of {name}"),
             )
+            answers = [decode_answer(answer, model, tokenizer) for answer in written]
         if name in ("large", "proxy", FEW_SHOT):
-            large_tokens += sum(map(len, prompts)) + int((num_written - 1).sum())
+            large_tokens += sum(map(len, prompts)) + sum(len(answer) - 1 for answer in written)
         references = [example.answer for example in examples]
         judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
-        return Measurement(losses=losses, answers=answers, judged=judged)
+        return Measurement(losses=losses, answers=answers, written=written, judged=judged)
 
     pad_id = tokenizer.pad_token_id or 0
     measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
@@ -968,15 +972,27 @@ def score_models(
             "tuned": lambda: contextlib.nullcontext(proxy.tuned),
             "proxy": lambda: contextlib.nullcontext(proxy),
         }
-        losses = proxy_losses(
-            proxy,
-            tokenized,
-            alpha=loss_alpha,
-            pad_id=pad_id,
-            batch_size=batch_size,
-            on_progress=progress("losses"),
-        )
-        large_tokens += tokens_read(tokenized)
+        if missing == ["tuned"]:  # it alone has to read the items, not the two others too
+            losses = {
+                "tuned": answer_losses(
+                    proxy.tuned,
+                    tokenized,
+                    pad_id=pad_id,
+                    batch_size=batch_size,
+                    vocab_size=proxy.config.real_vocab_size,
+                    on_progress=progress("losses"),
+                )
+            }
+        else:
+            losses = proxy_losses(
+                proxy,
+                tokenized,
+                alpha=loss_alpha,
+                pad_id=pad_id,
+                batch_size=batch_size,
+                on_progress=progress("losses"),
+            )
+            large_tokens += tokens_read(tokenized)
         measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
@@ -1048,12 +1064,13 @@ def measure_model(
     losses = answer_losses(
         model, tokenized, pad_id=tokenizer.pad_token_id or 0, batch_size=batch_size, vocab_size=vocab_size
     )
-    answers, _ = generate_answers(
+    written = generate_ids(
         model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, place=place
     )
+    answers = [decode_answer(answer, model, tokenizer) for answer in written]
     references = [example.answer for example in examples]
     judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
-    return Measurement(losses=losses, answers=answers, judged=judged)
+    return Measurement(losses=losses, answers=answers, written=written, judged=judged)
 
 
 def tokens_read(examples: Sequence[TokenizedExample]) -> int:
@@ -1152,10 +1169,12 @@ def make_records(examples: Sequence[Example], measurements: Mapping[str, Measure
     """For each item what every model made of it, fit for JSON.
 
     Returns:
-        ``{"prompt", "reference", "group", "models": {row: {"answer", "exact_match", ..., "loss"}}}``, where the marks
-        are 0 or 1 and ``loss`` is in nats per token of this item's answer; what was not measured is not there.
+        ``{"prompt", "reference", "group", "answer_tokens", "models": {row: {"answer", "exact_match", ..., "loss"}}}``,
+        where the marks are 0 or 1, ``answer_tokens`` counts the right answer's tokens and ``loss`` is in nats per token
+        of it; what was not measured is not there.
     """
     records = []
+    of_tokens = [measured.losses.tokens for measured in measurements.values() if measured.losses is not None]
     for index, example in enumerate(examples):
         models: dict[str, dict[str, Any]] = {}
         for name, measurement in measurements.items():
@@ -1167,9 +1186,9 @@ def make_records(examples: Sequence[Example], measurements: Mapping[str, Measure
             losses = measurement.losses
             if losses is not None and losses.tokens[index] and math.isfinite(losses.nats[index]):
                 seen["loss"] = float(losses.nats[index]) / int(losses.tokens[index])
-        records.append(
-            {"prompt": example.prompt, "reference": example.answer, "group": example.group, "models": models}
-        )
+        counted = {"answer_tokens": int(of_tokens[0][index])} if of_tokens else {}
+        head = {"prompt": example.prompt, "reference": example.answer, "group": example.group}
+        records.append(head | counted | {"models": models})
     return records
 
 

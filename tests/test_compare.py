@@ -16,15 +16,31 @@ from federation import QUICK, federate, final_arrays
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from typer.testing import CliRunner
 
+import server_app
 from fedpt_flwr import cli
-from fedpt_flwr.compare import LARGE, LARGE_LORA, Cell, Comparison, Plan, comparison, default_jobs, summarise
-from fedpt_flwr.compare.plan import FEDPT, choose_cell
-from fedpt_flwr.compare.summary import summary_text, t_interval, t_quantile
+from fedpt_flwr.compare import (
+    FEDPT,
+    KINDS,
+    LARGE,
+    LARGE_LORA,
+    Ablation,
+    Cell,
+    Comparison,
+    Plan,
+    comparison,
+    default_jobs,
+    summarise,
+)
+from fedpt_flwr.compare.footprint import first_task_apart
+from fedpt_flwr.compare.kinds import UNTOUCHED
+from fedpt_flwr.compare.plan import choose_cell
+from fedpt_flwr.compare.summary import summary_text
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError
-from fedpt_flwr.grid import LocalGrid
+from fedpt_flwr.grid import LocalGrid, run_locally
 from fedpt_flwr.models import load_causal_lm, tunable_arrays
 from fedpt_flwr.report import find_folder, make_report
+from fedpt_flwr.runs import find_run
 
 APP = Path(__file__).parents[1]
 TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
@@ -42,7 +58,7 @@ def config(tmp_path_factory):
 def make_plan(config, **changes):
     settings = {
         "worlds": {"demo": config},
-        "kinds": (FEDPT, LARGE),
+        "kinds": (UNTOUCHED, FEDPT, LARGE),
         "modes": ("off",),
         "seeds": (0, 1),
         "num_devices": 2,
@@ -53,7 +69,7 @@ def make_plan(config, **changes):
 
 @pytest.fixture(scope="module")
 def done(config, tmp_path_factory):
-    """The folder of a comparison of five cells, and what was told of them; it was interrupted after two cells."""
+    """The folder of a comparison of six cells, and what was told of them; it was interrupted after two cells."""
     folder = tmp_path_factory.mktemp("comparisons") / "one"
     told = []
 
@@ -145,7 +161,6 @@ def test_direct_kinds_put_the_large_model_in_the_small_ones_place_and_change_not
         "stop.metric": "",
         "stop.patience": 0,
         "scoring.rows": "tuned",
-        "scoring.round-items": 0,
     }
     assert {key: value for key, value in adapter.items() if value != direct[key]} == {"tuning.mode": "lora"}
 
@@ -205,7 +220,7 @@ def test_a_single_learning_rate_needs_no_choice(config):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"kinds": ("fedpt", "direct")}, r"--kinds: must be some of fedpt, large_federated, .*direct"),
+        ({"kinds": ("fedpt", "direct")}, r"--kinds: must be some of untouched, .*fedpt, .*direct"),
         ({"modes": ()}, "--modes: must name at least one"),
         ({"seeds": (1, 1)}, "--seeds: must not name anything twice"),
         ({"kinds": ("direct",)}, r"^--kinds: must be some of .*, got \['direct'\]$"),  # and nothing about its rates
@@ -252,7 +267,7 @@ def test_every_cell_leaves_one_file_and_is_told_of_once(done):
         "demo-large_federated-lr0.001-seed0",
     ]
     assert sorted(path.stem for path in (folder / "cells").iterdir())[:4] == names
-    assert [(part.done, part.total, part.error) for part in told] == [(n, 5, "") for n in range(1, 6)]
+    assert [(part.done, part.total, part.error) for part in told] == [(n, 6, "") for n in range(1, 7)]
     assert {part.name for part in told} == {path.stem for path in (folder / "cells").iterdir()}
     assert {path.stem for path in (folder / "logs").iterdir()} == {part.name for part in told}
     assert "Run folder" in (folder / "logs" / "demo-fedpt-off-seed0.log").read_text()
@@ -265,20 +280,20 @@ def test_a_cell_says_what_it_is_and_what_came_of_it(done, config):
     assert (cell["kind"], cell["world"], cell["seed"], cell["mode"], cell["learning_rate"]) == (
         FEDPT, "demo", 1, "off", None
     )  # fmt: skip
-    assert list(cell["rows"]) == ["large", "untuned", "tuned", "proxy"]
+    assert list(cell["rows"]) == ["tuned", "proxy"]
     assert cell["rows"]["proxy"]["n"] == 4
-    assert {name: row["n"] for name, row in cell["validation_rows"].items()} == {"large": 6, "tuned": 6, "proxy": 6}
+    assert {name: row["n"] for name, row in cell["validation_rows"].items()} == {"tuned": 6, "proxy": 6}
     assert {"proxy_minus_tuned", "alpha", "plausibility", "costs", "seconds", "code_hash"} <= cell.keys()
     expected = {key: value for key, value in config.items() if key not in ("output-dir", "resume")} | {"seed": 1}
-    assert cell["run_config"] == expected
+    assert cell["run_config"] == expected | {"scoring.rows": "tuned,proxy"}
 
 
 def test_a_cell_equals_the_same_federation_without_workers(done, config, tmp_path):
     """Not the first one of its worker: what ran there before must not matter."""
     folder, told = done
-    assert told[-1].name == "demo-fedpt-off-seed1"
+    assert told[-2].name == "demo-fedpt-off-seed1"
     torch.set_num_threads(1)
-    alone = federate(tmp_path, 2, config | {"seed": 1, "output-dir": str(tmp_path)})
+    alone = federate(tmp_path, 2, config | {"seed": 1, "output-dir": str(tmp_path), "scoring.rows": "tuned,proxy"})
     kept = folder / "runs" / "demo-fedpt-off-seed1"
     assert_same(final_arrays(alone), final_arrays(kept))
     assert result_of(folder, kept.name)["rows"] == json.loads((alone / "results.json").read_text())["rows"]
@@ -294,7 +309,7 @@ def test_large_federated_tunes_and_scores_the_large_model_itself(done):
     assert all(not np.array_equal(after[name], before[name]) for name in before)
     cell = result_of(folder, name)
     assert list(cell["rows"]) == list(cell["validation_rows"]) == [LARGE]
-    untouched = result_of(folder, "demo-fedpt-off-seed0")
+    untouched = result_of(folder, "demo-untouched-seed0")
     assert cell["rows"][LARGE]["loss"] < untouched["rows"]["large"]["loss"] - 1
     assert cell["validation_rows"][LARGE]["loss"] < untouched["validation_rows"]["large"]["loss"] - 1
     bytes_of_large = sum(4 * weight.size for weight in before.values())
@@ -325,7 +340,7 @@ def test_a_finished_comparison_runs_nothing_again(done, config, tmp_path, monkey
     folder = copy_of(done, tmp_path)
     monkeypatch.setattr(comparison, "Worker", None)
     again = Comparison(make_plan(config), folder, app=APP)
-    assert (again.num_found, again.num_outdated) == (5, 0)
+    assert (again.num_found, again.num_outdated) == (6, 0)
     again.run(jobs=2)
     assert again.errors() == {}
 
@@ -342,7 +357,7 @@ def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, co
     other_config.write_text(json.dumps(cell))
     again = Comparison(make_plan(config), folder, app=APP)
     # A candidate is missing, so the learning rate is open again, and with it the other seed.
-    assert set(again.settled) == {"demo-large_federated-lr0.001-seed0"}
+    assert set(again.settled) == {"demo-large_federated-lr0.001-seed0", "demo-untouched-seed0"}
     assert again.num_outdated == 2
 
 
@@ -369,6 +384,66 @@ def test_a_comparison_has_one_writer_at_a_time(done, config, tmp_path):
         Comparison(make_plan(config), folder, app=APP)
     first.close()
     Comparison(make_plan(config), folder, app=APP).close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kind_gives_its_rows_and_what_the_summary_needs(config, tmp_path):
+    """All kinds with one seed, and one ablation."""
+    settings = config | {"scoring.few-shot": 2, "scoring.round-items": 2, "proxy.alpha": "auto"}
+    rates = {kind: part.rates[:1] for kind, part in KINDS.items() if part.needs_rate}
+    plan = make_plan(
+        settings,
+        kinds=tuple(KINDS),
+        modes=("final", "carry"),
+        learning_rates=rates,
+        seeds=(1,),
+        ablations=(Ablation.parse("devices=3"),),
+    )
+    folder = tmp_path / "one"
+    comparison = Comparison(plan, folder, app=APP)
+    comparison.run(jobs=1)
+    summary = comparison.summary(title="t", command="c")
+    comparison.close()
+    assert summary["errors"] == {}
+    assert summary["cells"] == {"done": plan.num_cells, "all": plan.num_cells}
+    rows = {row["row"] for row in summary["rows"]}
+    assert rows == {row for kind in KINDS.values() for row in kind.rows.values() if not row.endswith("covered")}
+    assert {(row["mode"], row["against"]) for row in summary["differences"]} == {
+        (mode, rival) for mode in ("final", "carry") for rival in ("tuned", LARGE, LARGE_LORA)
+    }
+    costs = {(row["kind"], row["mode"]): row for row in summary["costs"]}
+    assert costs[FEDPT, "final"]["device_state_bytes"] < 0.06 * costs[LARGE, None]["device_state_bytes"]
+    assert "bytes_up_per_device_and_round" not in costs["large_central", None]
+    assert {row["row"] for row in summary["calibration"]} >= {"large", "untuned", "tuned", "proxy", LARGE}
+    local = result_of(folder, "demo-tuned_local-seed1")
+    each = local["by_device"]["tuned_local"]
+    assert len(each) == 2
+    assert local["rows"]["tuned_local"]["exact_match"] == pytest.approx(sum(each) / 2)
+    assert [part["is_base"] for part in summary["ablations"]] == [False]
+    json.dumps(summary, allow_nan=False)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "large_federated_lora" in reported(folder)
+
+
+@pytest.mark.slow
+def test_a_training_task_in_a_process_of_its_own_gives_the_same_update_and_its_memory(config, tmp_path):
+    """The reply is the one that this process would have given, bit for bit."""
+    import client_app
+
+    flat = config | {"num-server-rounds": 1, "min-devices": 1, "scoring.rows": "tuned"}
+    runs = {}
+    for name, handle in (("here", client_app.app), ("apart", first_task_apart(client_app.app, APP))):
+        root = tmp_path / name
+        torch.set_num_threads(1)
+        run_locally(server_app.app, handle, flat | {"output-dir": str(root)}, num_devices=2, only_device=1)
+        runs[name] = find_run(root=root)
+    assert_same(final_arrays(runs["here"]), final_arrays(runs["apart"]))
+    lines = [json.loads(line) for line in (runs["apart"] / "costs.jsonl").read_text().splitlines()]
+    (device,) = [line for line in lines if line["device"] != "server"]
+    assert device["device"] == 1
+    if sys.platform == "linux":
+        assert 0 < device["memory_growth_bytes"] < device["peak_memory_bytes"]
 
 
 @pytest.mark.slow
@@ -414,15 +489,16 @@ def test_an_interrupted_command_says_how_to_go_on(config, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Comparison, "run", interrupted)
     out = tmp_path / "out"
-    arguments = ["compare", "--app", str(APP), "--out", str(out)]
+    arguments = ["compare", "--app", str(APP), "--out", str(out), "--kinds", "fedpt,large_federated"]
+    arguments += ["--modes", "final", "--learning-rates", "fedpt=0.003", "--large-learning-rates", "2e-4,4e-4"]
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert result.exit_code == 130
     assert f"the same command with --out {out} goes on" in result.stderr.replace("\n", " ")
-    assert "13 cells of 13 are missing: the comparison is not complete." in reported(out)
+    assert "7 cells of 7 are missing: the comparison is not complete." in reported(out)
     (out / "summary.json").unlink()  # as an older version leaves it
     with pytest.raises(RunError, match=rf"{out}: this comparison has no summary.json yet; .* --out {out}` goes on"):
         make_report(find_folder(str(out)))
-    damaged = out / "cells" / "demo-fedpt-final-seed0.json"
+    damaged = out / "cells" / "demo-fedpt-final-lr0.003-seed0.json"
     damaged.parent.mkdir()
     damaged.write_text("[]")
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
@@ -442,7 +518,7 @@ def test_a_damaged_cell_is_run_again_and_said_to_be(spoil, done, config, tmp_pat
     cell.write_text(spoil)
     (folder / ".summary.json.ab12_xyz").write_text("{")  # killed while it was written
     comparison = Comparison(make_plan(config), folder, app=APP)
-    assert (comparison.num_found, comparison.num_outdated, comparison.damaged) == (4, 0, [cell])
+    assert (comparison.num_found, comparison.num_outdated, comparison.damaged) == (5, 0, [cell])
     assert not list(folder.glob(".summary*"))
     comparison.close()
 
@@ -454,10 +530,10 @@ def test_a_comparison_that_is_not_complete_has_a_summary_and_a_report(done, conf
     comparison = Comparison(make_plan(config), folder, app=APP)
     summary = comparison.summary(title="t", command="c")
     comparison.close()
-    assert (summary["cells"], summary["errors"]) == ({"done": 2, "all": 5}, {})
+    assert (summary["cells"], summary["errors"]) == ({"done": 3, "all": 6}, {})
     assert {row["row"] for row in summary["rows"]} >= {"large", "proxy"}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert "3 cells of 5 are missing" in reported(folder)
+    assert "3 cells of 6 are missing" in reported(folder)
 
 
 # --- the command ---
@@ -470,7 +546,8 @@ class Command:
     """`fedpt compare` in a process of its own."""
 
     def __init__(self, folder, config, *options):
-        lines = [f'"{key}" = {json.dumps(config[key])}' for key in (*TINY, "data.validation")]
+        keys = (*TINY, "data.validation", "train.learning-rate")  # not the one that was chosen for the demo world
+        lines = [f'"{key}" = {json.dumps(config[key])}' for key in keys]
         (folder / "config.toml").write_text("\n".join(lines))
         self.out = folder / "out"
         self.words = [
@@ -526,7 +603,7 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
     assert all(path.stat().st_mtime_ns == written for path, (_, written) in whole.items())
     assert {path.name for path in command.out.iterdir()} == {".lock", "cells", "grid.json", "logs", "summary.json"}
     summary = json.loads((command.out / "summary.json").read_text())
-    assert [row["n_seeds"] for row in summary["rows"]] == [3, 3, 3, 3]
+    assert [row["n_seeds"] for row in summary["rows"]] == [3, 3]
     assert summary["command"].startswith("fedpt compare --app ")
     assert "proxy" in shown
 
@@ -535,7 +612,13 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
     ("options", "match"),
     [
         (["--app", "/"], "pyproject.toml: cannot be read .*--app"),
-        (["--kinds", "direct"], "--kinds: must be some of fedpt"),
+        (["--kinds", "direct"], "--kinds: must be some of untouched"),
+        (["--learning-rates", "untouched=0.1"], "--learning-rates: must begin with one of tuned_local, "),
+        (["--ablate", "proxy.alpha"], "--ablate: must be a key with its values"),
+        (["--ablate", "proxy.alfa=1"], "--ablate, proxy.alfa: is not a key of this app; did you mean proxy.alpha"),
+        (["--ablate", "seed=1,2"], "--ablate: a comparison sets this key itself"),
+        (["--ablate", "devices=0"], "--ablate, devices: must be a whole number of at least 1"),
+        (["--ablate", "devices=2", "--ablate-kinds", "x"], "--ablate-kinds: must be some of"),
         (["--large-learning-rates", "0,-1"], "--large-learning-rates: must be finite numbers greater than 0"),
         (["--large-lora-learning-rates", "x"], "--large-lora-learning-rates: must be numbers separated by commas"),
         (["--devices", "1"], "min-devices: must not exceed the 1 devices"),
@@ -574,22 +657,6 @@ def test_a_worlds_file_goes_before_what_is_given_for_all(done, config, tmp_path)
 
 
 # --- the summary ---
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    # 97.5 % points of Student's t, from the tables of any textbook.
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)],
-)
-def test_quantiles_are_those_of_the_tables(freedom, quantile):
-    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
-
-
-def test_the_interval_is_the_hand_computed_one():
-    # Mean 0.9, standard deviation 0.1; 4.3027 * 0.1 / sqrt(3) = 0.24842.
-    assert t_interval([0.8, 0.9, 1.0]) == pytest.approx((0.65158, 1.14842), abs=1e-5)
-    assert t_interval([0.5, 0.5]) == (0.5, 0.5)
-    assert t_interval([0.5]) is None
 
 
 def fedpt_result(seed, proxy, large=0.1, loss=0.5):
@@ -672,7 +739,8 @@ def test_the_gap_closed_is_taken_seed_by_seed_and_then_world_by_world(settled):
     assert f"Gap closed, b, off: {why}" in summary_text(summarise(plan, results))
     assert "why" not in gaps["a", "off"]
     assert gaps["all", "off"] == {
-        "world": "all", "mode": "off", "mean": None, "ci95": None, "values": [pytest.approx(0.775), None],
+        "world": "all", "mode": "off", "row": "proxy", "reference": LARGE,
+        "mean": None, "ci95": None, "values": [pytest.approx(0.775), None],
         "why": "no share: in world b there is none",
     }  # fmt: skip
     results["b-large_federated-lr0.0002-seed1"] = direct_result(1, 0.9, 0.9)  # (0.5 - 0.1) / (0.9 - 0.1) = 0.5

@@ -136,7 +136,9 @@ def test_answer_tokens_are_those_that_have_scores():
 # --- the steps ---
 
 
-def bare_loop(student, teacher, *, steps, seed, temperature=1.0, clip=1.0, untuned=None, gamma=1.0, batch_size=5):
+def bare_loop(
+    student, teacher, *, steps, seed, temperature=1.0, clip=1.0, untuned=None, gamma=1.0, batch_size=5, turned=False
+):
     """Distillation as it is written down in a textbook, text by text; the divergences of its steps."""
     students = [student] if untuned is None else [student, untuned]
     weights = [weight for model in students for weight in model.parameters()]
@@ -156,7 +158,7 @@ def bare_loop(student, teacher, *, steps, seed, temperature=1.0, clip=1.0, untun
             scores = [model(ids).logits[0, begin - 1 : -1] for model in students]
             targets = teacher([index])
             tokens += len(scores[0])
-            first = first + kl(targets.proxy, scores[0], temperature)
+            first = first + kl(*([targets.proxy, scores[0]][:: -1 if turned else 1]), temperature)
             if untuned is not None:
                 others = others + kl(targets.large, scores[1], temperature)
                 others = others + gamma * kl(targets.proxy, targets.large + scores[0] - scores[1], 1.0)
@@ -170,12 +172,13 @@ def bare_loop(student, teacher, *, steps, seed, temperature=1.0, clip=1.0, untun
     return found
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_equals_a_bare_loop(temperature):
+@pytest.mark.parametrize(("temperature", "direction"), [(1.0, "forward"), (2.5, "forward"), (2.5, "reverse")])
+def test_distillation_equals_a_bare_loop(temperature, direction):
     teacher = taught_by(tiny_llama(9))
     student, reference = tiny_llama(1), tiny_llama(1)
-    result = teach(student, teacher, steps=5, temperature=temperature)
-    expected = bare_loop(reference, teacher, steps=5, seed=3, temperature=temperature)
+    result = teach(student, teacher, steps=5, temperature=temperature, direction=direction)
+    turned = direction == "reverse"
+    expected = bare_loop(reference, teacher, steps=5, seed=3, temperature=temperature, turned=turned)
     assert result.kl_first == pytest.approx(expected[0], rel=1e-5)
     assert result.kl_last == pytest.approx(expected[-1], rel=1e-3)
     for (name, weight), other in zip(student.named_parameters(), reference.parameters(), strict=True):

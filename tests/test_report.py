@@ -17,7 +17,7 @@ from fedpt_flwr import cli, report
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.report import PAGE, find_folder, make_report
 from fedpt_flwr.report.comparison import comparison_page
-from fedpt_flwr.report.page import Examples, Page, Plots, Prose, Section, Table, Verdicts, render
+from fedpt_flwr.report.page import Cell, Examples, Page, Plots, Prose, Section, Table, Verdicts, render
 from fedpt_flwr.report.plots import (
     DARK,
     LIGHT,
@@ -31,6 +31,7 @@ from fedpt_flwr.report.plots import (
     plot_points,
 )
 from fedpt_flwr.report.run import run_page
+from fedpt_flwr.report.tables import as_csv, as_latex
 from fedpt_flwr.report.wording import duration, short
 from fedpt_flwr.scoring import results_table, verdict
 
@@ -148,7 +149,7 @@ def estimated(*values):
 def whole_comparison():
     """The files of a comparison that has everything, by name."""
     rows = [
-        {"world": world, "mode": mode, "row": name, "n_seeds": 2}
+        {"world": world, "mode": mode, "row": name, "n_seeds": 2, "kind": "fedpt" if mode else "large_federated_lora"}
         | {"exact_match": estimated(value, value + 0.02), "loss": estimated(1 - value, 1.02 - value)}
         for world in ("demo", "World <b>2</b>")
         for mode in ("carry", None)
@@ -159,16 +160,71 @@ def whole_comparison():
             "title": "Two worlds",
             "command": "fedpt compare --seeds 0 1",
             "rows": rows,
-            "gap_closed": [{"world": "demo", "mode": "carry"} | estimated(0.9, 0.92)],
+            "gap_closed": [
+                {"world": "demo", "mode": "carry", "row": "proxy", "reference": "large_federated"}
+                | {"ci95_items": [0.85, 0.95]}
+                | estimated(0.9, 0.92)
+            ],
+            "meanings": {"tuned": "what devices tuned"},
+            "differences": [
+                {"world": "demo", "mode": "carry", "against": "tuned", "measure": "exact_match", "value": 0.7}
+                | {"ci95": [0.6, 0.8], "by_seed": estimated(0.7, 0.72), "p_holm": 0.0004}
+            ],
+            "cost_ratios": [{"world": "demo", "mode": "carry", "against": "large_federated", "device_flops": 0.05}],
+            "curves": [
+                {"world": "demo", "mode": "carry", "row": name}
+                | {"points": [{"round": at, "exact_match": value * at / 2, "bytes": 5e6 * at} for at in (1, 2)]}
+                for name, value in (("tuned", 0.2), ("proxy", 0.9))
+            ],
+            "quality_under_budget": [
+                {"world": "demo", "mode": "carry", "row": "proxy", "cost": cost}
+                | {"budgets": [5e6, 2e7], "exact_match": [None, 0.9]}
+                for cost in ("bytes", "flops")
+            ],
+            "cost_to_target": [
+                {"world": "demo", "mode": "carry", "row": "proxy", "share": 0.9, "seeds": 2, "seeds_reached": 2}
+                | {"round": 1.5, "bytes": 7e6, "flops": 3e9, "seconds": 4.0}
+            ],
+            "robustness": [
+                {"world": "demo", "mode": None, "row": "tuned_local", "worst_seed": 0.1, "worst_device": 0.0}
+            ],
+            "calibration": [
+                {"world": "demo", "mode": "carry", "row": "proxy", "ece": estimated(0.1, 0.12)}
+                | {"bins": [[0, 0.0, 0], [4, 0.6, 1], [5, 4.75, 5]]}
+            ],
+            "ablations": [
+                {
+                    "world": "demo",
+                    "key": "proxy.alpha",
+                    "value": 0.5,
+                    "with": {"proxy.plausibility": 0},
+                    "is_base": False,
+                }
+                | {
+                    "rows": [
+                        {"row": "proxy", "n_seeds": 2, "exact_match": estimated(0.8, 0.9), "loss": estimated(0.1, 0.1)}
+                    ]
+                }
+            ],
             "learning_rates": [
                 {"world": "demo", "row": "large_federated", "learning_rate": rate, "exact_match": value}
                 | {"chosen": value == 0.2}
                 for rate, value in ((0.001, 0.1), (0.003, 0.2))
             ],
-            "costs": [{"world": "demo", "mode": "carry", "row": "proxy", "device_bytes_up": 5e6, "seconds": 12.5}],
+            "costs": [
+                {"world": "demo", "mode": "carry", "row": "proxy", "kind": "fedpt", "device_bytes_up": 5e6}
+                | {"device_flops_per_round": 2e9, "seconds": 12.5}
+            ],
         },
         "cells/demo-0.json": {"name": "demo-0", "kind": "fedpt", "world": "demo", "seed": 0, "mode": "carry"}
-        | {"rows": {"tuned": {"exact_match": 0.2}}, "seconds": 31.0},
+        | {"rows": {"tuned": {"exact_match": 0.2}}, "seconds": 31.0}
+        | {"shards": [{"device": 0, "num_examples": 3, "groups": {"boiler": 3}}]}
+        | {
+            "examples": [
+                {"prompt": "who?", "reference": "maker", "answers": {"proxy": {"answer": "me", "exact_match": 0}}}
+            ]
+        },
+        "grid.json": {"worlds": {"demo": {"seed": 0, "proxy.alpha": "auto"}}},
     }
 
 
@@ -771,10 +827,14 @@ def test_a_comparison_has_a_table_and_plots_for_each_world(compared, comparison)
     assert comparison.title == "Two worlds"
     assert [part.title for part in comparison.sections[:2]] == ["World demo", "World <b>2</b>"]
     assert sorted(path.name for path in compared.glob("*.png")) == [
+        "plot-1-demo-by-flops.png",
+        "plot-1-demo-calibration.png",
         "plot-1-demo-exact-match.png",
         "plot-1-demo-loss.png",
+        "plot-1-demo-rounds.png",
         "plot-2-world-b-2-b-exact-match.png",
         "plot-2-world-b-2-b-loss.png",
+        "plot-shards.png",
     ]
     means, values = (block for block in comparison.sections[0].blocks if isinstance(block, Table))
     assert means.rows[0][:3] == ["tuned", "carry", "2"]
@@ -794,15 +854,73 @@ def test_every_seed_of_a_comparison_is_a_dot(comparison):
 
 def test_a_comparison_shows_gap_costs_learning_rates_and_cells(comparison):
     tables = {
-        part.id: next(block for block in part.blocks if isinstance(block, Table)) for part in comparison.sections[2:]
+        part.id: block for part in comparison.sections for block in reversed(part.blocks) if isinstance(block, Table)
     }
-    assert tables["gap"].rows[0][2].text == "91.0"
-    assert tables["costs"].head[3:] == ["device MB up", "seconds"]
-    assert tables["costs"].rows == [["demo", "carry", "proxy", "5.00", "12.5"]]
+    assert tables["gap"].rows[0][2:4] == ["proxy", "large_federated"]
+    assert (tables["gap"].rows[0][4].text, tables["gap"].rows[0][5]) == ("91.0", "[85.0, 95.0]")
+    assert tables["costs"].head[3:] == ["device MB up", "device GFLOP per round", "seconds"]
+    assert tables["costs"].rows == [["demo", "carry", "proxy", "5.00", "2.00", "12.5"]]
     low, high = tables["learning-rates"].rows
     assert low == ["demo", "large_federated", "0.001", "10.0", "-"]
     assert (high[2].text, high[2].extra, high[3]) == ("0.003", "chosen", "20.0")
     assert tables["cells"].rows == [["demo-0", "fedpt", "demo", "carry", "0", "tuned 20.0", "31.0"]]
+
+
+def test_a_comparison_shows_differences_views_ablations_and_calibration(comparison):
+    tables = {part.id: [block for block in part.blocks if isinstance(block, Table)] for part in comparison.sections}
+    (difference,) = tables["differences"][0].rows
+    assert difference[:4] == ["demo", "carry", "tuned", "exact match"]
+    assert [difference[4].text, difference[4].extra, difference[6]] == ["70.0", "[60.0, 80.0]", "0.0004"]
+    assert tables["costs"][1].rows == [["demo", "carry", "large_federated", "5.0"]]
+    by_bytes, by_flops, targets, spread = tables["views"]
+    assert (by_bytes.head, by_bytes.rows) == (["row", "5.00", "20.0"], [["proxy (carry)", "-", "90.0"]])
+    assert "GFLOP" in by_flops.caption
+    assert targets.rows == [["demo", "proxy (carry)", "90", "2 of 2", "1.50", "7.00", "3.00", "4.00"]]
+    assert spread.rows == [["demo", "tuned_local", "10.0", "-", "0.0", "-"]]
+    assert tables["ablations"][0].rows[0][:6] == [
+        "demo", "proxy.alpha", "0.5", "proxy.plausibility = 0", "proxy", "2"
+    ]  # fmt: skip
+    assert tables["calibration"][0].rows[0][2].text == "11.0"
+    assert tables["config"][0].rows == [["seed", "0"], ["proxy.alpha", "auto"]]
+    (examples,) = section(comparison, "examples").blocks
+    assert [(answer.model, answer.text, answer.right) for answer in examples.examples[0].answers] == [
+        ("proxy (carry)", "me", False)
+    ]
+
+
+def test_calibration_and_cost_plots_show_the_hand_computed_places(comparison):
+    found = plots(comparison)
+    # Four answers with 0.6 in all, one right; five with 4.75, all right.
+    assert drawn(found["plot-1-demo-calibration"].figure, "proxy (carry)") == [
+        (pytest.approx([15.0, 95.0]), pytest.approx([25.0, 100.0]))
+    ]
+    assert drawn(found["plot-1-demo-by-flops"].figure, "proxy (carry)") == [([2.0], pytest.approx([91.0]))]
+    assert drawn(found["plot-1-demo-rounds"].figure, "proxy (carry)") == [([1.0, 2.0], pytest.approx([45.0, 90.0]))]
+
+
+def test_the_tables_of_a_comparison_are_files_for_programs_and_papers(compared):
+    folder = compared / "tables"
+    lines = (folder / "gap.csv").read_text().splitlines()
+    assert lines[0] == 'world,mode,row,to,gap closed %,"gap closed %, interval",over the items,by seed'
+    assert lines[1].startswith('demo,carry,proxy,large_federated,91.0,"[81.0, 101.0]"')
+    latex = (folder / "gap.tex").read_text()
+    assert "\\begin{tabular}{llllrrr}" in latex
+    assert "demo & carry & proxy & large\\_federated & 91.0 [81.0, 101.0] & [85.0, 95.0] & 90.0, 92.0 \\\\" in latex
+
+
+def test_a_table_as_a_file_is_nothing_that_a_program_would_run():
+    table = Table(caption="50 % & more", head=["a", "b"], rows=[["=cmd()", "-1.5"], ["[x]", Cell("-", "~")]], texts=1)
+    assert as_csv(table) == 'a,b,"b, interval"\n\'=cmd(),-1.5,\n[x],-,~\n'
+    latex = as_latex(table)
+    assert latex.startswith("% 50 \\% \\& more\n")
+    assert "{}[x] & - \\textasciitilde{} \\\\" in latex
+
+
+def test_more_lines_than_colours_are_told_apart():
+    curves = [Curve(f"row {number}", f"series-{number}", (1.0,), (1.0,)) for number in (0, 8)]
+    first, second = draw_curves("t", curves, unit="s").axes[0].lines[:2]
+    assert first.get_color() == second.get_color()
+    assert first.get_markerfacecolor() != second.get_markerfacecolor()
 
 
 def test_a_comparison_that_has_just_begun_makes_a_page_of_sentences(tmp_path):
@@ -820,7 +938,7 @@ def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     files["summary.json"]["gap_closed"][0]["why"] = "no share: it gained nothing"
     page = comparison_page(write(tmp_path, files))
     table, said = section(page, "gap").blocks
-    assert table.rows == [["demo", "off", "-", "-, 50.0"]]
+    assert table.rows == [["demo", "off", "proxy", "large_federated", "-", "-", "-, 50.0"]]
     assert said.text == "World demo, mode off: no share: it gained nothing."
 
 

@@ -330,14 +330,14 @@ def test_few_shot_prompts_are_the_same_for_the_same_seed():
 def test_the_few_shot_row_puts_public_texts_before_prompts_and_reports_how_many_fit(knowing, tokenizer):
     seen = []
     proxy = ProxyModel(knowing, llama(1), llama(2))
-    original = scoring.generate_answers
+    original = scoring.generate_ids
 
     def spy(model, prompts, **settings):
         seen.append(prompts)
         return original(model, prompts, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "generate_answers", spy)
+        patch.setattr(scoring, "generate_ids", spy)
         scores = score_models(
             proxy,
             WORLD,

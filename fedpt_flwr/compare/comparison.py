@@ -12,9 +12,11 @@ from multiprocessing import connection as connections
 from pathlib import Path
 from typing import Any
 
-from fedpt_flwr.compare.cell import app_hash, made, result_path
-from fedpt_flwr.compare.plan import FEDPT, Cell, Plan, Result
+from fedpt_flwr.compare.cell import Task, app_hash, made, result_path
+from fedpt_flwr.compare.kinds import KINDS
+from fedpt_flwr.compare.plan import Cell, Plan, Result
 from fedpt_flwr.compare.summary import summarise
+from fedpt_flwr.compare.tuning import tuning_of
 from fedpt_flwr.compare.workers import Worker, WorkerSettings
 from fedpt_flwr.config import Scalar
 from fedpt_flwr.errors import ConfigError, RunError, naming
@@ -24,6 +26,9 @@ try:
     import fcntl
 except ImportError:  # Windows; there nothing keeps a second writer out
     fcntl = None  # type: ignore[assignment]
+
+
+_WORKER_BYTES = 800_000_000  # of a worker with Flower and torch, beside whatever models it loads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +91,14 @@ class Comparison:
         """Let others write to the folder."""
         os.close(self._lock)
 
-    def run(self, *, jobs: int, keep_runs: bool = False, on_cell: Callable[[Progress], None] | None = None) -> None:
+    def run(
+        self,
+        *,
+        jobs: int,
+        keep_runs: bool = False,
+        apart: bool = False,
+        on_cell: Callable[[Progress], None] | None = None,
+    ) -> None:
         """Run what is missing.
 
         A cell that fails leaves a file in ``errors/``; the others go on.
@@ -94,9 +106,11 @@ class Comparison:
         Args:
             jobs: Worker processes at most.
             keep_runs: Whether run folders are kept.
+            apart: Whether one cell of each kind measures a device's memory in a process of its own, and how fast its
+                models write. What a cell computes is the same.
             on_cell: Called whenever a cell has ended.
         """
-        told = WorkerSettings(folder=self.folder, app=self._app, num_devices=self.plan.num_devices, keep_runs=keep_runs)
+        told = WorkerSettings(folder=self.folder, app=self._app, keep_runs=keep_runs)
         idle: list[Worker] = []
         busy: dict[Any, tuple[Worker, Cell, float]] = {}
         try:
@@ -104,7 +118,7 @@ class Comparison:
                 while self._open and len(busy) < jobs:
                     worker, cell = idle.pop() if idle else Worker(told), self._open.pop(0)
                     busy[worker.connection] = worker, cell, time.perf_counter()
-                    worker.begin(cell, self.plan.run_config(cell))
+                    worker.begin(self._task(cell, apart=apart))
                 for ready in connections.wait(list(busy)):
                     worker, cell, begun = busy.pop(ready)
                     said, is_alive = worker.outcome()
@@ -117,6 +131,16 @@ class Comparison:
                 worker.end()
             shutil.rmtree(self.folder / "work", ignore_errors=True)
 
+    def _task(self, cell: Cell, *, apart: bool) -> Task:
+        # With the last seed: cells of the first may be of learning rates that are not chosen.
+        is_last = cell.seed == self.plan.seeds_of(cell.world, cell.kind)[-1] and not cell.changes
+        return Task(
+            cell=cell,
+            run_config=self.plan.run_config(cell),
+            num_devices=self.plan.devices_of(cell),
+            apart=apart and is_last,
+        )
+
     def _progress(self, cell: Cell, error: str, seconds: float) -> Progress:
         total = self.plan.num_cells
         return Progress(name=cell.name, error=error, done=len(self.settled), total=total, seconds=seconds)
@@ -126,8 +150,9 @@ class Comparison:
         failed = {name: self._error_path(name) for name, result in self.settled.items() if result is None}
         found = {name: str(read_json(path)["error"]) for name, path in failed.items()}
         for world in self.plan.worlds:
-            for kind in self.plan.kinds:
-                if kind == FEDPT or any(cell.name not in self.settled for cell in self.plan.candidates(world, kind)):
+            for kind in self.plan.kinds_of(world):
+                candidates = self.plan.candidates(world, KINDS[kind].rate_of or kind)
+                if len(candidates) < 2 or any(cell.name not in self.settled for cell in candidates):
                     continue
                 if not self.plan.chosen(world, kind, self.settled):
                     found[f"{world}, {kind}"] = "no learning rate could be chosen, so the other seeds were not run"
@@ -160,7 +185,8 @@ class Comparison:
                     self._open.append(cell)
                 else:
                     self.settled[cell.name] = result
-        self._open.sort(key=lambda cell: cell.kind == FEDPT)  # the long ones first, or workers idle at the end
+        order = {name: place for place, name in enumerate(cell.name for cell in self.plan.cells(self.settled))}
+        self._open.sort(key=lambda cell: order[cell.name])  # the long ones first, or workers idle at the end
 
     def _finished(self, cell: Cell) -> Result | None:
         """The cell's result, if it is there and was made with this config and this code."""
@@ -190,6 +216,10 @@ class Comparison:
         head = {"title": title, "command": command, "code_hash": self._code_hash}
         cells = {"done": sum(result is not None for result in self.settled.values()), "all": self.plan.num_cells}
         return {**head, "cells": cells, **summarise(self.plan, self.settled), "errors": self.errors()}
+
+    def tuning(self, *, command: str) -> dict[str, Any]:
+        """What ``tuning.json`` holds; see :func:`tuning_of`."""
+        return tuning_of(self.plan, self.settled, command=command, code_hash=self._code_hash)
 
 
 def _is_whole(result: Any) -> bool:
@@ -256,7 +286,18 @@ def new_folder() -> Path:
 
 
 def default_jobs(configs: Iterable[Mapping[str, Scalar]]) -> int:
-    """As many workers as their threads leave room for on the CPUs that this process may use."""
+    """As many workers as there is memory for, and as their threads leave room for on the CPUs that may be used."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = [flat.get(f"threads.{part}", 1) for flat in configs for part in ("device", "server")]
-    return max(1, cpus // max(int(number) for number in threads))
+    workers = cpus // max(int(number) for number in threads)
+    free = _free_memory_bytes()
+    return max(1, workers if free is None else min(workers, free // _WORKER_BYTES))
+
+
+def _free_memory_bytes() -> int | None:
+    """Memory that new processes may take; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

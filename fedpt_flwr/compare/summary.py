@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedpt_flwr.compare.plan import FEDPT, LARGE, Cell, Plan, Result
+from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
+from fedpt_flwr.compare.plan import Cell, Plan, Result
+from fedpt_flwr.compare.statistics import gap_over_items, holm, mean_over_seeds, paired_difference
+from fedpt_flwr.compare.views import cost_to_target, curves, mean_costs, quality_under_budget, ratios, robustness
 from fedpt_flwr.scoring import gap_closed, render_table
 
-_COSTS = {
-    "bytes_down_per_device_and_round": "bytes_down_per_device_and_round",
-    "bytes_up_per_device_and_round": "bytes_up_per_device_and_round",
-    "device_tokens_per_round": "device_tokens_per_round",
-    "device_seconds_per_round": "device_seconds_per_round",
-    "device_flops_per_round": "device_flops_per_round",
-    "device_state_bytes": "device_state_bytes",
-    # Of the worker, where the server and all devices live: nothing that one device would need.
-    "device_peak_memory_bytes": "worker_peak_memory_bytes",
-}
+RIVALS = ("tuned", LARGE, LARGE_LORA)
+"""The rows that the proxy is compared with, item by item."""
+
+_SCORES = ("exact_match", "loss", "invalid_rate", "contains_value", "right_field")
 
 
 def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any]:
@@ -30,41 +25,54 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         settled: Results by cell; None for a cell that failed.
 
     Returns:
-        ``rows``: for each world, mode and row its test scores over the seeds that are there; the mode of a direct kind
-        is None. ``gap_closed``: the share of the way from ``large`` to ``large_federated`` that the proxy goes, by
-        exact match on the test items, each seed against the same seed; of the world ``all`` each value is a world's
-        mean, since the seeds of one world are no independent draws of it. ``learning_rates``: what was tried, on the
-        validation items. ``costs``: means over the seeds.
+        ``rows``: for each world, mode and row its test scores over the seeds that are there; only ``fedpt`` has a mode.
+        ``differences``: the proxy against each of :data:`RIVALS`, item by item, with p values that Holm's procedure has
+        raised for the whole list. ``gap_closed``: the share of the way from ``large`` to ``large_federated`` that the
+        proxy goes, by exact match on the test items, each seed against the same seed; of the world ``all`` each value
+        is a world's mean, since the seeds of one world are no independent draws of it. ``learning_rates``: what was
+        tried, on the validation items. ``costs``: means over the seeds, and ``cost_ratios``, the proxy's over the large
+        rows'. ``curves``, ``quality_under_budget``, ``cost_to_target``, ``robustness``, ``calibration``: see
+        ``views.py``. ``ablations``: rows of the cells in which one key was varied. ``meanings``: what the rows are.
 
-        A mean has its values beside it, in the order of the seeds, and a 95 % interval (see :func:`t_interval`). A
-        value that is not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is
-        None, and then so are mean and interval: leaving out what went wrong would flatter; ``why`` says so of a gap.
+        A mean has its values beside it, in the order of the seeds, and a 95 % interval over the seeds. A value that is
+        not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is None, and then so
+        are mean and interval: leaving out what went wrong would flatter; ``why`` says so of a gap.
     """
     groups = _groups(plan, settled)
-    closed = _gaps_closed(plan, groups)
+    rows = [row for group, cells in groups.items() for row in _rows(*group, cells)]
+    costs = [mean_costs(*group, cells) for group, cells in groups.items() if KINDS[group[1]].is_tuned]
+    named = dict.fromkeys(row["row"] for row in rows)
+    meanings = {row: meaning for kind in KINDS.values() for row, meaning in kind.meanings.items() if row in named}
     return {
         "devices": plan.num_devices,
-        "rows": [row for (world, kind, mode), cells in groups.items() for row in _rows(world, kind, mode, cells)],
-        "gap_closed": closed,
+        "seeds": list(plan.seeds),
+        "meanings": meanings,
+        "rows": rows,
+        "differences": _differences(plan, groups),
+        "gap_closed": _gaps_closed(plan, groups),
         "learning_rates": _learning_rates(plan, settled),
-        "costs": [_mean_costs(*group, cells) for group, cells in groups.items()],
+        "costs": costs,
+        "cost_ratios": ratios(costs),
+        "curves": curves(groups),
+        "quality_under_budget": quality_under_budget(groups),
+        "cost_to_target": cost_to_target(groups),
+        "robustness": robustness(groups),
+        "calibration": _calibration(groups),
+        "ablations": _ablations(plan, settled),
     }
 
 
-_Group = tuple[str, str, str | None]
+Group = tuple[str, str, str | None]
 """World, kind and mode."""
 
 
-def _groups(plan: Plan, settled: Mapping[str, Result | None]) -> dict[_Group, list[Result]]:
+def _groups(plan: Plan, settled: Mapping[str, Result | None]) -> dict[Group, list[Result]]:
     """The results that belong together, in the order of the seeds; groups without any are left out."""
-    cells: dict[_Group, list[Cell]] = {}
+    cells: dict[Group, list[Cell]] = {}
     for world in plan.worlds:
-        for cell in plan.fedpt_cells():
-            if cell.world == world:
-                cells.setdefault((world, cell.kind, cell.mode), []).append(cell)
-        for kind in plan.kinds:
-            if kind != FEDPT:
-                cells[world, kind, None] = plan.chosen(world, kind, settled)
+        for kind in plan.kinds_of(world):
+            for cell in plan.chosen(world, kind, settled):
+                cells.setdefault((world, kind, cell.mode), []).append(cell)
     found = {group: [result for cell in part if (result := settled.get(cell.name))] for group, part in cells.items()}
     return {group: results for group, results in found.items() if results}
 
@@ -74,6 +82,7 @@ def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> l
     found = []
     for name in names:
         having = [cell for cell in cells if name in cell["rows"]]
+        scores = [cell["rows"][name] for cell in having]
         found.append(
             {
                 "world": world,
@@ -82,47 +91,101 @@ def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> l
                 "kind": kind,
                 "n_seeds": len(having),
                 "seeds": [cell["seed"] for cell in having],
-                "exact_match": _mean([cell["rows"][name].get("exact_match") for cell in having]),
-                "loss": _mean([cell["rows"][name].get("loss") for cell in having]),
+                "items": scores[0].get("n"),
+                **{
+                    measure: mean_over_seeds([score.get(measure) for score in scores])
+                    for measure in _SCORES
+                    if measure in ("exact_match", "loss") or any(measure in score for score in scores)
+                },
             }
         )
     return found
 
 
-def _gaps_closed(plan: Plan, groups: Mapping[_Group, Sequence[Result]]) -> list[dict[str, Any]]:
-    found, means = [], {mode: list[float | None]() for mode in plan.modes}
-    for world in plan.worlds:
-        references = {cell["seed"]: cell["rows"][LARGE] for cell in groups.get((world, LARGE, None), ())}
-        for mode in plan.modes:
-            cells = [cell for cell in groups.get((world, FEDPT, mode), ()) if cell["seed"] in references]
-            if not cells:
-                continue
-            scores = [
-                (
-                    cell["rows"].get("proxy", {}).get("exact_match"),
-                    cell["rows"].get("large", {}).get("exact_match"),
-                    references[cell["seed"]].get("exact_match"),
-                )
-                for cell in cells
-            ]
-            seeds = [cell["seed"] for cell in cells]
-            mean = _mean([gap_closed(*part) for part in scores])
-            means[mode].append(mean["mean"])
-            why = [f"with seed {seed} {_no_gap(*part)}" for seed, part in zip(seeds, scores, strict=True)]
-            found.append({"world": world, "mode": mode, "seeds": seeds, **mean, **_undefined(mean, why)})
-    for mode, values in means.items():
-        if values:
-            mean = _mean(values)
-            why = [f"in world {row['world']} there is none" for row in found if row["mode"] == mode]
-            found.append({"world": "all", "mode": mode, **mean, **_undefined(mean, why)})
+def _of_seed(cells: Sequence[Result], seed: int) -> Result | None:
+    """A group's cell of this seed, or its only one where nothing depends on the seed."""
+    same = [cell for cell in cells if cell["seed"] == seed]
+    if same:
+        return same[0]
+    return cells[0] if len(cells) == 1 and not KINDS.get(cells[0].get("kind", ""), KINDS[FEDPT]).is_tuned else None
+
+
+def _differences(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
+    """The family of comparisons: the proxy against its rivals, in every world and mode, by exact match; and by loss."""
+    found = [row for measure in ("exact_match", "loss") for row in _compared(plan, groups, measure)]
+    for measure in ("exact_match", "loss"):
+        family = [row for row in found if row["measure"] == measure]
+        for row, raised in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p_holm"], row["family"] = raised, len(family)
     return found
 
 
-def _no_gap(proxy: float | None, large: float | None, reference: float | None) -> str:
+def _compared(plan: Plan, groups: Mapping[Group, Sequence[Result]], measure: str) -> Iterator[dict[str, Any]]:
+    for world in plan.worlds:
+        for mode in plan.modes:
+            cells = groups.get((world, FEDPT, mode), ())
+            for rival in RIVALS:
+                others = cells if rival == "tuned" else groups.get((world, rival, None), ())
+                pairs = [(cell, other) for cell in cells if (other := _of_seed(others, cell["seed"]))]
+                columns = [((cell.get("items", {}), "proxy"), (other.get("items", {}), rival)) for cell, other in pairs]
+                difference = paired_difference(columns, measure) if columns else None
+                if difference is not None:
+                    seeds = [cell["seed"] for cell, _ in pairs]
+                    head = {"world": world, "mode": mode, "row": "proxy", "against": rival, "measure": measure}
+                    yield {**head, "seeds": seeds, **difference}
+
+
+def _gaps_closed(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
+    return [row for reference in (LARGE, LARGE_LORA) for row in _gaps_to(reference, plan, groups)]
+
+
+def _gaps_to(reference: str, plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
+    found, means = [], dict[str, list[float | None]]()
+    for world in plan.worlds:
+        references = {cell["seed"]: cell for cell in groups.get((world, reference, None), ())}
+        untouched = groups.get((world, UNTOUCHED, None), ())
+        proxies = [(mode, groups.get((world, FEDPT, mode), ())) for mode in plan.modes]
+        for name, mode, cells in [
+            *(("proxy", mode, cells) for mode, cells in proxies),
+            ("proxy_central", None, groups.get((world, CENTRAL, None), ())),
+        ]:
+            chosen = [cell for cell in cells if cell["seed"] in references]
+            if not chosen:
+                continue
+            larges = [_of_seed(untouched, cell["seed"]) or cell for cell in chosen]
+            rows = [(cell, name) for cell in chosen], [(cell, "large") for cell in larges]
+            compared = [*rows, [(references[cell["seed"]], reference) for cell in chosen]]
+            scores = [tuple(_exact_match(*part) for part in same) for same in zip(*compared, strict=True)]
+            seeds = [cell["seed"] for cell in chosen]
+            mean = mean_over_seeds([gap_closed(*part) for part in scores])
+            items = [[(cell.get("items", {}), row) for cell, row in same] for same in zip(*compared, strict=True)]
+            why = [f"with seed {seed} {_no_gap(reference, *part)}" for seed, part in zip(seeds, scores, strict=True)]
+            if name == "proxy":
+                means.setdefault(str(mode), []).append(mean["mean"])
+            place = {"world": world, "mode": mode, "row": name, "reference": reference}
+            found.append(
+                {**place, "seeds": seeds, **mean, "ci95_items": gap_over_items(items), **_undefined(mean, why)}
+            )
+    for mode, values in means.items():
+        mean = mean_over_seeds(values)
+        why = [
+            f"in world {row['world']} there is none" for row in found if (row["row"], row["mode"]) == ("proxy", mode)
+        ]
+        place = {"world": "all", "mode": mode, "row": "proxy", "reference": reference}
+        found.append({**place, **mean, **_undefined(mean, why)})
+    return found
+
+
+def _exact_match(cell: Result, row: str) -> float | None:
+    value: float | None = cell["rows"].get(row, {}).get("exact_match")
+    return value
+
+
+def _no_gap(name: str, proxy: float | None, large: float | None, reference: float | None) -> str:
     """Why there is no share of a gap to be closed."""
     if proxy is None or large is None or reference is None:
         return "a model has no exact match"
-    return f"{LARGE} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
+    return f"{name} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
 
 
 def _undefined(mean: Mapping[str, Any], why: Sequence[str]) -> dict[str, Any]:
@@ -134,109 +197,81 @@ def _undefined(mean: Mapping[str, Any], why: Sequence[str]) -> dict[str, Any]:
 def _learning_rates(plan: Plan, settled: Mapping[str, Result | None]) -> list[dict[str, Any]]:
     found = []
     for world in plan.worlds:
-        for kind in plan.kinds:
-            if kind == FEDPT:
+        for kind in plan.kinds_of(world):
+            candidates = plan.candidates(world, kind)
+            if not KINDS[kind].judged or candidates[0].learning_rate is None:
                 continue
-            chosen = {cell.name for cell in plan.chosen(world, kind, settled)}
-            for cell in plan.candidates(world, kind):
-                row = (settled.get(cell.name) or {}).get("validation_rows", {}).get(kind, {})
+            chosen, is_known = plan.rate(world, kind, settled)
+            for cell in candidates:
+                row = (settled.get(cell.name) or {}).get("validation_rows", {}).get(KINDS[kind].main_row, {})
                 found.append(
                     {
                         "world": world,
-                        "row": kind,
+                        "row": KINDS[kind].main_row,
                         "seed": cell.seed,
                         "learning_rate": cell.learning_rate,
                         "exact_match": row.get("exact_match"),
                         "loss": row.get("loss"),
-                        "chosen": cell.name in chosen,
+                        "chosen": is_known and cell.learning_rate == chosen,
                     }
                 )
     return found
 
 
-def _mean_costs(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> dict[str, Any]:
-    """Mean costs of some cells; of a direct kind without the tokens of a large model beside the tuned one."""
-    costs = [cell["costs"] for cell in cells]
-    names = {name: label for name, label in _COSTS.items() if all(name in part for part in costs)}
-    if kind == FEDPT:
-        names |= {name: name for name in costs[0] if name.startswith("server_large_tokens")}
-    means = {label: statistics.fmean(part.get(name, 0) for part in costs) for name, label in names.items()}
-    row = "proxy" if kind == FEDPT else kind
-    return {
-        "world": world,
-        "mode": mode,
-        "row": row,
-        **means,
-        "cell_seconds": statistics.fmean(cell["seconds"] for cell in cells),
-    }
+def _calibration(groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
+    """Calibration of each row on the validation items: the error over the seeds, and the bins of all seeds together."""
+    found = []
+    for (world, _, mode), cells in groups.items():
+        for name in dict.fromkeys(name for cell in cells for name in cell.get("calibration", {})):
+            parts = [cell["calibration"][name] for cell in cells if name in cell.get("calibration", {})]
+            bins = [
+                [sum(column) for column in zip(*same, strict=True)]
+                for same in zip(*(part["bins"] for part in parts), strict=True)
+            ]
+            error = mean_over_seeds([part["ece"] for part in parts])
+            found.append({"world": world, "mode": mode, "row": name, "ece": error, "bins": bins})
+    return found
 
 
-def _mean(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return {"mean": None, "ci95": None, "values": list(values)}
-    interval = t_interval(known)
-    return {
-        "mean": statistics.fmean(known),
-        "ci95": None if interval is None else list(interval),
-        "values": list(values),
-    }
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of a mean by Student's t: how far another draw of seeds could move it.
-
-    It may reach beyond what a share can be. Other test items are not in it; the intervals in each cell are of those.
-
-    Args:
-        values: One for each seed.
-
-    Returns:
-        Both ends, or None for a single value.
-    """
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t distribution, found by halving an interval that holds it.
-
-    SciPy has this function, but is no dependency of the project.
-
-    Args:
-        freedom: Degrees of freedom, at least 1.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        low, high = (angle, high) if _central_t(angle, freedom) < 0.95 else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _central_t(angle: float, freedom: int) -> float:
-    """Probability that ``|t| < sqrt(freedom) * tan(angle)`` (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
-    is_odd = freedom % 2
-    total = 0.0
-    term = math.cos(angle) if is_odd else 1.0
-    for power in range(3 if is_odd else 2, freedom + 1, 2):
-        total += term
-        term *= (power - 1) / power * math.cos(angle) ** 2
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if is_odd else total
+def _ablations(plan: Plan, settled: Mapping[str, Result | None]) -> list[dict[str, Any]]:
+    """The rows of every value of every ablation, and what a device spends there."""
+    found = []
+    for ablation, (world, kind, value), planned in plan.ablated(settled):
+        cells = [result for cell in planned if (result := settled.get(cell.name))]
+        if not cells:
+            continue
+        scores = [
+            {"row": row["row"], **{key: row[key] for key in ("n_seeds", "seeds", "exact_match", "loss")}}
+            for row in _rows(world, kind, planned[0].mode, cells)
+        ]
+        spent = mean_costs(world, kind, planned[0].mode, cells)
+        found.append(
+            {
+                "world": world,
+                "kind": kind,
+                "key": ablation.key,
+                "value": value,
+                "with": {key: part for key, part in ablation.changes(value).items() if key != ablation.key},
+                "is_base": not planned[0].changes,
+                "rows": scores,
+                "costs": {key: part for key, part in spent.items() if isinstance(part, float)},
+            }
+        )
+    return found
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
 _COLUMNS = {
+    "trained_parameters": ("trained", 1.0),
     "bytes_up_per_device_and_round": ("MB up", 1e-6),
     "bytes_down_per_device_and_round": ("MB down", 1e-6),
     "device_seconds_per_round": ("seconds", 1.0),
     "device_flops_per_round": ("GFLOP", 1e-9),
     "device_state_bytes": ("MB of state", 1e-6),
+    "device_memory_growth_bytes": ("MB grown", 1e-6),
+    "server_large_tokens_needed": ("large tokens", 1.0),
 }
 """Costs that are shown: heading, and what a number is multiplied by."""
 
@@ -247,45 +282,129 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     Args:
         summary: What :func:`summarise` returned, or more.
     """
-    scores = [["world", "mode", "row", "seeds", "exact match %", "loss"]]
-    scores += [
-        [
-            *_place(row),
-            row["row"],
-            str(row["n_seeds"]),
-            _with_interval(row["exact_match"], 100),
-            _with_interval(row["loss"]),
-        ]
-        for row in summary["rows"]
-    ]
-    gaps = [["world", "mode", "gap closed %"]]
-    gaps += [[*_place(row), _with_interval(row, 100)] for row in summary["gap_closed"]]
-    rates = [["world", "row", "learning rate", "exact match %", "loss", ""]]
-    rates += [
-        [
-            row["world"],
-            row["row"],
-            f"{row['learning_rate']:g}",
-            _number(row["exact_match"], 100),
-            _number(row["loss"]),
-            "chosen" if row["chosen"] else "",
-        ]
-        for row in summary["learning_rates"]
-    ]
-    costs = [["world", "mode", "row", *(title for title, _ in _COLUMNS.values())]]
-    costs += [
-        [*_place(row), row["row"], *(_number(row.get(name), unit) for name, (_, unit) in _COLUMNS.items())]
-        for row in summary["costs"]
-    ]
     tables = {
-        "Test items, mean over the seeds [95 % interval over the seeds]": scores,
-        "Share of the gap from large to large_federated that the proxy closes, by exact match": gaps,
-        "Learning rates, by validation items with the first seed": rates,
-        "Costs of a device in a round": costs,
+        "Test items, mean over the seeds [95 % interval over the seeds]": _scores_table(summary),
+        "The proxy against others, item by item [95 % interval over the items]": _differences_table(summary),
+        "Share of the gap from large that the proxy closes, by exact match [over the seeds] (over the items)": (
+            _gaps_table(summary)
+        ),
+        "Learning rates, by validation items with the first seed": _rates_table(summary),
+        "Costs of a device in a round": _costs_table(summary),
+        "The proxy's costs in per cent of the large model's": _ratios_table(summary),
+        "Ablations: exact match on the test items, %": _ablations_table(summary),
     }
     parts = [f"{title}\n\n{render_table(table)}" for title, table in tables.items() if len(table) > 1]
     whys = [f"Gap closed, {', '.join(_place(row))}: {row['why']}" for row in summary["gap_closed"] if "why" in row]
     return "\n\n".join([*parts, *whys])
+
+
+def _scores_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    head = ["world", "mode", "row", "seeds", "exact match %", "invalid %", "loss"]
+    return [
+        head,
+        *(
+            [
+                *_place(row),
+                row["row"],
+                str(row["n_seeds"]),
+                _with_interval(row["exact_match"], 100),
+                _number(row.get("invalid_rate", {}).get("mean"), 100),
+                _with_interval(row["loss"]),
+            ]
+            for row in summary["rows"]
+        ),
+    ]
+
+
+def _differences_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    head = ["world", "mode", "against", "measure", "difference", "p (Holm)"]
+    return [
+        head,
+        *(
+            [
+                *_place(row),
+                row["against"],
+                row["measure"],
+                _with_interval({"mean": row["value"], "ci95": row["ci95"]}, 100 if row["measure"] != "loss" else 1),
+                f"{row['p_holm']:.2g}",
+            ]
+            for row in summary["differences"]
+        ),
+    ]
+
+
+def _gaps_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    head = ["world", "mode", "row", "to", "gap closed %"]
+    return [
+        head,
+        *(
+            [
+                *_place(row),
+                row["row"],
+                row["reference"],
+                _with_interval(row, 100)
+                + (f" ({', '.join(_number(end, 100) for end in row['ci95_items'])})" if row.get("ci95_items") else ""),
+            ]
+            for row in summary["gap_closed"]
+        ),
+    ]
+
+
+def _rates_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        ["world", "row", "learning rate", "exact match %", "loss", ""],
+        *(
+            [
+                row["world"],
+                row["row"],
+                f"{row['learning_rate']:g}",
+                _number(row["exact_match"], 100),
+                _number(row["loss"]),
+                "chosen" if row["chosen"] else "",
+            ]
+            for row in summary["learning_rates"]
+        ),
+    ]
+
+
+def _costs_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    columns = {name: column for name, column in _COLUMNS.items() if any(name in row for row in summary["costs"])}
+    return [
+        ["world", "mode", "row", *(title for title, _ in columns.values())],
+        *(
+            [*_place(row), row["row"], *(_number(row.get(name), unit) for name, (_, unit) in columns.items())]
+            for row in summary["costs"]
+        ),
+    ]
+
+
+def _ratios_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    names = [name for name in _COLUMNS if any(name in row for row in summary["cost_ratios"])]
+    return [
+        ["world", "mode", "against", *(name.removesuffix("_per_device_and_round") for name in names)],
+        *(
+            [*_place(row), row["against"], *(_number(row.get(name), 100) for name in names)]
+            for row in summary["cost_ratios"]
+        ),
+    ]
+
+
+def _ablations_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        ["world", "varied", "value", "row", "seeds", "exact match %"],
+        *(
+            [
+                part["world"],
+                part["key"],
+                f"{part['value']}{' (as it is)' if part['is_base'] else ''}",
+                row["row"],
+                str(row["n_seeds"]),
+                _with_interval(row["exact_match"], 100),
+            ]
+            for part in summary["ablations"]
+            for row in part["rows"]
+        ),
+    ]
 
 
 def _place(row: Mapping[str, Any]) -> list[str]:
@@ -298,4 +417,6 @@ def _with_interval(mean: Mapping[str, Any], unit: float = 1.0) -> str:
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:
-    return "-" if value is None else f"{unit * value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if unit == 1.0 and value >= 1e4 else f"{unit * value:.4g}"

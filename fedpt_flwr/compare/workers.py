@@ -8,16 +8,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fedpt_flwr.compare.cell import App, load_app, made, run_cell
-from fedpt_flwr.compare.plan import Cell
-from fedpt_flwr.config import Scalar
+from fedpt_flwr.compare.cell import App, Task, load_app, made, run_cell
 from fedpt_flwr.errors import FedPTError
 
 
@@ -28,13 +26,11 @@ class WorkerSettings:
     Attributes:
         folder: Of the comparison.
         app: Folder of the Flower app.
-        num_devices: Devices.
         keep_runs: Whether run folders are kept.
     """
 
     folder: Path
     app: Path
-    num_devices: int
     keep_runs: bool
 
 
@@ -50,10 +46,10 @@ class Worker:
             self._process.start()
         theirs.close()  # so that the end of the process is the end of the connection
 
-    def begin(self, cell: Cell, run_config: Mapping[str, Scalar]) -> None:
+    def begin(self, task: Task) -> None:
         """Start to run a cell; ``connection`` can be read when it has ended."""
         with suppress(OSError):  # where the process is gone, outcome() says so
-            self.connection.send((cell, run_config))
+            self.connection.send(task)
 
     def outcome(self) -> tuple[str, bool]:
         """What went wrong, or an empty text, and whether the process is still there."""
@@ -96,14 +92,14 @@ def _work(connection: Connection, told: WorkerSettings) -> None:
     app: App | None = None
     while True:
         try:
-            cell, run_config = connection.recv()
+            task = connection.recv()
         except EOFError:
             return
         said = ""
         try:
-            _write_output_to(made(told.folder / "logs") / f"{cell.name}.log")
+            _write_output_to(made(told.folder / "logs") / f"{task.cell.name}.log")
             app = app or load_app(told.app)
-            run_cell(cell, run_config, app, num_devices=told.num_devices, folder=told.folder, keep_run=told.keep_runs)
+            run_cell(task, app, folder=told.folder, keep_run=told.keep_runs)
         except Exception as error:
             traceback.print_exc()
             said = str(error) if isinstance(error, FedPTError) else f"{type(error).__name__}: {error}"

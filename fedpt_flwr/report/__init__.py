@@ -1,5 +1,7 @@
 """A run, or a comparison of runs, on one page: ``report.html``, and its plots as PNG files.
 
+Of a comparison all tables are written too, as CSV and LaTeX under ``tables/``.
+
 The page needs nothing but itself: plots are SVG inside it, it has no script, and it forbids the browser to load
 anything. All texts of a run (prompts, answers, config values, names of groups) are untrusted and are escaped.
 
@@ -13,6 +15,7 @@ models, data sources or Flower.
     page         what a page is made of, and its HTML
     run          the sections of a run
     comparison   the sections of a comparison
+    tables       tables as CSV and LaTeX
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from fedpt_flwr.errors import RunError
 from fedpt_flwr.report.comparison import SUMMARY, comparison_page
 from fedpt_flwr.report.page import render
 from fedpt_flwr.report.run import run_page
+from fedpt_flwr.report.tables import as_csv, as_latex, tables_of
 from fedpt_flwr.runs import find_run, write_file
 
-PAGE, GRID = "report.html", "grid.json"
+PAGE, GRID, TABLES = "report.html", "grid.json", "tables"
 
 
 def find_folder(name: str) -> Path:
@@ -61,12 +65,16 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
             place=str(folder),
             remedy=f"the command that began it writes it: `fedpt compare … --out {folder}` goes on",
         )
-    page = comparison_page(folder) if (folder / SUMMARY).is_file() else run_page(folder)
+    is_comparison = (folder / SUMMARY).is_file()
+    page = comparison_page(folder) if is_comparison else run_page(folder)
     html = render(page).encode("utf-8", "replace")  # JSON may hold half a surrogate pair
     out = out or folder
     try:
         for plot in page.plots():
             write_file(out / f"{plot.name}.png", plot.png())
+        for name, table in tables_of(page) if is_comparison else ():
+            write_file(out / TABLES / f"{name}.csv", as_csv(table).encode("utf-8", "replace"))
+            write_file(out / TABLES / f"{name}.tex", as_latex(table).encode("utf-8", "replace"))
         write_file(out / PAGE, html)
     except RunError as error:
         error.remedy = "free some space, or give a folder that can be written with --out"

@@ -1,4 +1,4 @@
-"""The sections of a comparison: rows of several worlds, modes and seeds."""
+"""The sections of a comparison: rows of several worlds, modes and seeds, and what they cost."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.report.page import (
     LONG_TABLE,
+    Answer,
     Block,
     Cell,
     Code,
+    Example,
+    Examples,
     Page,
     Plots,
     Prose,
@@ -24,21 +27,35 @@ from fedpt_flwr.report.page import (
     absent,
     estimate,
 )
-from fedpt_flwr.report.plots import MEASURES, Point, plot_points, scaled
+from fedpt_flwr.report.plots import (
+    MEASURES,
+    MOST_GROUPS,
+    Curve,
+    Plot,
+    Point,
+    Spot,
+    plot_curves,
+    plot_points,
+    plot_spots,
+    scaled,
+)
 from fedpt_flwr.report.reading import (
     Reader,
     as_interval,
     as_mapping,
     as_mappings,
     as_number,
+    as_numbers,
     as_text,
     as_whole,
 )
 from fedpt_flwr.report.run import ROWS as ROWS_OF_A_RUN
+from fedpt_flwr.report.run import Run, shards_section
 from fedpt_flwr.report.wording import GIGA, MEGA, count_of, in_unit, nats, percent, short
 from fedpt_flwr.runs import read_json
 
 SUMMARY = "summary.json"
+_MOST_EXAMPLES = 8
 
 ROWS = ROWS_OF_A_RUN | {
     "large_federated": "the large model itself, tuned by the devices",
@@ -91,8 +108,9 @@ def comparison_page(folder: Path) -> Page:
     cells = [reader.mapping(f"cells/{path.name}") for path in sorted((folder / "cells").glob("*.json"))]
     rows = as_mappings(summary.get("rows"))
     worlds = list(dict.fromkeys(as_text(row.get("world")) for row in rows))
+    meanings = ROWS | {name: as_text(meaning) for name, meaning in as_mapping(summary.get("meanings")).items()}
     sections = [
-        _world(number, world, [row for row in rows if as_text(row.get("world")) == world])
+        _world(number, world, [row for row in rows if as_text(row.get("world")) == world], meanings)
         for number, world in enumerate(worlds, 1)
     ]
     if not sections:
@@ -113,20 +131,39 @@ def comparison_page(folder: Path) -> Page:
         notes=[
             *missing,
             *(f"The cell {name} failed: {as_text(error)}" for name, error in errors.items()),
+            *(note for note in summary.get("notes") or [] if isinstance(note, str)),
             *reader.notes,
         ],
         sections=[
             *sections,
+            _differences(as_mappings(summary.get("differences"))),
             _gap_closed(as_mappings(summary.get("gap_closed"))),
-            _compared_costs(as_mappings(summary.get("costs"))),
+            _compared_costs(summary, worlds),
+            _courses(as_mappings(summary.get("curves")), worlds),
+            _views(summary),
+            _ablations(as_mappings(summary.get("ablations"))),
+            _calibration(as_mappings(summary.get("calibration")), worlds),
+            _heterogeneity(cells),
+            _examples(cells),
             _learning_rates(as_mappings(summary.get("learning_rates"))),
+            _config(as_mapping(reader.mapping("grid.json").get("worlds"))),
             _cells(cells, as_text(summary.get("command"))),
         ],
     )
 
 
-def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]]) -> Section:
-    slug = re.sub(r"[^a-z0-9]+", "-", world.lower()).strip("-")[:30] or "world"
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:30] or "x"
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row with its mode, if it has one."""
+    mode = as_text(row.get("mode"))
+    return as_text(row.get("row")) + (f" ({mode})" if mode else "")
+
+
+def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings: Mapping[str, str]) -> Section:
+    slug = _slug(world) if _slug(world) != "x" else "world"
     plots = [
         plot_points(
             f"plot-{number}-{slug}-{measure.replace('_', '-')}",
@@ -143,12 +180,21 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]]) -> Sectio
     exact = [Estimated.of(row.get("exact_match")) for row in rows]
     losses = [Estimated.of(row.get("loss")) for row in rows]
     seeds = [as_text(row.get("n_seeds")) or "-" for row in rows]
+    invalid = [as_number(as_mapping(row.get("invalid_rate")).get("mean")) for row in rows]
+    has_invalid = any(share is not None for share in invalid)
     means = Table(
-        caption="Means over the seeds; 95 % intervals over the seeds in brackets, where there are enough of them",
-        head=["row", "mode", "seeds", "exact match %", "loss"],
+        caption="Means over the seeds; 95 % intervals over the seeds in brackets, where there are enough of them"
+        + (". Answers from which nothing could be extracted are invalid, and wrong." if has_invalid else ""),
+        head=["row", "mode", "seeds", "exact match %", "loss", *(["invalid %"] if has_invalid else [])],
         rows=[
-            [*name, of, share.cell(percent), loss.cell(nats)]
-            for name, of, share, loss in zip(names, seeds, exact, losses, strict=True)
+            [
+                *name,
+                of,
+                share.cell(percent),
+                loss.cell(nats),
+                *(["-" if wrong is None else percent(wrong)] if has_invalid else []),
+            ]
+            for name, of, share, loss, wrong in zip(names, seeds, exact, losses, invalid, strict=True)
         ],
         texts=2,
     )
@@ -162,7 +208,7 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]]) -> Sectio
         texts=4,
         folded=True,
     )
-    known = {name: ROWS[name] for name, _ in names if name in ROWS}
+    known = {name: meanings[name] for name, _ in names if name in meanings}
     blocks: list[Block] = [Plots(plots=plots)] if plots else [absent("Neither exact match nor loss was written.")]
     blocks += [means, values, *([Terms(terms=known)] if known else [])]
     return Section(id=f"world-{number}", title=_world_title(world), blocks=blocks)
@@ -203,32 +249,106 @@ def _gap_closed(rows: Sequence[Mapping[str, Any]]) -> Section:
         title=title,
         blocks=[
             Table(
-                caption="How much of the way from large to large_federated the proxy goes, by exact match on the test "
-                "items; 95 % intervals over the seeds in brackets. Of the world all, each value is a world's mean.",
-                head=["world", "mode", "gap closed %", "by seed"],
+                caption="How much of the way from large to the large model tuned by the devices a row goes, by exact "
+                "match on the test items; 95 % intervals over the seeds in brackets. Of the world all, each value is a "
+                "world's mean.",
+                head=["world", "mode", "row", "to", "gap closed %", "over the items", "by seed"],
                 rows=[
                     [
                         as_text(row.get("world")),
                         as_text(row.get("mode")) or "-",
+                        as_text(row.get("row")) or "proxy",
+                        as_text(row.get("reference")) or "large_federated",
                         Estimated.of(row).cell(percent),
+                        _ends(as_interval(row.get("ci95_items")), percent),
                         Estimated.of(row).by_seed(percent),
                     ]
                     for row in rows
                 ],
-                texts=2,
+                texts=4,
             ),
             *whys,
         ],
     )
 
 
-def _compared_costs(rows: Sequence[Mapping[str, Any]]) -> Section:
-    title = "Costs"
+def _ends(interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
+    return "-" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
+    title = "The proxy against others, item by item"
+    if not rows:
+        return Section(id="differences", title=title, blocks=[absent("Not computed in this comparison.")])
+    lines = []
+    for row in rows:
+        write = percent if row.get("measure") == "exact_match" else nats
+        value, p_value = as_number(row.get("value")), as_number(row.get("p_holm"))
+        lines.append(
+            [
+                as_text(row.get("world")),
+                as_text(row.get("mode")) or "-",
+                as_text(row.get("against")),
+                as_text(row.get("measure")).replace("_", " "),
+                estimate(value, as_interval(row.get("ci95")), write),
+                Estimated.of(row.get("by_seed")).cell(write),
+                "-" if p_value is None else f"{p_value:.2g}",
+            ]
+        )
+    table = Table(
+        caption="Proxy minus the other, exact match in points and loss in nats per answer token. First by the paired "
+        "bootstrap over the test items, what all seeds made of an item drawn together; then the mean over the seeds "
+        "with its interval over the seeds. The p value is raised by Holm's procedure for all lines with this measure.",
+        head=["world", "mode", "against", "measure", "difference, items", "difference, seeds", "p"],
+        rows=lines,
+        texts=4,
+    )
+    return Section(id="differences", title=title, blocks=[table])
+
+
+_PLOTTED_COSTS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
+    ("bytes", "MB up and down per round", ("bytes_up_per_device_and_round", "bytes_down_per_device_and_round"), MEGA),
+    ("memory", "MB of weights, gradients, optimizer", ("device_state_bytes",), MEGA),
+    ("flops", "GFLOP per round", ("device_flops_per_round",), GIGA),
+)
+"""Costs that quality is plotted against: name, axis, what is added up, and its unit."""
+
+
+def _cost_plots(summary: Mapping[str, Any], number: int, world: str) -> Iterator[Plot]:
+    """Exact match of everything that is tuned against what it costs a device."""
+    costs = {
+        (as_text(row.get("kind")), as_text(row.get("mode"))): row
+        for row in as_mappings(summary.get("costs"))
+        if as_text(row.get("world")) == world
+    }
+    for name, label, keys, unit in _PLOTTED_COSTS:
+        spots = list[Spot]()
+        for row in as_mappings(summary.get("rows")):
+            spent = costs.get((as_text(row.get("kind")), as_text(row.get("mode"))), {})
+            values = [value for key in keys if (value := as_number(spent.get(key)))]
+            quality = Estimated.of(row.get("exact_match")).mean
+            is_part = as_text(row.get("row")).endswith("_covered")
+            if as_text(row.get("world")) == world and len(values) == len(keys) and quality is not None and not is_part:
+                colour = f"series-{len(spots) % (2 * MOST_GROUPS)}"
+                spots.append(Spot(_named(row), colour, sum(values) / unit, 100 * quality))
+        if spots:
+            title = f"Exact match against {name}, {world}"
+            yield plot_spots(
+                f"plot-{number}-{_slug(world)}-by-{name}",
+                title,
+                spots,
+                unit="% of the test items",
+                x_label=f"{label}, each device",
+            )
+
+
+def _compared_costs(summary: Mapping[str, Any], worlds: Sequence[str]) -> Section:
+    title, rows = "Costs", as_mappings(summary.get("costs"))
     names = ("world", "mode", "row")
     columns = [
         key
         for key in dict.fromkeys(itertools.chain.from_iterable(rows))
-        if key not in names and any(as_number(row.get(key)) is not None for row in rows)
+        if key not in (*names, "kind") and any(as_number(row.get(key)) is not None for row in rows)
     ]
     if not columns:
         return Section(id="costs", title=title, blocks=[absent("Not written in this comparison.")])
@@ -249,7 +369,235 @@ def _compared_costs(rows: Sequence[Mapping[str, Any]]) -> Section:
         texts=3,
         folded=len(rows) > LONG_TABLE,
     )
-    return Section(id="costs", title=title, blocks=[table])
+    blocks: list[Block] = [table]
+    plots = [plot for number, world in enumerate(worlds, 1) for plot in _cost_plots(summary, number, world)]
+    if plots:
+        blocks.append(Plots(plots=plots))
+    shares = as_mappings(summary.get("cost_ratios"))
+    keys = [
+        key for key in dict.fromkeys(itertools.chain.from_iterable(shares)) if key not in ("world", "mode", "against")
+    ]
+    if keys:
+        lines = [
+            [
+                *(as_text(row.get(name)) or "-" for name in ("world", "mode", "against")),
+                *("-" if (value := as_number(row.get(key))) is None else percent(value) for key in keys),
+            ]
+            for row in shares
+        ]
+        head = ["world", "mode", "against", *(key.replace("_", " ") for key in keys)]
+        caption = "What the proxy costs a device, in per cent of the large model tuned by the devices"
+        blocks.append(Table(caption=caption, head=head, rows=lines, texts=3))
+    return Section(id="costs", title=title, blocks=blocks)
+
+
+def _courses(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Section:
+    title, plots = "Round by round", []
+    for number, world in enumerate(worlds, 1):
+        curves = list[Curve]()
+        for row in rows:
+            points = [
+                (at, 100 * value)
+                for point in as_mappings(row.get("points"))
+                if (at := as_number(point.get("round"))) and (value := as_number(point.get("exact_match"))) is not None
+            ]
+            if as_text(row.get("world")) == world and points:
+                x, y = zip(*points, strict=True)
+                curves.append(Curve(_named(row), f"series-{len(curves) % (2 * MOST_GROUPS)}", x, y))
+        if curves:
+            name, title_of = f"plot-{number}-{_slug(world)}-rounds", f"Exact match by round, {world}"
+            caption = "Means over the seeds, on the validation items that score rounds."
+            plots.append(
+                plot_curves(name, title_of, curves, unit="% of the items", write=short, share=True, caption=caption)
+            )
+    sentence = "No scores of rounds were written in this comparison."
+    return Section(id="rounds", title=title, blocks=[Plots(plots=plots)] if plots else [absent(sentence)])
+
+
+def _views(summary: Mapping[str, Any]) -> Section:
+    blocks: list[Block] = []
+    budgets = as_mappings(summary.get("quality_under_budget"))
+    for place in dict.fromkeys((as_text(row.get("world")), as_text(row.get("cost"))) for row in budgets):
+        world, cost = place
+        same = [row for row in budgets if (as_text(row.get("world")), as_text(row.get("cost"))) == place]
+        unit, name = (MEGA, "MB") if cost == "bytes" else (GIGA, "GFLOP")
+        heads = [short(value / unit) for value in as_numbers(same[0].get("budgets"))]
+        lines = []
+        for row in same:
+            values = row.get("exact_match")
+            shown = [as_number(value) for value in values] if isinstance(values, list) else []
+            lines.append([_named(row), *("-" if value is None else percent(value) for value in shown)])
+        blocks.append(
+            Table(
+                caption=f"Quality under a budget, {world}: the best exact match % on validation items that a row has "
+                f"reached when each device has spent so many {name}",
+                head=["row", *heads],
+                rows=[line for line in lines if len(line) == len(heads) + 1],
+                folded=len(lines) > LONG_TABLE,
+            )
+        )
+    targets = [row for row in as_mappings(summary.get("cost_to_target")) if as_number(row.get("share")) is not None]
+    if targets:
+        blocks.append(_targets(targets))
+    spread = as_mappings(summary.get("robustness"))
+    if spread:
+        keys = ("worst_seed", "best_seed", "worst_device", "best_device")
+        rows = [
+            [
+                as_text(row.get("world")),
+                _named(row),
+                *("-" if (value := as_number(row.get(key))) is None else percent(value) for key in keys),
+            ]
+            for row in spread
+        ]
+        caption = (
+            "Robustness: the worst and the best seed and, of those tuned alone, device; exact match % on test items"
+        )
+        heads = ["world", "row", *(key.replace("_", " ") for key in keys)]
+        blocks.append(Table(caption=caption, head=heads, rows=rows, texts=2, folded=len(rows) > LONG_TABLE))
+    sentence = "Not computed in this comparison."
+    return Section(id="views", title="Quality beside cost", blocks=blocks or [absent(sentence)])
+
+
+def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
+    def cell(row: Mapping[str, Any], key: str, unit: float) -> str:
+        value = as_number(row.get(key))
+        return "-" if value is None else short(value / unit)
+
+    return Table(
+        caption="Cost to reach a target: what each device has spent when a row first closes so much of the gap from "
+        "large to large_federated, on validation items; - where not every seed gets there",
+        head=["world", "row", "gap closed %", "seeds there", "rounds", "MB", "GFLOP", "seconds"],
+        rows=[
+            [
+                as_text(row.get("world")),
+                _named(row),
+                f"{100 * (as_number(row.get('share')) or 0):.0f}",
+                f"{as_text(row.get('seeds_reached'))} of {as_text(row.get('seeds'))}",
+                *(
+                    cell(row, key, unit)
+                    for key, unit in (("round", 1.0), ("bytes", MEGA), ("flops", GIGA), ("seconds", 1.0))
+                ),
+            ]
+            for row in rows
+        ],
+        texts=2,
+        folded=len(rows) > LONG_TABLE,
+    )
+
+
+def _ablations(rows: Sequence[Mapping[str, Any]]) -> Section:
+    title = "Ablations"
+    lines = []
+    for part in rows:
+        fixed = ", ".join(f"{key} = {as_text(value)}" for key, value in as_mapping(part.get("with")).items())
+        value = as_text(part.get("value")) + (" (as it is)" if part.get("is_base") is True else "")
+        for row in as_mappings(part.get("rows")):
+            place = [as_text(part.get("world")), as_text(part.get("key")), value, fixed or "-", as_text(row.get("row"))]
+            exact, loss = Estimated.of(row.get("exact_match")), Estimated.of(row.get("loss"))
+            lines.append([*place, as_text(row.get("n_seeds")), exact.cell(percent), loss.cell(nats)])
+    if not lines:
+        return Section(id="ablations", title=title, blocks=[absent("None: no key was varied (--ablate).")])
+    table = Table(
+        caption="One key varied, all else as it is; test items, 95 % intervals over the seeds",
+        head=["world", "varied", "value", "with", "row", "seeds", "exact match %", "loss"],
+        rows=lines,
+        texts=5,
+    )
+    return Section(id="ablations", title=title, blocks=[table])
+
+
+def _calibration(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Section:
+    title, plots = "Calibration", []
+    if not rows:
+        return Section(id="calibration", title=title, blocks=[absent("Not measured in this comparison.")])
+    for number, world in enumerate(worlds, 1):
+        curves = list[Curve]()
+        for row in (row for row in rows if as_text(row.get("world")) == world):
+            bins = row.get("bins") if isinstance(row.get("bins"), list) else []
+            full = [part for part in map(as_numbers, bins or []) if len(part) == 3 and part[0] > 0]
+            if full:
+                x, y = zip(*((100 * total / count, 100 * right / count) for count, total, right in full), strict=True)
+                curves.append(Curve(_named(row), f"series-{len(curves) % (2 * MOST_GROUPS)}", x, y))
+        if curves:
+            plots.append(
+                plot_curves(
+                    f"plot-{number}-{_slug(world)}-calibration",
+                    f"Right answers by probability, {world}",
+                    curves,
+                    unit="% right",
+                    x_label="probability of the answer, %",
+                    write=short,
+                    share=True,
+                    caption="Where a model is well calibrated, both are equal.",
+                )
+            )
+    table = Table(
+        caption="Expected calibration error in points, on the validation items: how far the probability that a model "
+        "gives to the answer it writes is from the share of those answers that are right, in ten bins",
+        head=["world", "row", "calibration error"],
+        rows=[[as_text(row.get("world")), _named(row), Estimated.of(row.get("ece")).cell(percent)] for row in rows],
+        texts=2,
+    )
+    return Section(id="calibration", title=title, blocks=[*([Plots(plots=plots)] if plots else []), table])
+
+
+def _plain_cells(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The cells of no ablation, with the first seed that each kind has."""
+    first: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    for cell in cells:
+        place = tuple(as_text(cell.get(key)) for key in ("world", "kind", "mode"))
+        if not as_mapping(cell.get("changes")) and (
+            place not in first or (as_number(cell.get("seed")) or 0) < (as_number(first[place].get("seed")) or 0)
+        ):
+            first[place] = cell
+    return list(first.values())
+
+
+def _heterogeneity(cells: Sequence[Mapping[str, Any]]) -> Section:
+    for cell in _plain_cells(cells):
+        if cell.get("kind") == "fedpt" and as_mappings(cell.get("shards")):
+            return shards_section(Run(name="", shards=as_mappings(cell.get("shards"))))
+    sentence = "Not known: no federation has written how its examples are spread over the devices."
+    return Section(id="shards", title="Who holds what", blocks=[absent(sentence)])
+
+
+def _examples(cells: Sequence[Mapping[str, Any]]) -> Section:
+    """What every row made of some items."""
+    found: dict[tuple[str, str], dict[str, Answer]] = {}
+    for cell in _plain_cells(cells):
+        mode = as_text(cell.get("mode"))
+        for record in as_mappings(cell.get("examples")):
+            answers = found.setdefault((as_text(record.get("prompt")), as_text(record.get("reference"))), {})
+            for name, seen in as_mapping(record.get("answers")).items():
+                label = name + (f" ({mode})" if mode else "")
+                right = as_whole(as_mapping(seen).get("exact_match"))
+                text = as_text(as_mapping(seen).get("answer"))
+                answers.setdefault(label, Answer(model=label, text=text, right=None if right is None else bool(right)))
+    if not found:
+        sentence = "None: no cell has written any."
+        return Section(id="examples", title="Example answers", blocks=[absent(sentence)])
+    items = [
+        Example(prompt=prompt, reference=reference, answers=list(answers.values()))
+        for (prompt, reference), answers in list(found.items())[:_MOST_EXAMPLES]
+    ]
+    return Section(id="examples", title="Example answers", blocks=[Examples(examples=items)])
+
+
+def _config(worlds: Mapping[str, Any]) -> Section:
+    tables = [
+        Table(
+            caption=f"World {name}: the whole run config, but for what a kind of cell sets itself",
+            head=["key", "value"],
+            rows=[[key, as_text(value)] for key, value in as_mapping(flat).items()],
+            texts=2,
+            folded=True,
+        )
+        for name, flat in worlds.items()
+        if as_mapping(flat)
+    ]
+    sentence = "Not known: grid.json does not hold it."
+    return Section(id="config", title="Config", blocks=tables or [absent(sentence)])
 
 
 def _unit(key: str) -> tuple[str, float]:

@@ -67,6 +67,7 @@ MOST_GROUPS = len(_SERIES)
 _WIDTH = 360.0  # points; as wide as a phone's page, so that letters there have the size they are drawn in
 _LOGARITHMIC_FROM = 20.0  # largest value over smallest
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 14.0  # the height is in points
+_LONGEST_OF_THREE = 22  # characters of a label that has two others beside it
 _LONGEST_LABEL = 26  # characters
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -115,6 +116,16 @@ class Curve:
     x: tuple[float, ...]
     y: tuple[float, ...]
     band: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place in a plot of quality against cost; ``row`` is the model, or the name of a colour."""
+
+    label: str
+    row: str
+    x: float
+    y: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +293,9 @@ def draw_curves(
         chosen_label: What these are.
         share: Whether the axis is 0 to 100.
     """
-    num_labels = len(curves) + bool(chosen)
-    figure, axes = _new_figure(title, height=214 + (_LEGEND_ROW * _legend_rows(num_labels) if num_labels > 1 else 0))
+    labels = [_label(curve.label) for curve in curves] + [chosen_label] * bool(chosen)
+    rows = _legend_rows(len(labels), _legend_columns(labels)) if len(labels) > 1 else 0
+    figure, axes = _new_figure(title, height=214 + _LEGEND_ROW * rows)
     values = [value for curve in curves for value in (*curve.y, *itertools.chain.from_iterable(curve.band))]
     if share:
         axes.set_ylim(-4, 104)
@@ -331,6 +343,57 @@ def draw_curves(
     axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
     axes.set_xlabel(x_label, color=LIGHT["muted"])
     axes.set_title(unit, loc="left", fontsize=9, color=LIGHT["muted"], pad=6 + _LEGEND_ROW * legend_rows)
+    return figure
+
+
+def plot_spots(name: str, title: str, spots: Sequence[Spot], *, unit: str, x_label: str, caption: str = "") -> Plot:
+    """See :func:`draw_spots`."""
+    said = "; ".join(f"{spot.label} {short(spot.y)} at {short(spot.x)}" for spot in spots)
+    figure = draw_spots(title, spots, unit=unit, x_label=x_label)
+    return Plot(name=name, figure=figure, alt=f"{title}, {unit} by {x_label}: {said}.", caption=caption)
+
+
+@_drawing()
+def draw_spots(title: str, spots: Sequence[Spot], *, unit: str, x_label: str) -> Figure:
+    """Quality against cost, which is on a logarithmic axis where it varies much.
+
+    Args:
+        title: What is shown.
+        spots: At least one.
+        unit: Of the quality; ``%`` at its beginning fixes the axis to 0 to 100.
+        x_label: The cost and its unit.
+    """
+    columns = _legend_columns([_label(spot.label) for spot in spots])
+    figure, axes = _new_figure(title, height=214 + _LEGEND_ROW * _legend_rows(len(spots), columns))
+    if unit.startswith("%"):
+        axes.set_ylim(-4, 104)
+    costs = [spot.x for spot in spots]
+    if _is_logarithmic(costs):
+        axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
+        _logarithmic_ticks(axes.xaxis)
+        x_label += ", logarithmic"
+    else:
+        axes.set_xlim(0, 1.08 * (max(costs) or 1.0))
+    marks = []
+    for spot in spots:
+        colour, marker, filled = _look(spot.row)
+        marks += axes.plot(
+            spot.x,
+            spot.y,
+            marker=marker,
+            markersize=7.5,
+            linestyle="none",
+            color=colour,
+            markerfacecolor=colour if filled else LIGHT["paper"],
+            markeredgewidth=1.6,
+            label=_label(spot.label),
+        )
+    rows = _legend(axes, marks, [str(mark.get_label()) for mark in marks])
+    axes.grid(color=LIGHT["rule"], linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label, color=LIGHT["muted"])
+    axes.set_title(unit, loc="left", fontsize=9, color=LIGHT["muted"], pad=6 + _LEGEND_ROW * rows)
     return figure
 
 
@@ -411,12 +474,18 @@ def _new_figure(title: str, *, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend_rows(labels: int) -> int:
-    return math.ceil(labels / _LEGEND_COLUMNS)
+def _legend_rows(labels: int, columns: int = _LEGEND_COLUMNS) -> int:
+    return math.ceil(labels / columns)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many as there is room for beside each other."""
+    return _LEGEND_COLUMNS if all(len(label) <= _LONGEST_OF_THREE for label in labels) else _LEGEND_COLUMNS - 1
 
 
 def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> int:
     """Put a legend on top of the axes; the number of its rows."""
+    columns = _legend_columns(labels)
     axes.legend(
         handles,
         labels,
@@ -426,13 +495,13 @@ def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> int:
         borderpad=0.1,
         labelspacing=0.3,
         columnspacing=1.4,
-        ncols=min(len(labels), _LEGEND_COLUMNS),
+        ncols=min(len(labels), columns),
         frameon=False,
         fontsize=9,
         labelcolor=LIGHT["ink"],
         handlelength=1.6,
     )
-    return _legend_rows(len(labels))
+    return _legend_rows(len(labels), columns)
 
 
 def _tick(value: float) -> str:
@@ -454,7 +523,8 @@ def _look(row: str) -> tuple[str, str, bool]:
     """Colour, mark and whether it is filled. Rows that are made of a model, such as ``large_few_shot``, are hollow."""
     family = row.partition("_")[0]
     if row.startswith("series-"):
-        return LIGHT[row], _SERIES_MARKERS[int(row.removeprefix("series-"))], True
+        turn, number = divmod(int(row.removeprefix("series-")), MOST_GROUPS)
+        return LIGHT[f"series-{number}"], _SERIES_MARKERS[number], not turn  # the same again, but hollow
     if family in _MARKERS:
         return LIGHT[family], _MARKERS[family], row == family
     return LIGHT["muted"], "o", True

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,13 @@ class Run:
     """What a run's folder holds; what is not there is empty."""
 
     name: str
-    config: dict[str, Any]
-    shards: list[dict[str, Any]]
-    metrics: list[dict[str, Any]]
-    costs: list[dict[str, Any]]
-    results: dict[str, Any]
-    examples: list[dict[str, Any]]
-    answers: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     def phase(self, name: str) -> dict[int, dict[str, Any]]:
         """The lines of ``metrics.jsonl`` of a phase by round, in order; of several for one round the last."""
@@ -124,7 +124,7 @@ def run_page(folder: Path) -> Page:
             place=str(folder),
             remedy="its log says why; make another with `flwr run . --stream`, or name another run",
         )
-    builders = (_verdict, _results, _rounds, _shift, _device, _costs, _shards, _examples, _config)
+    builders = (_verdict, _results, _rounds, _shift, _device, _costs, shards_section, _examples, _config)
     sections = [build(run) for build in builders]
     return Page(
         kicker="Federated proxy-tuning · run",
@@ -600,7 +600,8 @@ def _server_plots(run: Run, server: Sequence[Mapping[str, Any]]) -> list[Plot]:
     return plots
 
 
-def _shards(run: Run) -> Section:
+def shards_section(run: Run) -> Section:
+    """Who holds how many examples of what."""
     title = "Who holds what"
     shards: list[tuple[str, int, dict[str, float]]] = []
     for shard in run.shards:
