@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
+_ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
 _MAX_REASONS = 5  # shown of what devices say when they all fail
 _MAX_DEVICES = 20  # shown one by one in the log
 _WEIGHT = "num-examples"
@@ -481,16 +483,21 @@ class FedPT(Strategy):
         """
         first = not self.devices
         deadline = time.monotonic() + self.wait_timeout_s
-        asked: set[int] = set()  # in this call: who stays silent is asked again before the next round
+        asked: dict[int, float] = {}  # when, in this call: who stays silent is asked again after a while
         reported = -1
         while True:
             connected = sorted(grid.get_node_ids())
             self._declined = {node: why for node, why in self._declined.items() if node in connected}
-            unknown = [node for node in connected if node not in (*self.devices, *self._declined, *asked)]
+            now = time.monotonic()
+            unknown = [
+                node
+                for node in connected
+                if node not in (*self.devices, *self._declined) and now - asked.get(node, -math.inf) >= _ASK_AGAIN_S
+            ]
             if unknown:
-                asked.update(unknown)
-                left_s = deadline - time.monotonic()
-                self._ask(grid, unknown, max(1.0, left_s if first else min(left_s, _NEWCOMER_TIMEOUT_S)))
+                asked |= dict.fromkeys(unknown, now)
+                longest_s = _ASK_AGAIN_S if first else _NEWCOMER_TIMEOUT_S
+                self._ask(grid, unknown, max(1.0, min(deadline - now, longest_s)))
             present = self._one_node_a_number(connected, refuse=first)
             usable = sum(card.num_examples > 0 for card in present.values())
             wanted, there = self.min_devices, usable

@@ -415,6 +415,21 @@ def test_too_few_devices_end_the_wait_with_their_number():
         run(fedpt(min_devices=3, wait_timeout_s=0.1), LocalGrid(make_device(), 2))
 
 
+def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(monkeypatch):
+    monkeypatch.setattr("fedpt_flwr.strategy._ASK_AGAIN_S", 0.5)
+    asked = []
+
+    def lose_the_first(device, message, reply):
+        if device == 1 and message.metadata.message_type == "query":
+            asked.append(message)
+            return None if len(asked) == 1 else reply
+        return reply
+
+    cards = fedpt(min_devices=2, wait_timeout_s=60.0).meet_devices(LocalGrid(make_device(), 2, tamper=lose_the_first))
+    assert sorted(card.device for card in cards.values()) == [0, 1]
+    assert len(asked) == 2
+
+
 def test_too_few_devices_are_said_with_who_is_gone_silent_declining_or_empty():
     def change(device, message, reply):
         if message.metadata.message_type == "query" and device == 2:
