@@ -21,18 +21,14 @@ from fedpt_flwr.models import resolve_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_MOST_PADDING = 1.05  # of one vocabulary beside another of the same family
 _CAUSES = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architecture:
-    """What the size of a public decoder depends on, in the names of its ``config.json``.
+    """What the size of a public decoder depends on, in the names of its ``config.json``."""
 
-    Attributes:
-        family: Models of one family share a vocabulary, padded to different sizes perhaps.
-    """
-
-    family: str
     model_type: str
     vocab_size: int
     max_position_embeddings: int
@@ -46,17 +42,16 @@ class Architecture:
     def config(self) -> PretrainedConfig:
         """As transformers describes it."""
         settings = dataclasses.asdict(self)
-        del settings["family"]
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "SmolLM2-135M": Architecture("SmolLM2", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
-    "SmolLM2-1.7B": Architecture("SmolLM2", "llama", 49152, 8192, 2048, 8192, 24, 32, 32, True),
-    "Qwen2.5-0.5B": Architecture("Qwen2.5", "qwen2", 151936, 32768, 896, 4864, 24, 14, 2, True),
-    "Qwen2.5-7B": Architecture("Qwen2.5", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
-    "Llama-3.2-1B": Architecture("Llama 3", "llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
-    "Llama-3.1-70B": Architecture("Llama 3", "llama", 128256, 131072, 8192, 28672, 80, 64, 8, False),
+    "SmolLM2-135M": Architecture("llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
+    "SmolLM2-1.7B": Architecture("llama", 49152, 8192, 2048, 8192, 24, 32, 32, True),
+    "Qwen2.5-0.5B": Architecture("qwen2", 151936, 32768, 896, 4864, 24, 14, 2, True),
+    "Qwen2.5-7B": Architecture("qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
+    "Llama-3.2-1B": Architecture("llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
+    "Llama-3.1-70B": Architecture("llama", 128256, 131072, 8192, 28672, 80, 64, 8, False),
 }
 """Public models by the name after the owner's."""
 
@@ -91,17 +86,16 @@ def find_architecture(ref: str) -> PretrainedConfig:
         ) from error
 
 
-def check_families(large: str, small: str) -> None:
-    """Refuse two models that are known to have different vocabularies.
+def check_sizes(large: PretrainedConfig, small: PretrainedConfig) -> None:
+    """Refuse two models that cannot share one vocabulary, as far as its size tells; padding may differ.
 
     Raises:
-        VocabularyMismatch: They are of different families.
+        VocabularyMismatch: Their sizes are too far apart.
     """
-    families = [ARCHITECTURES[name].family for name in map(_known_name, (large, small)) if name is not None]
-    if len(set(families)) > 1:
+    sizes = [int(config.get_text_config().vocab_size) for config in (large, small)]
+    if max(sizes) > _MOST_PADDING * min(sizes):
         raise VocabularyMismatch(
-            "large and small model must share one vocabulary; these are of different families",
-            value=f"{families[0]} and {families[1]}",
+            f"large and small model must share one vocabulary; they have {sizes[0]:,} and {sizes[1]:,} entries",
             place="model.large and model.small",
             remedy="choose two models of one family",
         )
@@ -122,7 +116,7 @@ def _from_file(path: Path) -> PretrainedConfig:
 
 
 def _not_a_config(path: Path, error: Exception) -> ModelError:
-    reason = str(error).strip().split("\n")[0][:200]
+    reason = " ".join(str(error).split())[:200]
     return ModelError(
         f"must be a config that transformers knows, with its model_type ({type(error).__name__}: {reason})",
         place=str(path),

@@ -150,7 +150,7 @@ def shapes_of(config: PretrainedConfig, ref: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         raise _cannot_load("model", ref, error) from error
     return model.requires_grad_(False).eval()
 

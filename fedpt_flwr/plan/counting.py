@@ -19,14 +19,14 @@ from fedpt_flwr.distiller import (
     SHARES,
     WITH_DEVICE_COPY,
 )
-from fedpt_flwr.errors import ConfigError, naming
+from fedpt_flwr.errors import ConfigError, DeviceError, ModelError, naming
 from fedpt_flwr.evaluation import WRITTEN_POINTS
 from fedpt_flwr.memory import BYTES_OF, UNTOLD_BASE_BYTES, MemoryNeed, memory_of, tunable_shape
 from fedpt_flwr.models import WORTH_RESTING_BYTES, output_size, shapes_of
 from fedpt_flwr.plan.texts import PlannedTexts, Texts, length, mean
 from fedpt_flwr.records import array_bytes
 from fedpt_flwr.scoring import tokens_read
-from fedpt_flwr.strategy import FOLDED, num_sampled
+from fedpt_flwr.strategy import FOLDED, num_sampled, sample_devices
 from fedpt_flwr.training import count_flops, count_forward_flops, num_steps
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ class Counting:
     def __init__(self, config: RunConfig, kind: str, texts: PlannedTexts, rates: Rates) -> None:
         self._config, self._kind, self._texts, self._rates = config, kind, texts, rates
         model = config.model
-        with naming("model.small" if kind == FEDPT else "model.large"):
+        self._key = "model.small" if kind == FEDPT else "model.large"
+        with naming(self._key):
             self._tuned = tunable_shape(_shapes(model.small), config.tuning)
         with naming("model.large"):
             self._large = _shapes(model.large) if kind == FEDPT else self._tuned
@@ -209,30 +210,46 @@ class Counting:
     # --- a device ---
 
     def device_tokens(self) -> float:
-        """Tokens that go through the model in a round, mean over the devices."""
-        train = self._config.train
+        """Tokens that go through the model in a round, mean over the rounds and the devices that train in each."""
+        config = self._config
         known: dict[int, float] = {}  # devices whose texts are only assumed share one list
-        for shard in self._texts.shards:
+        for shard in self._texts.shards.values():
             if id(shard) not in known:
-                batches = num_steps(train, len(shard)) * train.accumulation_steps
-                known[id(shard)] = num_drawn(len(shard), train.batch_size, batches) * mean(map(length, shard))
-        return mean(known[id(shard)] for shard in self._texts.shards)
+                batches = num_steps(config.train, len(shard)) * config.train.accumulation_steps
+                known[id(shard)] = num_drawn(len(shard), config.train.batch_size, batches) * mean(map(length, shard))
+        tokens = {device: known[id(shard)] for device, shard in self._texts.shards.items()}
+        sampled = (
+            sample_devices(
+                list(tokens), config.fraction_train, config.min_replies, seed=config.seed, server_round=server_round
+            )
+            for server_round in range(1, config.num_server_rounds + 1)
+        )
+        return mean(tokens[device] for devices in sampled for device in devices)
 
     def device_memory(self) -> MemoryNeed:
         """Of the device with the largest batch."""
         config = self._config
         size = config.train.batch_size
         fedprox_mu = config.train.fedprox_mu or config.strategy.parsed_arguments().get("proximal_mu", 0.0)
-        largest = max(self._texts.shards, key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
-        return memory_of(
-            self._tuned,
-            config.train,
-            largest,
-            dtype=config.model.small_dtype,
-            batch_size=size,
-            with_fedprox=fedprox_mu > 0,
-            ref=config.model.small,
-        )
+        largest = max(self._texts.shards.values(), key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
+        return self._memory_of(config.train, largest, batch_size=size, with_fedprox=fedprox_mu > 0)
+
+    def _memory_of(self, train: TrainConfig, texts: Texts, *, batch_size: int, with_fedprox: bool) -> MemoryNeed:
+        model = self._config.model
+        try:
+            return memory_of(
+                self._tuned,
+                train,
+                texts,
+                dtype=model.small_dtype,
+                batch_size=batch_size,
+                with_fedprox=with_fedprox,
+                ref=model.small,
+            )
+        except DeviceError as error:  # it speaks to devices
+            raise ModelError(
+                error.rule, value=error.value, place=self._key, remedy="measure it in a short run, and see --run"
+            ) from error
 
     # --- the server's memory ---
 
@@ -262,15 +279,8 @@ class Counting:
     def _distilling_bytes(self, device: MemoryNeed) -> int:
         """A student or two with gradients, moments and activations, and what the teacher said."""
         config, lessons = self._config, self._texts.lessons
-        need = memory_of(
-            self._tuned,
-            TrainConfig(),
-            lessons,
-            dtype=config.model.small_dtype,
-            batch_size=config.distillation.batch_size,
-            with_fedprox=False,
-            ref=config.model.small,
-        )
+        size = config.distillation.batch_size
+        need = self._memory_of(TrainConfig(), lessons, batch_size=size, with_fedprox=False)
         students = 2 if config.distillation.mode == "paired" else 1
         said = sum(map(num_answer_tokens, lessons)) * self._said_bytes()
         return students * (device.state() + need.activations) + min(said, MAX_REMEMBERED_BYTES)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fedpt_flwr.architectures import check_families, find_architecture
+from fedpt_flwr.architectures import check_sizes, find_architecture
 from fedpt_flwr.config import RunConfig
 from fedpt_flwr.errors import ConfigError, naming
 from fedpt_flwr.models import check_context
@@ -68,11 +68,12 @@ def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, 
             place="min-devices",
             remedy="plan with more (--devices), or lower min-devices",
         )
-    for key, ref in (("model.large", config.model.large), ("model.small", config.model.small)):
-        with naming(key):
-            find_architecture(ref)
-    check_families(config.model.large, config.model.small)
-    check_context(find_architecture(config.model.small), config.train.max_length)
+    with naming("model.large"):
+        large = find_architecture(config.model.large)
+    with naming("model.small"):
+        small = find_architecture(config.model.small)
+    check_sizes(large, small)
+    check_context(small, config.train.max_length)
     texts = find_texts(config, num_devices, Told() if told is None else told)
     columns = [
         Counting(config, FEDPT, texts, rates).column(),
@@ -81,7 +82,7 @@ def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, 
     return Plan(
         config=config,
         num_devices=num_devices,
-        num_sampled=num_sampled(num_devices, config.fraction_train, config.min_replies),
+        num_sampled=num_sampled(len(texts.shards), config.fraction_train, config.min_replies),
         rates=rates,
         columns=columns,
         assumed=texts.assumed,

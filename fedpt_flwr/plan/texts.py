@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,7 +50,7 @@ class PlannedTexts:
     """The texts of a run, as far as costs depend on them: how many, and how long.
 
     Attributes:
-        shards: Each device's examples.
+        shards: Examples of each device that has any, by its number.
         validation: The server's validation items, right answers included.
         test: The server's test items.
         lessons: What is distilled on: public prompts with answers as long as others, or public texts.
@@ -60,7 +60,7 @@ class PlannedTexts:
         assumed: What nobody told.
     """
 
-    shards: Sequence[Texts]
+    shards: Mapping[int, Texts]
     validation: Texts
     test: Texts
     lessons: Texts
@@ -118,9 +118,11 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
             "scoring.max-new-tokens allow (--prompt-tokens, --answer-tokens)"
         )
     if found_shards is None:
-        shards = [fit(None, told.examples, _MANY, "examples on every device (--examples)")] * num_devices
+        shards = dict.fromkeys(
+            range(num_devices), fit(None, told.examples, _MANY, "examples on every device (--examples)")
+        )
     else:
-        shards = [fit(shard, told.examples, _MANY, "") for shard in found_shards]
+        shards = {device: fit(shard, told.examples, _MANY, "") for device, shard in found_shards.items()}
     validation = fit(
         unless_told(told.validation_items, lambda: _items(config, "validation", tokenizer, context)),
         told.validation_items,
@@ -178,15 +180,16 @@ def _is_here(source: str) -> bool:
     return source.startswith("demo:") or Path(source).is_absolute()
 
 
-def _shards(config: RunConfig, num_devices: int, tokenizer: PreTrainedTokenizerBase | None) -> list[Texts] | None:
+def _shards(config: RunConfig, num_devices: int, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, Texts] | None:
     data, longest = config.data, config.train.max_length
     if tokenizer is None or data.partitioner == "node-local" or not _is_here(data.train):
         return None
-    shards = [
-        device_shard(data, device=device, num_devices=num_devices, seed=config.seed) for device in range(num_devices)
-    ]
-    tokenized = [tokenize_examples(shard, tokenizer, max_length=longest)[0] for shard in shards if shard]
-    return _some([shard for shard in tokenized if shard], "data.train")
+    shards: dict[int, Texts] = {}
+    for device in range(num_devices):
+        examples = device_shard(data, device=device, num_devices=num_devices, seed=config.seed)
+        shards[device] = tokenize_examples(examples, tokenizer, max_length=longest)[0]
+    with_examples = [(device, shard) for device, shard in shards.items() if shard]
+    return dict(_some(with_examples, "data.train"))
 
 
 def _items(

@@ -24,9 +24,10 @@ def plan_table(plan: Plan) -> list[list[str]]:
     def add(label: str, value: Callable[[Column], str]) -> None:
         table.append([label, *(value(column) for column in columns)])
 
-    add("weights on a device", lambda column: f"{column.parameters:,}")
-    add("weights that it tunes", lambda column: f"{column.trainable:,}")
-    add("down / up, a device and round", lambda column: f"{_bytes(column.bytes_down)} / {_bytes(column.bytes_up)}")
+    add("weights on a device", lambda column: _scaled(column.parameters))
+    add("weights that it tunes", lambda column: _scaled(column.trainable))
+    add("bytes down to it, a round", lambda column: _bytes(column.bytes_down))
+    add("bytes up from it", lambda column: _bytes(column.bytes_up))
     add("all bytes of the run", lambda column: _bytes(column.bytes_in_all))
     add("device memory, counted", lambda column: _bytes(column.memory.state()))
     add("  with activations (a GPU's)", lambda column: _bytes(column.memory.total()))
@@ -57,8 +58,8 @@ def plan_notes(plan: Plan) -> list[str]:
         "server (--device-flops, --server-flops); a server that writes token by token is slower than that.",
     ]
     notes += [
-        f"Of what a device needs to tune the {other.title}, FedPT takes {_percent(ours.bytes_up, other.bytes_up)} of "
-        f"the bytes, {_percent(ours.memory.state(), other.memory.state())} of the memory and "
+        f"Beside '{other.title}' a device needs {_percent(ours.bytes_up, other.bytes_up)} of the bytes, "
+        f"{_percent(ours.memory.state(), other.memory.state())} of the counted memory and "
         f"{_percent(ours.flops, other.flops)} of the operations."
         for other in others
     ]
@@ -99,13 +100,13 @@ def _count(number: float) -> str:
     return f"{round(number):,}"
 
 
-def _scaled(number: float, unit: str) -> str:
+def _scaled(number: float, unit: str = "") -> str:
     """Three digits and a prefix of a thousand's power."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}"
+            return f"{number:.3g} {prefix}{unit}".strip()
         number /= 1000
-    return f"{number:,.3g} E{unit}"
+    return f"{number:.3g} E{unit}"
 
 
 def _seconds(number: float) -> str:
