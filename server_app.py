@@ -37,16 +37,17 @@ from transformers.utils import logging as transformers_logging
 from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
-from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
+from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import (
+    WORTH_RESTING_BYTES,
     bring_back,
+    check_context,
     check_vocabularies,
     fingerprint,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
-    max_positions,
     output_size,
     put_away,
     set_arrays,
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
-_WORTH_RESTING = 32 * 1024**2  # bytes of the tuned weights
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
 _FOLLOWED = ("tuned", "proxy")  # models whose progress the log tells
 _EXAMPLES = 12  # answers that are kept token by token
@@ -235,13 +235,7 @@ class Server:
         small_fingerprint = fingerprint(small)
         sizes = {"large": output_size(large), "small": output_size(small)}
         vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
-        context = max_positions(small)
-        if context is not None and config.train.max_length > context:
-            raise ConfigError(
-                f"must not exceed the {context} tokens that the small model can read",
-                value=config.train.max_length,
-                place="train.max-length",
-            )
+        check_context(small.config, config.train.max_length)
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
@@ -429,7 +423,7 @@ class Server:
     def rests(self) -> bool:
         """Whether the small models take memory only while they are used: where they are large."""
         num_bytes = 4 * sum(math.prod(shape) for shape in self.shapes.values())
-        return num_bytes >= _WORTH_RESTING and self.config.distillation.mode not in IN_ROUNDS
+        return num_bytes >= WORTH_RESTING_BYTES and self.config.distillation.mode not in IN_ROUNDS
 
     def rest(self) -> None:
         """Give back the small models' memory until :meth:`wake`."""

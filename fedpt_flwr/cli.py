@@ -516,6 +516,85 @@ def compare(
         )
 
 
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-c",
+            "--run-config",
+            help='As for `flwr run`: "key=value key2=value2", or a TOML file. Here a model may also be a name or the '
+            "absolute path of a config.json.",
+        ),
+    ] = None,
+    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    num_devices: Annotated[int | None, typer.Option("--devices", min=1, help="Devices that there are, else 8.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples of every device.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of every prompt.")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of every answer, its end included.")] = None,
+    validation_items: Annotated[int | None, typer.Option(min=1, help="The server's validation items.")] = None,
+    test_items: Annotated[int | None, typer.Option(min=1, help="The server's test items.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Public prompts or texts to distil on.")] = None,
+    device_flops: Annotated[
+        float | None, typer.Option(help="Operations a second of a device that trains, else 1e11: some CPU cores.")
+    ] = None,
+    server_flops: Annotated[
+        float | None, typer.Option(help="Operations a second of the server, else 1e14: a third of a data-centre GPU.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of a million tokens through the large model.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Plan this run instead, and show what it measured: an id, a folder, or `latest`.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
+) -> None:
+    """Say what a run would cost each device and the server, before anything is bought or downloaded.
+
+    Bytes, memory, operations, time, tokens through the large model and their price; beside it the same for devices
+    that tune the large model itself. Models are looked at without their weights, so one of 70 billion takes seconds:
+
+    `fedpt plan -c "model.small='Qwen2.5-0.5B' model.large='Qwen2.5-7B' tuning.mode='lora'" --devices 100 --price 0.3`
+
+    By name there are SmolLM2-135M, SmolLM2-1.7B, Qwen2.5-0.5B, Qwen2.5-7B, Llama-3.2-1B and Llama-3.1-70B.
+
+    Texts are counted where they lie here, with the small model's tokenizer (`demo:`, absolute paths). Else say how many
+    there are and how long; what nobody says is assumed, and listed below the table.
+    """
+    if run is not None and (overrides or num_devices is not None):
+        raise ConfigError("a run has its own config and devices", place="--run", remedy="leave -c and --devices out")
+    costs: dict[str, float] = {}
+    if run is not None:
+        folder, config = _open_run(run)
+        costs, num_devices = _measured_costs(folder)
+    else:
+        from fedpt_flwr.config import parse_run_config
+
+        config = parse_run_config(_flat_config(app_dir, overrides))
+    from fedpt_flwr import plan as planning
+    from fedpt_flwr.runs import write_json
+
+    told = planning.Told(
+        examples=examples,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        validation_items=validation_items,
+        test_items=test_items,
+        prompts=prompts,
+    )
+    rates = planning.Rates(
+        device_flops=planning.DEVICE_FLOPS if device_flops is None else device_flops,
+        server_flops=planning.SERVER_FLOPS if server_flops is None else server_flops,
+        price=price,
+    )
+    made = planning.make_plan(config, num_devices or 8, told=told, rates=rates)
+    _out.print(_table(planning.plan_table(made)))
+    for note in planning.plan_notes(made):
+        _out.print(note, markup=False, highlight=False)
+    if costs:
+        _out.print(_table(planning.beside_run(made, costs)))
+    if json_file is not None:
+        write_json(json_file.absolute(), made.to_json() | ({"measured": costs} if costs else {}))
+
+
 @app.command("demo-world")
 def demo_world(
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another world.")] = 0,
@@ -615,6 +694,19 @@ def _open_run(name: str) -> tuple[Path, RunConfig]:
             "must hold a run's config", place=str(folder / "config.json"), remedy="name the run's own folder"
         )
     return folder, parse_run_config(recorded["run_config"])
+
+
+def _measured_costs(folder: Path) -> tuple[dict[str, float], int]:
+    """What a run says that it spent, and how many devices it had."""
+    from fedpt_flwr.runs import read_json
+
+    if not (folder / "results.json").is_file():
+        raise RunError(
+            f"the run {folder.name} has not ended, so it has not summed up what it spent",
+            place=str(folder),
+            remedy="wait for it, or resume it",
+        )
+    return read_json(folder / "results.json")["costs"], len(read_json(folder / "shards.json"))
 
 
 def _load_proxy(
@@ -721,6 +813,17 @@ def _print_answers(prompt: str, answers: Mapping[str, str], right_answer: str | 
     if right_answer is not None:
         table.add_row("right answer", _plain(right_answer))
     _out.print(table)
+
+
+def _table(cells: Sequence[Sequence[str]]) -> Table:
+    """Cells of text, the head first; all columns but the first are numbers."""
+    head, *rows = cells
+    table = Table()
+    for index, title in enumerate(head):
+        table.add_column(_plain(title), justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
 
 
 def _prompt_text(prompt: str) -> str:

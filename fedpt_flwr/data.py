@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -706,3 +707,9 @@ def batches(num_examples: int, batch_size: int, num_steps: int, generator: np.ra
                 yield order[begin : begin + batch_size]
 
     return itertools.islice(endless(), num_steps)
+
+
+def num_drawn(num_examples: int, batch_size: int, num_steps: int) -> int:
+    """Examples in the batches that :func:`batches` gives for the same arguments, repeats counted."""
+    epochs, rest = divmod(num_steps, math.ceil(num_examples / batch_size))
+    return epochs * num_examples + rest * batch_size

@@ -53,9 +53,15 @@ WITH_DEVICE_COPY = ("final", "carry", "paired")
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 """How far the devices' copy may go from the tuned weights to the distilled ones."""
 
-_MAX_REMEMBERED_BYTES = 2**30
-_DRIFT_TEXTS = 64  # texts of a lesson on which the drift is measured, if that takes no more scores than
-_MAX_DRIFT_SCORES = 2**26  # 256 MiB of float32, and a few copies of it
+MAX_REMEMBERED_BYTES = 2**30
+"""What a teacher has said is kept up to this many bytes; the rest is asked for again and again."""
+
+DRIFT_TEXTS = 64
+"""Texts of a lesson on which the drift is measured, if that takes no more scores than :data:`MAX_DRIFT_SCORES`."""
+
+MAX_DRIFT_SCORES = 2**26
+"""256 MiB of float32, and a few copies of it."""
+
 _FINAL = 0  # stands for the round in seeds of what comes after the last one
 
 
@@ -250,7 +256,7 @@ class Distiller:
         with cpu_threads(self._config.threads.server):
             texts, large_tokens = self._write_texts(num_prompts, generator)
             counter = _Counter(self._teacher(texts), texts)
-            teacher = remembering(counter, texts, max_bytes=_MAX_REMEMBERED_BYTES)
+            teacher = remembering(counter, texts, max_bytes=MAX_REMEMBERED_BYTES)
             shown = self._shown(texts)
             before = self._scores(student, texts, shown)
             direction = self._direction(teacher, texts, shown)
@@ -315,7 +321,7 @@ class Distiller:
     def _shown(self, texts: Sequence[TokenizedExample]) -> range:
         """The first texts, as many as the drift is measured on."""
         number = scores = 0
-        while number < min(_DRIFT_TEXTS, len(texts)) and (number == 0 or scores <= _MAX_DRIFT_SCORES):
+        while number < min(DRIFT_TEXTS, len(texts)) and (number == 0 or scores <= MAX_DRIFT_SCORES):
             scores += num_answer_tokens(texts[number]) * self._vocab_size
             number += 1
         return range(number)

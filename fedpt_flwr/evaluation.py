@@ -47,6 +47,9 @@ Progress = Callable[[str, int, int], None]
 _WRITTEN_ALPHAS, _WRITTEN_MASKS = (0.5, 0.75, 1.0), (0.0, 0.001, 0.01)
 """What is tried where answers must be written to be judged, which costs a generation each."""
 
+WRITTEN_POINTS = len(_WRITTEN_ALPHAS) * len(_WRITTEN_MASKS)
+"""How many points of a curve that is."""
+
 
 class Evaluator:
     """Scores one set of items again and again; what never changes is measured once.

@@ -24,6 +24,8 @@ from fedpt_flwr.errors import DeviceError
 from fedpt_flwr.models import make_tunable, model_without_weights, pick_device
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fedpt_flwr.data import TokenizedExample
 
 LIBRARY_BYTES = 80_000_000
@@ -35,7 +37,8 @@ UNTOLD_BASE_BYTES = 600_000_000
 _MEGABYTE = 1e6
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _FLOAT_BYTES = 4
-_BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one weight, by type."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +57,14 @@ class MemoryNeed:
     copies: int
     activations: int
 
+    def state(self) -> int:
+        """Weights, gradients and moments: what a device reports as ``state-bytes``, but for 4 bytes an array."""
+        return self.weights + 3 * self.tuned
+
     def total(self) -> int:
         """The larger of the two peaks, of unpacking the message and of training, and what libraries take."""
         unpacking = 2 * self.weights + 3 * self.tuned
-        training = self.weights + 3 * self.tuned + self.copies + self.activations
+        training = self.state() + self.copies + self.activations
         return LIBRARY_BYTES + max(unpacking, training)
 
 
@@ -86,17 +93,46 @@ def training_memory(
         DeviceError: It cannot be told for this model.
         ModelError: There is no such model.
     """
+    shape = _shape(model, tuning)
+    return memory_of(
+        shape, train, examples, dtype=dtype, batch_size=batch_size, with_fedprox=with_fedprox, ref=model.small
+    )
+
+
+def memory_of(
+    shape: Any,
+    train: TrainConfig,
+    examples: Sequence[TokenizedExample],
+    *,
+    dtype: str,
+    batch_size: int,
+    with_fedprox: bool,
+    ref: str,
+) -> MemoryNeed:
+    """What a round takes with a model on torch's ``meta`` device; the arguments are those of :func:`training_memory`.
+
+    Args:
+        shape: What :func:`tunable_shape` made.
+        train: Precision and checkpointing.
+        examples: The shard.
+        dtype: Type in which frozen weights are held.
+        batch_size: Examples per forward pass.
+        with_fedprox: Whether the weights that a round begins with are kept.
+        ref: What the user called the model.
+
+    Raises:
+        DeviceError: It cannot be told for this model.
+    """
     rows = min(batch_size, len(examples))
     longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
     answers = sum(sorted(len(example.answer_ids) for example in examples)[-rows:])
-    shape = _shape(model, tuning)
     frozen, tuned = (
         sum(weight.numel() for weight in shape.parameters() if weight.requires_grad == is_tuned)
         for is_tuned in (False, True)
     )
     tuned_bytes = _FLOAT_BYTES * tuned
     shortened = 2 * tuned if train.mixed_precision != "no" else 0  # autocast keeps a short copy during a pass
-    kept = _kept_for_backward(shape, rows, longest, model.small)
+    kept = _kept_for_backward(shape, rows, longest, ref)
     if train.gradient_checkpointing:
         text = shape.config.get_text_config()
         layers = int(text.num_hidden_layers)
@@ -104,7 +140,7 @@ def training_memory(
     # The scores of every position and their gradients; of answers also as float32, normalised, and their gradients.
     scores = shape.get_output_embeddings().weight.shape[0] * (2 * rows * longest + 3 * answers) * _FLOAT_BYTES
     return MemoryNeed(
-        weights=_BYTES_OF[dtype] * frozen + tuned_bytes,
+        weights=BYTES_OF[dtype] * frozen + tuned_bytes,
         tuned=tuned_bytes,
         copies=shortened + (tuned_bytes if with_fedprox else 0),
         activations=kept + scores,
@@ -113,7 +149,11 @@ def training_memory(
 
 @functools.lru_cache(maxsize=1)
 def _shape(model: ModelConfig, tuning: TuningConfig) -> Any:
-    bare = model_without_weights(model.small)
+    return tunable_shape(model_without_weights(model.small), tuning)
+
+
+def tunable_shape(bare: PreTrainedModel, tuning: TuningConfig) -> Any:
+    """A model without weights, ready to be tuned as if it had some; it is changed in place."""
     with torch.device("meta"):
         return make_tunable(bare, tuning, seed=0).train()
 

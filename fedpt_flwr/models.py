@@ -22,14 +22,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedpt_flwr.config import TuningConfig
-from fedpt_flwr.errors import ModelError, VocabularyMismatch
+from fedpt_flwr.errors import ConfigError, ModelError, VocabularyMismatch
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLES_PER_TENSOR = 512
+
+WORTH_RESTING_BYTES = 32 * 1024**2
+"""Small models whose tuned weights take this much have memory on the server only while they are used."""
 
 
 def resolve_model(ref: str) -> str:
@@ -129,9 +132,25 @@ def model_without_weights(ref: str) -> PreTrainedModel:
     source = resolve_model(ref)
     try:
         config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _cannot_load("model", ref, error) from error
+    return shapes_of(config, ref)
+
+
+def shapes_of(config: PretrainedConfig, ref: str) -> PreTrainedModel:
+    """The model that a config describes, on torch's ``meta`` device, frozen.
+
+    Args:
+        config: Of a causal LM.
+        ref: What the user called it, for the error.
+
+    Raises:
+        ModelError: There is no causal LM with this config.
+    """
+    try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         raise _cannot_load("model", ref, error) from error
     return model.requires_grad_(False).eval()
 
@@ -252,6 +271,25 @@ def output_size(model: PreTrainedModel) -> int:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest text in tokens that the model was made for, or None where its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_context(config: PretrainedConfig, max_length: int) -> None:
+    """Make sure that a small model can read texts as long as devices train on.
+
+    Args:
+        config: The small model's.
+        max_length: The run config's ``train.max-length``.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ConfigError(
+            f"must not exceed the {context} tokens that the small model can read",
+            value=max_length,
+            place="train.max-length",
+        )
 
 
 def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> PreTrainedModel | PeftModel:

@@ -18,7 +18,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -183,6 +183,23 @@ def message_bytes(content: RecordDict) -> int:
     arrays = sum(record.count_bytes() for record in content.array_records.values())
     others = [*content.metric_records.values(), *content.config_records.values()]
     return arrays + sum(len(record.deflate()) for record in others)
+
+
+def array_bytes(shapes: Mapping[str, Sequence[int]], dtype: str) -> int:
+    """Bytes that arrays of these shapes take in a message, as :func:`message_bytes` counts them; none is made.
+
+    Args:
+        shapes: By name.
+        dtype: Type on the wire.
+    """
+    stored = np.dtype(_STORED_AS[dtype])
+    total = 0
+    for name, shape in shapes.items():
+        header = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(header, described)
+        total += len(name) + header.tell() + stored.itemsize * math.prod(shape)
+    return total
 
 
 def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str, dtype: str = "float32") -> ArrayRecord:

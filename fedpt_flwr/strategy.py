@@ -865,9 +865,14 @@ def sample_devices(
     Returns:
         The drawn numbers, sorted.
     """
-    count = min(len(devices), max(1, at_least, int(len(devices) * fraction + 1e-9)))
+    count = num_sampled(len(devices), fraction, at_least)
     # random.Random takes text seeds through SHA-512, the same on every machine.
     return sorted(random.Random(f"{seed}/{server_round}").sample(sorted(devices), count))
+
+
+def num_sampled(num_devices: int, fraction: float, at_least: int) -> int:
+    """How many devices :func:`sample_devices` draws of so many."""
+    return min(num_devices, max(1, at_least, int(num_devices * fraction + 1e-9)))
 
 
 def _counted(cards: Collection[DeviceCard]) -> str:

@@ -212,12 +212,24 @@ def _pieces(indices: list[int], size: int) -> list[list[int]]:
     return [indices[begin : begin + size] for begin in range(0, len(indices), size)] if size else [indices]
 
 
-def count_flops(model: torch.nn.Module, num_tokens: int) -> float:
+def count_flops(model: torch.nn.Module, num_tokens: float) -> float:
     """Operations of training on a number of tokens, from the sizes of the weight matrices.
 
     Two per weight and token forward, two for the gradients that go down, two for the gradients of the weights that are
     tuned; attention over the context is not counted (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
     """
+    forward, tuned = _matrix_weights(model)
+    return float(num_tokens) * (2 * forward + 2 * forward + 2 * tuned)
+
+
+def count_forward_flops(model: torch.nn.Module, num_tokens: float) -> float:
+    """Operations of reading a number of tokens: the first of the terms of :func:`count_flops`."""
+    forward, _ = _matrix_weights(model)
+    return float(num_tokens) * 2 * forward
+
+
+def _matrix_weights(model: torch.nn.Module) -> tuple[int, int]:
+    """Weights in the matrices that tokens are multiplied with, and how many of them are tuned."""
     forward = tuned = 0
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
     for weight in model.parameters():
@@ -225,7 +237,7 @@ def count_flops(model: torch.nn.Module, num_tokens: int) -> float:
             continue
         forward += weight.numel()
         tuned += weight.numel() if weight.requires_grad else 0
-    return float(num_tokens) * (2 * forward + 2 * forward + 2 * tuned)
+    return forward, tuned
 
 
 def _is_tied(model: torch.nn.Module, weight: Tensor) -> bool:

@@ -38,7 +38,7 @@ def fedpt(home, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "report", "compare", "check-config", "demo-world"])
+@pytest.mark.parametrize("command", ["generate", "score", "report", "compare", "check-config", "plan", "demo-world"])
 def test_every_command_explains_itself(command, fedpt):
     text = fedpt(command, "--help")
     assert "Usage" in text
@@ -47,7 +47,8 @@ def test_every_command_explains_itself(command, fedpt):
 
 def test_help_lists_every_command(fedpt):
     text = fedpt("--help")
-    assert all(command in text for command in ("generate", "score", "report", "compare", "check-config", "demo-world"))
+    commands = ("generate", "score", "report", "compare", "check-config", "plan", "demo-world")
+    assert all(command in text for command in commands)
 
 
 def test_compare_shows_three_models_and_the_right_answer(fedpt, home):

@@ -357,7 +357,7 @@ def test_by_hand_four_texts_without_answers_are_twenty_tokens(tokenizer):
 
 
 def test_texts_that_are_not_remembered_cost_the_large_model_every_time(tokenizer, monkeypatch, lessons):
-    monkeypatch.setattr(distiller_module, "_MAX_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(distiller_module, "MAX_REMEMBERED_BYTES", 0)
     proxy = plain(tokenizer)
     settings = {"distillation.steps": 5, "distillation.batch-size": 9}
     _, _, lesson = make(proxy, tokenizer, **settings).teach_round(1, arrays(proxy.tuned))

@@ -1,0 +1,409 @@
+"""What one way to tune costs: bytes, memory, operations, tokens through the large model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedpt_flwr.architectures import find_architecture
+from fedpt_flwr.config import AUTO, RunConfig, TrainConfig
+from fedpt_flwr.data import TokenizedExample, num_drawn
+from fedpt_flwr.distillation import num_answer_tokens
+from fedpt_flwr.distiller import (
+    DRIFT_TEXTS,
+    IN_ROUNDS,
+    MAX_DRIFT_SCORES,
+    MAX_REMEMBERED_BYTES,
+    SHARES,
+    WITH_DEVICE_COPY,
+)
+from fedpt_flwr.errors import ConfigError, DeviceError, ModelError, naming
+from fedpt_flwr.evaluation import WRITTEN_POINTS
+from fedpt_flwr.memory import BYTES_OF, UNTOLD_BASE_BYTES, MemoryNeed, memory_of, tunable_shape
+from fedpt_flwr.models import WORTH_RESTING_BYTES, output_size, shapes_of
+from fedpt_flwr.plan.texts import PlannedTexts, Texts, length, mean
+from fedpt_flwr.records import array_bytes
+from fedpt_flwr.scoring import tokens_read
+from fedpt_flwr.strategy import FOLDED, num_sampled, sample_devices
+from fedpt_flwr.training import count_flops, count_forward_flops, num_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FEDPT, LARGE, LARGE_LORA = "fedpt", "large_federated", "large_federated_lora"
+"""The columns of a plan: the run itself, and devices that tune the large model, as ``fedpt compare`` calls them."""
+
+DEVICE_FLOPS = 1e11
+"""Assumed of a device, in operations per second: some CPU cores, or a small accelerator."""
+
+SERVER_FLOPS = 1e14
+"""Assumed of the server: about a third of what a data-centre GPU of 2020 is said to do in bfloat16."""
+
+_SHOWN_ITEMS = 12  # answers that a run keeps token by token
+_MOMENTS = {"FedAvgM": 1, "FedAdagrad": 2, "FedAdam": 2, "FedYogi": 2}  # models that a strategy carries along
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How fast machines are, and what the large model's tokens cost.
+
+    Attributes:
+        device_flops: Operations that a device does in a second of training.
+        server_flops: Operations that the server does in a second.
+        price: Of a million tokens through the large model, in any currency; None: nobody said.
+
+    Raises:
+        ConfigError: One is not a number that it can be.
+    """
+
+    device_flops: float = DEVICE_FLOPS
+    server_flops: float = SERVER_FLOPS
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--device-flops", self.device_flops), ("--server-flops", self.server_flops)):
+            if not 0 < value < math.inf:
+                raise ConfigError("must be operations per second, greater than 0", value=value, place=option)
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ConfigError("must be a finite price of at least 0", value=self.price, place="--price")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """What one way to tune costs.
+
+    Attributes:
+        name: One of :data:`FEDPT`, :data:`LARGE` and :data:`LARGE_LORA`.
+        title: Which model devices tune, and how much of it; for people.
+        parameters: Weights of the model that devices hold.
+        trainable: Weights that devices tune and send.
+        bytes_down: Bytes to a device in a round.
+        bytes_up: Bytes from it.
+        bytes_in_all: Both, of all devices and rounds.
+        memory: Of the device whose round takes most.
+        tokens: Tokens that go through the model on a device in a round; mean over the devices.
+        flops: Operations of that.
+        seconds: Time of that, at the rate that was told.
+        server_memory: Bytes by what holds them; ``peak`` is the most at one time.
+        server_flops: Operations of the server in the whole run.
+        server_seconds: Time of that.
+        large_tokens: Tokens through the large model in the whole run, by phase as in ``costs.jsonl``; empty where
+            devices tune it and nobody sells it.
+        money: What these cost; None where there is no price or no such token.
+        decoding: Operations of one token that the result writes, in those of one of the large model.
+    """
+
+    name: str
+    title: str
+    parameters: int
+    trainable: int
+    bytes_down: int
+    bytes_up: int
+    bytes_in_all: int
+    memory: MemoryNeed
+    tokens: float
+    flops: float
+    seconds: float
+    server_memory: Mapping[str, int]
+    server_flops: float
+    server_seconds: float
+    large_tokens: Mapping[str, float]
+    money: float | None
+    decoding: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The column in the names of ``results.json``, where that measures the same."""
+        tokens = {f"server_large_tokens_{phase}": round(number) for phase, number in self.large_tokens.items()}
+        total = {"server_large_tokens": sum(tokens.values())} if tokens else {}
+        return {
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
+            "bytes_down_per_device_and_round": self.bytes_down,
+            "bytes_up_per_device_and_round": self.bytes_up,
+            "bytes_in_all": self.bytes_in_all,
+            "device_state_bytes": self.memory.state(),
+            "device_memory_growth_bytes": self.memory.total(),
+            "device_peak_memory_bytes": UNTOLD_BASE_BYTES + self.memory.total(),
+            "device_memory_parts": dataclasses.asdict(self.memory),
+            "device_tokens_per_round": self.tokens,
+            "device_flops_per_round": self.flops,
+            "device_seconds_per_round": self.seconds,
+            "server_memory_bytes": dict(self.server_memory),
+            "server_flops": self.server_flops,
+            "server_seconds": self.server_seconds,
+            **total,
+            **tokens,
+            **({} if self.money is None else {"money": self.money}),
+            "decoding_flops_in_large": self.decoding,
+        }
+
+
+class Counting:
+    """Counts one column.
+
+    Args:
+        config: Of the run; where devices tune the large model, that is the small one, too.
+        kind: Which column.
+        texts: Of the run.
+        rates: Of machines and prices.
+    """
+
+    def __init__(self, config: RunConfig, kind: str, texts: PlannedTexts, rates: Rates) -> None:
+        self._config, self._kind, self._texts, self._rates = config, kind, texts, rates
+        model = config.model
+        self._key = "model.small" if kind == FEDPT else "model.large"
+        with naming(self._key):
+            self._tuned = tunable_shape(_shapes(model.small), config.tuning)
+        with naming("model.large"):
+            self._large = _shapes(model.large) if kind == FEDPT else self._tuned
+        self._arrays = {
+            name: tuple(weight.shape) for name, weight in self._tuned.named_parameters() if weight.requires_grad
+        }
+        self._trainable: int = sum(math.prod(shape) for shape in self._arrays.values())
+        self._sampled = num_sampled(len(texts.shards), config.fraction_train, config.min_replies)
+        self._vocab = min(output_size(self._large), output_size(self._tuned))
+
+    def column(self) -> Column:
+        """Everything."""
+        config, rates = self._config, self._rates
+        num_bytes = array_bytes(self._arrays, config.wire.dtype)
+        tokens = self.device_tokens()
+        flops = count_flops(self._tuned, tokens)
+        memory = self.device_memory()
+        server_memory = self.server_memory(memory)
+        reads = self.server_reads()
+        server_flops = (
+            count_forward_flops(self._large, sum(reads.large.values()))
+            + count_forward_flops(self._tuned, reads.small)
+            + count_flops(self._tuned, reads.learnt)
+        )
+        is_sold = self._kind == FEDPT
+        large_tokens = reads.large if is_sold else {}
+        one, small = count_forward_flops(self._large, 1), count_forward_flops(self._tuned, 1)
+        return Column(
+            name=self._kind,
+            title=self._title(),
+            parameters=sum(weight.numel() for weight in self._tuned.parameters()),
+            trainable=self._trainable,
+            bytes_down=num_bytes,
+            bytes_up=num_bytes,
+            bytes_in_all=2 * num_bytes * self._sampled * config.num_server_rounds,
+            memory=memory,
+            tokens=tokens,
+            flops=flops,
+            seconds=flops / rates.device_flops,
+            server_memory=server_memory,
+            server_flops=server_flops,
+            server_seconds=server_flops / rates.server_flops,
+            large_tokens=large_tokens,
+            money=None if rates.price is None or not is_sold else rates.price * sum(large_tokens.values()) / 1e6,
+            decoding=(one + 2 * small) / one if is_sold else 1.0,
+        )
+
+    def _title(self) -> str:
+        tuning = self._config.tuning
+        how = "all weights" if tuning.mode == "full" else f"LoRA rank {tuning.lora_rank}"
+        return f"FedPT, small LM: {how}" if self._kind == FEDPT else f"large LM: {how}"
+
+    # --- a device ---
+
+    def device_tokens(self) -> float:
+        """Tokens that go through the model in a round, mean over the rounds and the devices that train in each."""
+        config = self._config
+        known: dict[int, float] = {}  # devices whose texts are only assumed share one list
+        for shard in self._texts.shards.values():
+            if id(shard) not in known:
+                batches = num_steps(config.train, len(shard)) * config.train.accumulation_steps
+                known[id(shard)] = num_drawn(len(shard), config.train.batch_size, batches) * mean(map(length, shard))
+        tokens = {device: known[id(shard)] for device, shard in self._texts.shards.items()}
+        sampled = (
+            sample_devices(
+                list(tokens), config.fraction_train, config.min_replies, seed=config.seed, server_round=server_round
+            )
+            for server_round in range(1, config.num_server_rounds + 1)
+        )
+        return mean(tokens[device] for devices in sampled for device in devices)
+
+    def device_memory(self) -> MemoryNeed:
+        """Of the device with the largest batch."""
+        config = self._config
+        size = config.train.batch_size
+        fedprox_mu = config.train.fedprox_mu or config.strategy.parsed_arguments().get("proximal_mu", 0.0)
+        largest = max(self._texts.shards.values(), key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
+        return self._memory_of(config.train, largest, batch_size=size, with_fedprox=fedprox_mu > 0)
+
+    def _memory_of(self, train: TrainConfig, texts: Texts, *, batch_size: int, with_fedprox: bool) -> MemoryNeed:
+        model = self._config.model
+        try:
+            return memory_of(
+                self._tuned,
+                train,
+                texts,
+                dtype=model.small_dtype,
+                batch_size=batch_size,
+                with_fedprox=with_fedprox,
+                ref=model.small,
+            )
+        except DeviceError as error:  # it speaks to devices
+            raise ModelError(
+                error.rule, value=error.value, place=self._key, remedy="measure it in a short run, and see --run"
+            ) from error
+
+    # --- the server's memory ---
+
+    def server_memory(self, device: MemoryNeed) -> dict[str, int]:
+        """Bytes by what holds them: weights and arrays, no caches of decoding."""
+        config, mode = self._config, self._config.distillation.mode
+        large = 0
+        if self._kind == FEDPT:
+            large = BYTES_OF[config.model.large_dtype] * sum(weight.numel() for weight in self._large.parameters())
+        # All weights: a second copy is the untuned model. An adapter can be switched off.
+        copies = 2 if self._kind == FEDPT and config.tuning.mode == "full" else 1
+        small = copies * device.weights
+        rests = device.tuned >= WORTH_RESTING_BYTES and mode not in IN_ROUNDS
+        collecting = self._collecting_bytes()
+        distilling = self._distilling_bytes(device) if mode != "off" else 0
+        peak = large + max(collecting + (0 if rests else small), small + device.tuned + distilling)
+        return {"large": large, "small": small, "collecting": collecting, "distilling": distilling, "peak": peak}
+
+    def _collecting_bytes(self) -> int:
+        """The round's arrays, as they are and as they are sent; the replies, or their sum; what a strategy carries."""
+        strategy, dtype = self._config.strategy.name, self._config.wire.dtype
+        whole, sent = BYTES_OF["float32"] * self._trainable, BYTES_OF[dtype] * self._trainable
+        on_wire = 0 if dtype == "float32" else sent
+        replies = whole + sent if strategy in {folded.__name__ for folded in FOLDED} else (self._sampled + 1) * whole
+        return whole + on_wire + replies + _MOMENTS.get(strategy, 0) * whole
+
+    def _distilling_bytes(self, device: MemoryNeed) -> int:
+        """A student or two with gradients, moments and activations, and what the teacher said."""
+        config, lessons = self._config, self._texts.lessons
+        size = config.distillation.batch_size
+        need = self._memory_of(TrainConfig(), lessons, batch_size=size, with_fedprox=False)
+        students = 2 if config.distillation.mode == "paired" else 1
+        said = sum(map(num_answer_tokens, lessons)) * self._said_bytes()
+        return students * (device.state() + need.activations) + min(said, MAX_REMEMBERED_BYTES)
+
+    def _said_bytes(self) -> int:
+        """What a teacher says of one token: the scores of the proxy and of the large model."""
+        return 2 * BYTES_OF["float32"] * self._vocab
+
+    # --- what goes through the server's models ---
+
+    def server_reads(self) -> Reads:
+        """Everything that the server reads and learns in the whole run."""
+        return self._fedpt_reads() if self._kind == FEDPT else self._direct_reads()
+
+    def _fedpt_reads(self) -> Reads:
+        config, texts = self._config, self._texts
+        rounds, mode = config.num_server_rounds, config.distillation.mode
+        wanted, reads = config.scoring.row_names(), Reads()
+        if config.scoring.round_items:
+            items = texts.validation[: config.scoring.round_items]
+            losses, answers = tokens_read(items), self._written(items)
+            # Of large and untuned, answers are written once, and losses computed with the others' again and again.
+            reads.add("validation", large=rounds * (losses + answers) + answers)
+            reads.small += rounds * (2 * losses + 3 * answers) + answers
+        if config.proxy.alpha == AUTO:
+            self._read_curve(reads, "shift", times=rounds)
+        if mode in IN_ROUNDS:
+            settings = config.distillation
+            self._read_lesson(reads, "distillation", settings.num_prompts, settings.steps, times=rounds - 1)
+        self._read_test(reads, wanted)
+        if "proxy" in wanted:
+            shown = self._tested()[:_SHOWN_ITEMS]
+            reads.add("examples", large=2 * self._written(shown), small=4 * self._written(shown))
+            if config.proxy.alpha != AUTO and not config.data.answer_pattern:
+                self._read_curve(reads, "curve", times=1)
+        if mode in WITH_DEVICE_COPY:
+            settings = config.distillation
+            self._read_lesson(reads, "device", settings.final_num_prompts, settings.final_steps, times=1)
+            tried = len(SHARES) * self._written(texts.validation)
+            reads.small += tried + tokens_read(self._tested()) + self._written(self._tested())
+        return reads
+
+    def _direct_reads(self) -> Reads:
+        """Of a server that scores the tuned model alone."""
+        config, reads = self._config, Reads()
+        for items, times in (
+            (self._texts.validation[: config.scoring.round_items], config.num_server_rounds),
+            (self._tested(), 1),
+        ):
+            reads.small += times * (tokens_read(items) + self._written(items))
+        return reads
+
+    def _tested(self) -> Texts:
+        return self._texts.test[: self._config.scoring.num_items or None]
+
+    def _read_test(self, reads: Reads, wanted: Sequence[str]) -> None:
+        items = self._tested()
+        losses, answers = tokens_read(items), self._written(items)
+        by_row = {"large": (1, 0), "untuned": (0, 1), "tuned": (0, 1), "proxy": (1, 2)}
+        large, small = (sum(by_row[row][side] for row in wanted) * answers for side in (0, 1))
+        reads.add("test", large=losses + large, small=2 * losses + small)
+        if self._texts.shot_tokens:
+            room = (self._texts.context or math.inf) - self._config.scoring.max_new_tokens
+            shots = self._config.scoring.few_shot * self._texts.shot_tokens
+            longer = sum(max(0.0, min(shots, room - len(item.prompt_ids))) for item in items)
+            reads.add("test", large=losses + answers + 2 * longer)
+
+    def _read_curve(self, reads: Reads, phase: str, *, times: int) -> None:
+        """What every alpha and mask give on the validation items."""
+        items = self._texts.validation
+        read = self._written(items, 1)
+        if self._config.data.answer_pattern:
+            read += WRITTEN_POINTS * (tokens_read(items) + self._written(items))
+        reads.add(phase, large=times * read, small=2 * times * read)
+
+    def _read_lesson(self, reads: Reads, phase: str, num_prompts: int, steps: int, *, times: int) -> None:
+        """Distillation: prompts are answered, the teacher is asked, the student learns."""
+        lessons, settings = self._texts.lessons, self._config.distillation
+        number = min(num_prompts or len(lessons), len(lessons))
+        read, scored = tokens_read(lessons) / len(lessons), mean(map(num_answer_tokens, lessons))  # tokens of a text
+        written = number if self._texts.has_prompts else 0
+        drawn = num_drawn(number, settings.batch_size, steps)
+        shown = min(DRIFT_TEXTS, number, 1 + MAX_DRIFT_SCORES / (self._vocab * scored))
+        learnt = min(number, drawn)
+        different = learnt + shown * (1 - learnt / number)
+        # Of what fits into memory the teacher is asked once, of the rest again and again.
+        kept = min(1.0, MAX_REMEMBERED_BYTES / (self._said_bytes() * scored * different))
+        taught = written + kept * different + (1 - kept) * (shown + drawn)
+        reads.add(phase, large=times * read * taught, small=times * read * (2 * taught + 3 * shown))
+        students = 2 if settings.mode == "paired" and phase == "distillation" else 1
+        reads.learnt += times * students * read * drawn
+
+    def _written(self, items: Texts, more: int = 0) -> int:
+        """Tokens read to write answers as long as the right ones, and ``more`` tokens."""
+        scoring, longest = self._config.scoring, self._config.train.max_length
+        room = longest if self._texts.context is None else min(longest, self._texts.context - scoring.max_new_tokens)
+        return tokens_read(
+            [
+                TokenizedExample(item.prompt_ids[-room:], item.answer_ids[: scoring.max_new_tokens + more])
+                for item in items
+            ]
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class Reads:
+    """Tokens that go through the server's models in a whole run.
+
+    Attributes:
+        large: Through the large model, by phase.
+        small: Through tuned and untuned together.
+        learnt: Through a model that learns.
+    """
+
+    large: dict[str, float] = dataclasses.field(default_factory=dict)
+    small: float = 0.0
+    learnt: float = 0.0
+
+    def add(self, phase: str, *, large: float, small: float = 0.0) -> None:
+        """Add to a phase, in place."""
+        self.large[phase] = self.large.get(phase, 0.0) + large
+        self.small += small
+
+
+def _shapes(ref: str) -> PreTrainedModel:
+    return shapes_of(find_architecture(ref), ref)
