@@ -786,7 +786,7 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
-    from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
+    from fedpt_flwr.sources import answer_choices, device_shard, held_out_items, public_prompts, public_texts
     from fedpt_flwr.strategy import make_inner_strategy
 
     config, problems = examine_run_config(flat)
@@ -821,6 +821,8 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             held_out_items(config.data, which, seed=config.seed)
     with collecting():
         public_texts(config.data)
+    with collecting():
+        answer_choices(config.data)
     if config.distillation.mode != "off":
         with collecting():
             public_prompts(config.data)
