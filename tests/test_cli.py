@@ -38,7 +38,9 @@ def fedpt(home, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "report", "compare", "check-config", "demo-world"])
+@pytest.mark.parametrize(
+    "command", ["generate", "score", "report", "compare", "check-config", "demo-world", "split", "pretrain"]
+)
 def test_every_command_explains_itself(command, fedpt):
     text = fedpt(command, "--help")
     assert "Usage" in text
@@ -47,7 +49,7 @@ def test_every_command_explains_itself(command, fedpt):
 
 def test_help_lists_every_command(fedpt):
     text = fedpt("--help")
-    assert all(command in text for command in ("generate", "score", "report", "compare", "check-config", "demo-world"))
+    assert all(command in text for command in ("generate", "score", "compare", "split", "pretrain", "demo-world"))
 
 
 def test_compare_shows_three_models_and_the_right_answer(fedpt, home):

@@ -58,7 +58,7 @@ def bundle(tmp_path_factory):
 
 
 def test_the_bundle_holds_the_code_and_neither_tests_nor_data(bundle):
-    assert bundle.stat().st_size < 1_000_000
+    assert bundle.stat().st_size < 2_000_000  # Flower allows 10 MB
     names = set(zipfile.ZipFile(bundle).namelist())
     for path in (ROOT / "fedpt_flwr").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
