@@ -44,6 +44,7 @@ _MODELS = ("proxy", "large", "tuned", "untuned")
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _COMPARED = ("large", "tuned", "proxy")
 _SUMMARY_EVERY_S = 60.0  # while a comparison runs
+_LINE_EVERY_S = 30.0  # of a training, where there is no terminal
 _Number = TypeVar("_Number", int, float)
 
 Run = Annotated[
@@ -614,6 +615,159 @@ def demo_world(
     _out.print(f"Tune on it with: flwr run . --stream --run-config {folder / 'run-config.toml'}", soft_wrap=True)
 
 
+@app.command()
+def split(
+    train: Annotated[str, typer.Option(help="File, folder or hub id of the records that are divided.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, with a file for each part.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Run config of the task, such as examples/medquad/run-config.toml; it is written along."),
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Test data that is there already.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Validation data that is there already.")] = None,
+    public: Annotated[str | None, typer.Option(help="Public data that is there already.")] = None,
+    test_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Else this share of the keys is for test.")] = 0.0,
+    validation_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The same for validation.")] = 0.05,
+    public_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The same for what is public.")] = 0.0,
+    public_group: Annotated[
+        list[str] | None, typer.Option(help="A group that is public as a whole; repeat it for more.")
+    ] = None,
+    key: Annotated[
+        str,
+        typer.Option(help="Fields whose text decides where a record goes; by default those of the config's prompts."),
+    ] = "",
+    group_field: Annotated[str, typer.Option(help="Field of the groups; by default the config's.")] = "",
+    pair: Annotated[
+        Path | None, typer.Option(help="Folder with `small` and `large`, as of `fedpt pretrain`; it may come later.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another division.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older division in OUT.")] = False,
+) -> None:
+    """Divide a data set into public, train, validation and test, the same way every time.
+
+    Where a record goes is decided by the text of its prompt and the seed, so records with one prompt stay together and
+    none of them is in two parts. OUT gets `train.jsonl` (for the devices), `validation.jsonl`, `test.jsonl`,
+    `public.jsonl`, `split.json` with counts and hashes, and a complete `run-config.toml` for
+    `flwr run . --run-config`.
+
+    Nine web sites, one of them public: `fedpt split --config examples/medquad/run-config.toml
+    --train /data/medquad/train.jsonl --test /data/medquad/test.jsonl --public-group GARD --pair /tmp/pair
+    --out /tmp/medquad`
+    """
+    from fedpt_flwr import split as splitting
+    from fedpt_flwr.config import parse_run_config
+    from fedpt_flwr.prompts import Template
+
+    given = _given_config([str(config)], place="--config") if config else {}
+    data = parse_run_config(given).data
+    fields = _listed(key) or (list(Template(data.template).fields) if config else [])
+    if not fields:
+        raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
+    files = {"test": test, "validation": validation, "public": public}
+    shares = {"test": test_share, "validation": 0.0 if validation else validation_share, "public": public_share}
+    plan = splitting.SplitPlan(
+        train=_absolute(train),
+        given={part: _absolute(source) for part, source in files.items() if source},
+        shares={part: share for part, share in shares.items() if share},
+        key_fields=fields,
+        group_field=group_field or (data.group_field if config else ""),
+        public_groups=public_group or (),
+        seed=seed,
+    )
+    if pair is not None:
+        given |= {f"model.{name}": str(pair.absolute() / name) for name in ("small", "large")}
+    made = splitting.write_division(out, plan, splitting.divide(plan), run_config=given, overwrite=overwrite)
+    for part, row in made["parts"].items():
+        groups = ", ".join(f"{name} {count}" for name, count in list(row.get("groups", {}).items())[:12])
+        left_out = f", {row['dropped']} left out" if row["dropped"] else ""
+        line = f"{part:<10} {row['records']:>7} records{left_out}{': ' if groups else ''}{groups}"
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+    said = f"Run with: flwr run . --stream --run-config {out.absolute() / 'run-config.toml'}"
+    _out.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pretrain(
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Text to learn: a text file, a folder of text files (.txt .md .rst .py .html .tex), or a data file "
+            "with a template, `PATH::{question}\\n{answer}` (by default the field `text`). Repeat it for more."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make; a pair that was begun there goes on.")],
+    recipe: Annotated[
+        str,
+        typer.Option(help="`quick`, `standard` or `gpu`: sizes and number of tokens; the options below change them."),
+    ] = "standard",
+    small: Annotated[str, typer.Option(help="Small model as WIDTHxLAYERSxHEADS, such as 64x3x2.")] = "",
+    large: Annotated[str, typer.Option(help="Large model, the same way.")] = "",
+    tokens: Annotated[float | None, typer.Option(min=0.0, help="Million tokens that each model learns from.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=258, help="Tokens of the tokenizer.")] = None,
+    window: Annotated[int | None, typer.Option(min=2, max=512, help="Tokens that are read at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Peak for width 192; wider models get less, by the square root.")
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="How often a text is read: 1 in proportion to its size, 0 all alike; by default 0.5."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Files and folders to leave out by name, such as `test*`; repeatable.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")] = 0,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the text.")] = 0,
+) -> None:
+    r"""Pre-train a small and a large LM with one tokenizer on your own text.
+
+    For trying the method where no pre-trained pair is at hand. OUT gets `small` and `large` as any transformers model,
+    `pretrain.json` (loss curves, losses on held-out text) and a run-config.toml that points to both. Ended in whatever
+    way, the same command goes on.
+
+    `fedpt pretrain --text /usr/lib/python3.11 --exclude 'test*'
+    --text '/tmp/medquad/public.jsonl::{question}\n{answer}' --out /tmp/pair`
+    """
+    from dataclasses import replace
+
+    from transformers import logging as transformers_logging
+
+    from fedpt_flwr.corpus import Source
+    from fedpt_flwr.models import cpu_threads, pick_device
+    from fedpt_flwr.pair import RECIPES, make_pair
+
+    if recipe not in RECIPES:
+        raise ConfigError(f"must be one of {', '.join(RECIPES)}", value=recipe, place="--recipe")
+    changes: dict[str, Any] = {
+        "small": _shape(small, "--small"),
+        "large": _shape(large, "--large"),
+        "num_tokens": None if tokens is None else round(tokens * 1e6),
+        "vocab_size": vocab_size,
+        "window": window,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "balance": balance,
+        "seed": seed,
+    }
+    chosen = replace(RECIPES[recipe], **{name: value for name, value in changes.items() if value is not None})
+    sources = [Source.parse(each) for each in text]
+    transformers_logging.disable_progress_bar()
+    try:
+        with _training_progress() as progress, cpu_threads(threads or os.cpu_count() or 1):
+            made = make_pair(
+                out, sources, chosen, exclude=exclude or (), device=str(pick_device(device)), progress=progress
+            )
+    except KeyboardInterrupt:
+        _err.print("Ended; the same command goes on", markup=False, highlight=False)
+        raise typer.Exit(130) from None
+    for line in _pair_lines(made):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+    _out.print(f"The pair is in {out.absolute()}", markup=False, highlight=False, soft_wrap=True)
+
+
 # --- what the commands share --------------------------------------------------------------------------------------
 
 
@@ -974,7 +1128,7 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
-    from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
+    from fedpt_flwr.sources import answer_choices, device_shard, held_out_items, public_prompts, public_texts
     from fedpt_flwr.strategy import make_inner_strategy
 
     config, problems = examine_run_config(flat)
@@ -1009,6 +1163,8 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             held_out_items(config.data, which, seed=config.seed)
     with collecting():
         public_texts(config.data)
+    with collecting():
+        answer_choices(config.data)
     if config.distillation.mode != "off":
         with collecting():
             public_prompts(config.data)
@@ -1036,6 +1192,78 @@ def _progress() -> Iterator[Any]:
         if what not in begun:
             begun.add(what)
             _err.print(f"{what} ({total})", markup=False, highlight=False)
+
+    yield say
+
+
+def _absolute(source: str) -> str:
+    """A data source as a run config wants it: a path that is there becomes absolute, a hub id stays."""
+    return str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source
+
+
+def _shape(text: str, place: str) -> Any:
+    """WIDTHxLAYERSxHEADS as the size of a model; None for an empty text."""
+    from fedpt_flwr.pretrain import LlamaShape
+
+    if not text:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ConfigError("must be WIDTHxLAYERSxHEADS", value=text, place=place, remedy="such as 64x3x2")
+    width, layers, heads = map(int, numbers)
+    with naming(place):
+        return LlamaShape(hidden_size=width, num_layers=layers, num_heads=heads)
+
+
+def _pair_lines(made: Mapping[str, Any]) -> list[str]:
+    """What was made, for people: text, models, losses."""
+    lines = [
+        f"{row['path']}: {row['documents']:,} documents, {row['characters'] / 1e6:.1f} million characters, "
+        f"{100 * row['share_of_tokens']:.0f} % of what was read"
+        for row in made["sources"]
+    ]
+    for name, model in made["models"].items():
+        curve = model["loss_curve"]
+        lines.append(
+            f"{name}: {model['parameters']:,} parameters, {model['tokens_seen'] / 1e6:.1f} million tokens, loss "
+            f"{curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} nats per token"
+        )
+        for row, held_out in zip(made["sources"], model["held_out"], strict=True):
+            if held_out:
+                lines.append(f"  {held_out['bits_per_byte']:.3f} bits per byte of held-out text of {row['path']}")
+    return lines
+
+
+@contextmanager
+def _training_progress() -> Iterator[Any]:
+    """A callback ``(what, done, total, loss)``: a bar on a terminal, a line every so often elsewhere."""
+    if _err.is_terminal:
+        counts = TextColumn("{task.completed:,.0f}/{task.total:,.0f}{task.fields[loss]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_err) as bars:
+            tasks: dict[str, Any] = {}
+
+            def draw(what: str, done: int, total: int, loss: float | None) -> None:
+                said = "" if loss is None else f", loss {loss:.3f}"
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total, loss=said)
+                bars.update(tasks[what], completed=done, loss=said)
+
+            yield draw
+        return
+    begun: dict[str, tuple[float, int]] = {}
+    said: dict[str, float] = {}
+
+    def say(what: str, done: int, total: int, loss: float | None) -> None:
+        now = time.monotonic()
+        start, before = begun.setdefault(what, (now, done))
+        if done < total and now - said.get(what, -_LINE_EVERY_S) < _LINE_EVERY_S:
+            return
+        said[what] = now
+        rest = f", loss {loss:.3f}" if loss is not None else ""
+        if before < done < total:
+            rest += f", {(now - start) / (done - before) * (total - done) / 60:.0f} min left"
+        _err.print(f"{what}: {done:,}/{total:,}{rest}", markup=False, highlight=False)
 
     yield say
 

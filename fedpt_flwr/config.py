@@ -46,6 +46,9 @@ AUTO = "auto"
 SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
 """What ``scoring.rows`` can name."""
 
+CHOICE_LENGTHS = ("sum", "tokens", "bytes")
+"""What ``scoring.choice-length`` can be."""
+
 _MARKDOWN_HEAD = """# Run config
 
 Every key of `[tool.flwr.app.config]`. Its defaults are in `pyproject.toml`; for one run they are overridden by
@@ -229,6 +232,14 @@ class DataConfig:
         "must be a valid regular expression",
         _compiles,
     )
+    choices: str = _setting(
+        "",
+        "All that may be answered, such as the labels of a classification: the different answers of some of `train`, "
+        "`validation`, `test` and `public`, separated by commas, or of a source of its own (a text file has one on "
+        "each line). An answer is then not written but chosen by its likelihood. Empty: answers are written.",
+        path=True,
+    )
+    choices_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
     public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
     prompts: str = _setting(
         "demo:prompts",
@@ -401,6 +412,16 @@ class ScoringConfig:
     )
     max_new_tokens: int = _setting(32, "Longest answer that is generated, in tokens.", *_at_least(1))
     batch_size: int = _setting(64, "Examples scored at once.", *_at_least(1))
+    rouge_l: bool = _setting(
+        False,
+        "Measure ROUGE-L too: how much of an answer and of the right one is the same words in the same order.",
+    )
+    choice_length: str = _setting(
+        "sum",
+        "How the length of a choice counts (`data.choices`). `sum`: the likelihood of the whole of it, end of answer "
+        "included. `tokens`, `bytes`: its logarithm per token or byte, which does not favour short ones.",
+        *_one_of(*CHOICE_LENGTHS),
+    )
     few_shot: int = _setting(
         8, "Public examples in the prompt of the row `large_few_shot`; 0: no such row.", *_at_least(0)
     )
@@ -676,6 +697,20 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "paired distillation changes both small models, and an adapter is on one of them",
             "paired with lora",
             "set distillation.mode='carry', or tuning.mode='full'",
+        )
+    if config.data.choices and config.data.answer_pattern:
+        refuse(
+            "data.choices and data.answer-pattern",
+            "an answer that is chosen counts as a whole",
+            config.data.answer_pattern,
+            "leave one of them out",
+        )
+    if config.data.partitioner == "node-local" and "train" in _names(config.data.choices):
+        refuse(
+            "data.choices and data.partitioner",
+            "with node-local data the server has no data.train to find answers in",
+            config.data.choices,
+            "set data.choices='test', or a file of the server",
         )
     _check_stop(config, refuse)
     try:

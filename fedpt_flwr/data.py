@@ -531,13 +531,7 @@ def tokenize_examples(
         ModelError: The tokenizer has no end-of-sequence token.
     """
     _check_max_length(max_length)
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        raise ModelError(
-            "the tokenizer needs an end-of-sequence token, or the model never learns to stop",
-            place=tokenizer.name_or_path or None,
-            remedy="set `eos_token` in the tokenizer_config.json of the model",
-        )
+    eos_id = _end_id(tokenizer)
     kept, dropped = [], []
     num_prompts_cut = num_answers_cut = 0
     prompts = tokenize_prompts([example.prompt for example in examples], tokenizer, max_length=None)
@@ -554,6 +548,32 @@ def tokenize_examples(
         num_prompts_cut += len(prompt_ids) < len(prompt)
         num_answers_cut += len(answer_ids) < len(whole_answer)
     return kept, TruncationReport(len(examples), num_prompts_cut, num_answers_cut, tuple(dropped))
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos_id: int | None = tokenizer.eos_token_id
+    if eos_id is None:
+        raise ModelError(
+            "the tokenizer needs an end-of-sequence token, or the model never learns to stop",
+            place=tokenizer.name_or_path or None,
+            remedy="set `eos_token` in the tokenizer_config.json of the model",
+        )
+    return eos_id
+
+
+def tokenize_answers(answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Turn answers into the tokens that `tokenize_examples` puts behind a prompt, end of sequence included.
+
+    Raises:
+        DataError: An answer is blank or has no token.
+        ModelError: The tokenizer has no end-of-sequence token.
+    """
+    end = _end_id(tokenizer)
+    tokenized = list(_tokenize(answers, tokenizer))
+    for answer, ids in zip(answers, tokenized, strict=True):
+        if not answer.strip() or not ids:
+            raise DataError("an answer must not be blank", value=answer)
+    return [[*ids, end] for ids in tokenized]
 
 
 def tokenize_prompts(

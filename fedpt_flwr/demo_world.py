@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fedpt_flwr.corpus import token_stream, train_tokenizer
 from fedpt_flwr.errors import DataError
-from fedpt_flwr.pretrain import LlamaShape, PretrainConfig, make_llama, pretrain
+from fedpt_flwr.pretrain import LlamaShape, ModelRecipe, PretrainConfig, make_model
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed no longer gives the same bytes."""
@@ -228,7 +227,6 @@ NUM_DOCUMENTS = 48_000
 
 NUM_PUBLIC_DOCUMENTS = 4_000
 VOCAB_SIZE = 1024
-EOS_TOKEN, PAD_TOKEN = "<eos>", "<pad>"
 NUM_PROBES = 300
 
 
@@ -240,14 +238,6 @@ class Unit:
     kind: str
     facts: dict[str, str]
     """The value of each field."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRecipe:
-    """How one of the two models is made."""
-
-    shape: LlamaShape
-    training: PretrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -454,32 +444,6 @@ def _jsonl(records: Sequence[dict[str, str]]) -> str:
 # --- Tokenizer and models -----------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on public text only; any text can be encoded.
-
-    ``<eos>`` ends an answer, separates the documents of pre-training, and is the beginning-of-text token as well, as
-    in GPT-2. Nothing is added to an encoded text.
-    """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[EOS_TOKEN, PAD_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=EOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        model_max_length=RECIPE.small.shape.max_positions,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Sequence[tuple[Unit, str]]) -> float:
     """The share of facts that a model knows: greedily, it ends a sheet of ``[unit]`` and ``field =`` with the value."""
     prompts = [tokenizer.encode(f"[{unit.name}]\n{field} =") for unit, field in facts]
@@ -494,35 +458,6 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Se
         for guess, prompt, value in zip(guesses, prompts, values, strict=True)
     )
     return known / len(facts)
-
-
-def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Tensor:
-    """All documents as token ids, each after an end-of-text token, ``(length,)`` int64."""
-    ids: list[int] = []
-    for encoded in tokenizer(list(documents))["input_ids"]:
-        ids.append(tokenizer.eos_token_id)
-        ids.extend(encoded)
-    return torch.tensor(ids)
-
-
-def make_model(
-    recipe: ModelRecipe,
-    tokenizer: PreTrainedTokenizerFast,
-    tokens: Tensor,
-    seed: int,
-    progress: Callable[[int, float], None] | None = None,
-) -> PreTrainedModel:
-    """Pre-train one model of the world on the stream of public tokens, ``(length,)``."""
-    model = make_llama(
-        recipe.shape,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=seed,
-    )
-    pretrain(model, tokens, replace(recipe.training, seed=seed), progress=progress)
-    return model
 
 
 # --- The folder ---------------------------------------------------------------------------------------------------
@@ -597,7 +532,7 @@ def _write_world(folder: Path, seed: int, recipe: Recipe, progress: ProgressCall
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
     documents = list(islice(public_documents(catalogue, seed), recipe.num_documents))
-    tokenizer = train_tokenizer(documents)
+    tokenizer = train_tokenizer(documents, vocab_size=VOCAB_SIZE, max_length=recipe.small.shape.max_positions)
     tokens = token_stream(tokenizer, documents)
     facts = [(unit, field) for unit in catalogue for field in FIELDS]
     probes = _stream(seed, "recall probes").sample(facts, NUM_PROBES)
@@ -607,7 +542,8 @@ def _write_world(folder: Path, seed: int, recipe: Recipe, progress: ProgressCall
     for name, model_recipe in (("small", recipe.small), ("large", recipe.large)):
         steps = model_recipe.training.steps
         report = partial(_report_step, progress, f"pre-training the {name} model", steps)
-        model = make_model(model_recipe, tokenizer, tokens, seed, report)
+        seeded = replace(model_recipe, training=replace(model_recipe.training, seed=seed))
+        model, _ = make_model(seeded, tokenizer, tokens, progress=report)
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         for path in (folder / name).iterdir():
@@ -617,7 +553,7 @@ def _write_world(folder: Path, seed: int, recipe: Recipe, progress: ProgressCall
             "tokens_seen": model_recipe.training.tokens_seen,
             "recall": recall(model.float(), tokenizer, probes),
             "shape": asdict(model_recipe.shape),
-            "training": asdict(replace(model_recipe.training, seed=seed)),
+            "training": asdict(seeded.training),
         }
 
     world = {

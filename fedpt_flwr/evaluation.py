@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from fedpt_flwr.choices import Choices
 from fedpt_flwr.config import RunConfig
-from fedpt_flwr.data import TokenizedExample, collate, tokenize_examples, tokenize_prompts
+from fedpt_flwr.data import TokenizedExample, collate, tokenize_answers, tokenize_examples, tokenize_prompts
 from fedpt_flwr.distillation import answer_scores, num_answer_tokens
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import DataError, naming
 from fedpt_flwr.models import cpu_threads, max_positions
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.scoring import (
@@ -26,6 +29,8 @@ from fedpt_flwr.scoring import (
     Row,
     Scores,
     answer_losses,
+    choice_quality,
+    choose_answers,
     end_token_ids,
     generate_ids,
     greedy_quality,
@@ -34,8 +39,8 @@ from fedpt_flwr.scoring import (
     score_models,
     tokens_read,
 )
-from fedpt_flwr.shift import Shift, ShiftPoint, choose_shift, shift_curve
-from fedpt_flwr.sources import Items
+from fedpt_flwr.shift import Shift, ShiftPoint, choice_curve, choose_shift, shift_curve
+from fedpt_flwr.sources import Items, answer_choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +63,7 @@ class Evaluator:
     does not depend on the right answer: its end, ``train.max-length`` tokens at most, or as many as the smallest
     context leaves beside ``scoring.max-new-tokens``. Losses are of prompt and right answer as far as the smallest
     context reaches (see `tokenize_examples`), or ``train.max-length`` tokens where no model says what it can read.
+    With ``data.choices`` answers are chosen, not written, and the longest choice is what the context leaves room for.
 
     Args:
         items: What to score on.
@@ -67,7 +73,8 @@ class Evaluator:
         place: Names the items in errors: ``data.test`` or ``data.validation``.
 
     Raises:
-        DataError: There are no items, one has no answer, or the models' context leaves no room for a prompt.
+        DataError: There are no items, one has no answer or one that is no choice, or the models' context leaves no room
+            for a prompt.
         ModelError: The tokenizer has no end-of-sequence token.
     """
 
@@ -83,7 +90,9 @@ class Evaluator:
         if not items.examples:
             raise DataError("must hold at least one example", place=place)
         context = max_positions(proxy)
-        room = _prompt_room(context, config)
+        self._choices = _choices(config, tokenizer)
+        self._right = None if self._choices is None else _right_choices(items, self._choices, place)
+        room = _prompt_room(context, config, self._choices)
         longest = config.train.max_length if context is None else context
         self._tokenized, report = tokenize_examples(items.examples, tokenizer, max_length=longest)
         if report.dropped:
@@ -147,6 +156,8 @@ class Evaluator:
                 answer_pattern=self._config.data.answer_pattern,
                 values=self.items.values,
                 fields=self.items.fields,
+                rouge_l=scoring.rouge_l,
+                choices=self._choices,
                 public_texts=public_texts,
                 shots=scoring.few_shot,
                 known=self._known,
@@ -159,8 +170,8 @@ class Evaluator:
     def shift_curve(self, proxy: ProxyModel) -> tuple[list[ShiftPoint], int]:
         """What other strengths of the shift and masks would give on these items.
 
-        Where the whole answer counts, one pass of the models tells (see ``shift.py``). Where a part of it counts
-        (``data.answer-pattern``), answers are written for each of a few choices.
+        Where the whole answer counts, or one is chosen, one pass of the models tells (see ``shift.py``). Where a part
+        of it counts (``data.answer-pattern``), answers are written for each of a few strengths and masks.
 
         Args:
             proxy: The model; its alpha and mask are as before afterwards.
@@ -169,6 +180,11 @@ class Evaluator:
             The curve, and the tokens that went through the large model.
         """
         scoring = self._config.scoring
+        if self._choices is not None and self._right is not None:
+            with cpu_threads(self._config.threads.server):
+                pad_id = self._tokenizer.pad_token_id or 0
+                points = choice_curve(proxy, self._prompts, self._choices, self._right, pad_id=pad_id)
+            return points, self._choices.tokens_read(self._prompts)
         written = bool(self._config.data.answer_pattern)
         settings = {"alphas": _WRITTEN_ALPHAS, "masks": _WRITTEN_MASKS} if written else {}
         with cpu_threads(self._config.threads.server):
@@ -207,11 +223,15 @@ class Evaluator:
 
     def quality(self, model: PreTrainedModel) -> tuple[float, float]:
         """Exact match and loss of a plain model on the whole answers, without writing any."""
+        pad_id = self._tokenizer.pad_token_id or 0
         with cpu_threads(self._config.threads.server):
+            if self._choices is not None and self._right is not None:
+                losses = choose_answers(model, self._prompts, self._choices, pad_id=pad_id, vocab_size=self._vocab_size)
+                return choice_quality(losses, self._choices, self._right)
             return greedy_quality(
                 model,
                 self._to_write,
-                pad_id=self._tokenizer.pad_token_id or 0,
+                pad_id=pad_id,
                 end_ids=end_token_ids(model, self._tokenizer),
                 max_new_tokens=self._config.scoring.max_new_tokens,
                 batch_size=self._config.scoring.batch_size,
@@ -234,6 +254,8 @@ class Evaluator:
                 answer_pattern=data.answer_pattern,
                 values=self.items.values,
                 fields=self.items.fields,
+                rouge_l=scoring.rouge_l,
+                choices=self._choices,
                 place=self._place,
             )
 
@@ -323,9 +345,14 @@ class Evaluator:
         prompts = [self._prompts[index] for index in chosen]
         scoring = self._config.scoring
         with cpu_threads(self._config.threads.server), torch.no_grad():
-            answers = generate_ids(
-                proxy, prompts, tokenizer=self._tokenizer, max_new_tokens=scoring.max_new_tokens, place=self._place
-            )
+            if self._choices is None:
+                answers = generate_ids(
+                    proxy, prompts, tokenizer=self._tokenizer, max_new_tokens=scoring.max_new_tokens, place=self._place
+                )
+            else:
+                ids_of = dict(zip(self._choices.texts, self._choices.ids, strict=True))
+                said = [scores.records[index]["models"]["proxy"]["answer"] for index in chosen]
+                answers = [list(ids_of.get(answer, self._choices.ids[0])) for answer in said]
             texts = [TokenizedExample(*pair) for pair in zip(prompts, answers, strict=True)]
             batch = collate(texts, self._tokenizer.pad_token_id or 0)
             wanted = (
@@ -360,16 +387,40 @@ class Evaluator:
         return marked
 
 
-def _prompt_room(context: int | None, config: RunConfig) -> int:
+def _choices(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Choices | None:
+    """All that may be answered, in tokens; None where answers are written."""
+    texts = answer_choices(config.data)
+    if not texts:
+        return None
+    with naming("data.choices"):
+        return Choices(texts=texts, ids=tokenize_answers(texts, tokenizer), length=config.scoring.choice_length)
+
+
+def _right_choices(items: Items, choices: Choices, place: str) -> npt.NDArray[np.int64]:
+    """The index of every item's answer among the choices."""
+    index_of = {text: index for index, text in enumerate(choices.texts)}
+    for number, example in enumerate(items.examples, 1):
+        if example.answer not in index_of:
+            raise DataError(
+                f"its answer must be one of the {len(index_of)} choices (data.choices)",
+                value=example.answer,
+                place=f"{place}, item {number}",
+                remedy="name every source of answers, such as data.choices='train,test'",
+            )
+    return np.asarray([index_of[example.answer] for example in items.examples], dtype=np.int64)
+
+
+def _prompt_room(context: int | None, config: RunConfig, choices: Choices | None) -> int:
     """Tokens that a prompt may have, so that an answer can be written after it."""
     longest = config.train.max_length
+    answer = config.scoring.max_new_tokens if choices is None else choices.longest
     if context is not None:
-        longest = min(longest, context - config.scoring.max_new_tokens)
+        longest = min(longest, context - answer)
     if longest < 2:
         raise DataError(
             f"the models read {context} tokens, which leaves no room for a prompt",
-            value=config.scoring.max_new_tokens,
-            place="scoring.max-new-tokens",
-            remedy="lower it",
+            value=answer,
+            place="scoring.max-new-tokens" if choices is None else "data.choices",
+            remedy="lower it" if choices is None else "use models that read more",
         )
     return longest

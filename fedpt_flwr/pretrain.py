@@ -6,16 +6,21 @@ of small models on a text of one's own, not for anything that needs more than on
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fedpt_flwr.errors import ConfigError, DataError
+from fedpt_flwr.errors import ConfigError, DataError, RunError
+from fedpt_flwr.runs import write_file
 
 ProgressCallback = Callable[[int, float], None]
 """Called after each step with the number of steps done and the loss of that step in nats per token."""
@@ -122,29 +127,73 @@ def make_llama(
         return LlamaForCausalLM(config)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecipe:
+    """How one model is made."""
+
+    shape: LlamaShape
+    training: PretrainConfig
+
+
+def make_model(
+    recipe: ModelRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Tensor,
+    *,
+    device: str = "cpu",
+    progress: ProgressCallback | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+) -> tuple[PreTrainedModel, list[float]]:
+    """Pre-train one model on a stream of tokens, ``(length,)``; the seed of its training is that of its weights too.
+
+    Returns:
+        The model and the loss of every step.
+    """
+    model = make_llama(
+        recipe.shape,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=recipe.training.seed,
+    ).to(device)
+    losses = pretrain(
+        model, tokens, recipe.training, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every
+    )
+    return model, losses
+
+
 def pretrain(
     model: PreTrainedModel,
     tokens: Tensor,
     config: PretrainConfig,
     *,
     progress: ProgressCallback | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
 ) -> list[float]:
     """Train ``model`` in place to predict each next token of the stream.
 
-    The same model, tokens, config, machine and number of threads give the same weights bit for bit on a CPU. Other
-    machines add their numbers in another order, and give a model of the same quality instead.
+    The same model, tokens, config, machine and number of threads give the same weights bit for bit on a CPU, whether or
+    not the training was ended and went on from its checkpoint. Other machines add their numbers in another order, and
+    give a model of the same quality instead.
 
     Args:
         model: Any causal LM, with float32 weights, on the device where it is to be trained.
         tokens: The stream, ``(length,)``, int64, on the CPU. It must be longer than one window.
         config: How to train.
         progress: Told about every step, or None.
+        checkpoint: File from which the training goes on if it is there, and which is written now and then; None: no
+            such file.
+        checkpoint_every: Steps between two checkpoints.
 
     Returns:
         The loss of every step in nats per token, before the step was taken.
 
     Raises:
         DataError: The stream is not longer than one window.
+        RunError: The checkpoint is damaged or that of another training.
     """
     if tokens.ndim != 1 or len(tokens) <= config.window:
         raise DataError(
@@ -159,9 +208,11 @@ def pretrain(
     )
     offsets = torch.arange(config.window + 1)  # (window + 1,)
     losses: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        losses = _go_on(checkpoint, config, model, optimizer, generator)
     was_training = model.training
     model.train()
-    for step in range(config.steps):
+    for step in range(len(losses), config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
         starts = torch.randint(len(tokens) - config.window, (config.batch_size, 1), generator=generator)
@@ -174,10 +225,92 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         losses.append(loss.item())
+        if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
+            _write_checkpoint(checkpoint, config, model, optimizer, generator, losses)
         if progress is not None:
             progress(step + 1, losses[-1])
     model.train(was_training)
     return losses
+
+
+def _write_checkpoint(
+    path: Path,
+    config: PretrainConfig,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    losses: list[float],
+) -> None:
+    tensors = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    for name, weight in model.named_parameters():
+        tensors[f"weight {name}"] = weight.detach()
+        for part, value in optimizer.state[weight].items():
+            tensors[f"{part} {name}"] = value
+    # Copied, because safetensors refuses tensors that share memory.
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(whole, metadata={"config": json.dumps(asdict(config))}))
+
+
+def _go_on(
+    path: Path,
+    config: PretrainConfig,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> list[float]:
+    """Put everything back as it was when the checkpoint was written; the losses so far."""
+    remedy = "remove it to begin anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            recorded = json.loads((file.metadata() or {}).get("config", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"the checkpoint cannot be read ({error})", place=str(path), remedy=remedy) from error
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {f"weight {name}": weight.shape for name, weight in model.named_parameters()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weight ")}
+    if recorded != json.loads(json.dumps(asdict(config))) or found != shapes:
+        raise RunError("the checkpoint is of another training", value=recorded, place=str(path), remedy=remedy)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"weight {name}"])
+    state = {
+        index: {part: tensors[f"{part} {name}"] for part in ("step", "exp_avg", "exp_avg_sq")}
+        for index, name in enumerate(names)
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+    losses: list[float] = tensors["losses"].tolist()
+    return losses
+
+
+def stream_loss(model: PreTrainedModel, tokens: Tensor, *, window: int, batch_size: int = 16) -> float:
+    """What a stream of tokens costs a model, read in windows that follow each other.
+
+    Args:
+        model: Any causal LM.
+        tokens: The stream, ``(length,)``, int64, at least two tokens.
+        window: Predicted tokens per window; the first token of the stream is not predicted, and what is left behind the
+            last whole window is a shorter one.
+        batch_size: Windows per pass.
+
+    Returns:
+        Nats per predicted token.
+    """
+    was_training = model.training
+    model.eval()
+    nats, last = 0.0, len(tokens) - 1
+    whole = tokens[: last // window * window + 1].unfold(0, window + 1, window) if last >= window else tokens[:0]
+    passes = [*whole.split(batch_size)] if len(whole) else []
+    if last % window:
+        passes.append(tokens[last // window * window :][None])
+    with torch.no_grad():
+        for windows in passes:  # (batch, window + 1)
+            logits = model(input_ids=windows[:, :-1].to(model.device), use_cache=False).logits
+            targets = windows[:, 1:].flatten().to(model.device)
+            nats += float(F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum"))
+    model.train(was_training)
+    return nats / last
 
 
 def learning_rate_at(step: int, config: PretrainConfig) -> float:

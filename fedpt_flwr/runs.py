@@ -381,7 +381,7 @@ class RunFolder:
             sizes = {name: self._size(name) for name in _LINES_OF_ROUNDS}
             write_json(folder / SIZES, sizes)
 
-        _write_folder(target, write_round)
+        write_folder(target, write_round)
         self._point_links(server_round)
         self._remove_old_rounds(keep)
         return target
@@ -396,7 +396,7 @@ class RunFolder:
         Raises:
             RunError: It cannot be written.
         """
-        _write_folder(self.path / name, write)
+        write_folder(self.path / name, write)
         return self.path / name
 
     def _size(self, name: str) -> int:
@@ -520,8 +520,12 @@ def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder and give it its name when it is whole."""
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder and give it its name when it is whole; a folder that has the name is replaced.
+
+    Raises:
+        RunError: It cannot be written; what was there before is there again.
+    """
     temporary, aside = _beside(target, "tmp"), _beside(target, "old")
     with _writing(target):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -5,7 +5,8 @@ Two views of every model, each on the same items, prompts and token budget for a
 - its loss on the right answers, teacher-forced, in nats per answer token. Losses are always computed without the
   plausibility mask, which gives some right answers the probability 0;
 - the answers that it writes by itself, greedily, judged by the metrics of ``fedpt_flwr.metrics``. An answer from which
-  nothing can be extracted counts as wrong, and the share of those is reported.
+  nothing can be extracted counts as wrong, and the share and number of those are reported. Where all possible answers
+  are known, such as the labels of a classification, nothing is written: the likeliest of them is the answer.
 
 The 95 % intervals are Wilson's for shares (Wilson 1927) and the percentile bootstrap over items for losses; two models
 are compared by the paired bootstrap, which resamples the items that both answered (Koehn 2004). They say how far
@@ -22,7 +23,7 @@ import importlib
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedpt_flwr.choices import Choices, score_choices
 from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts, first_token
 from fedpt_flwr.errors import DataError, ModelError
 from fedpt_flwr.logits import combine_logits
@@ -57,6 +59,9 @@ FEW_SHOT = "large_few_shot"
 
 SHARES = ("exact_match", "contains_value", "right_field", "invalid_rate")
 """Quantities that are shares of the items, with Wilson intervals."""
+
+ROUGE_L = "rouge_l"
+"""A mark from 0 to 1 for every item; its mean has a bootstrap interval."""
 
 _MAX_SCORES = 2**26  # scores that one model may return at once: 256 MiB of float32
 _MAX_SCORES_IN_FLOAT32 = 2**24  # scores that are turned into losses at once: 64 MiB, and a few copies of it
@@ -247,14 +252,93 @@ def proxy_losses(
     Returns:
         Losses by the names of :data:`MODELS`, each in the order of ``examples``.
     """
-    losses = {name: AnswerLosses.none_yet(len(examples)) for name in MODELS}
     batches = model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size, on_progress=on_progress)
-    for items, targets, (large, tuned, untuned) in batches:
-        losses["large"].add_scores(items, large, targets)
-        losses["tuned"].add_scores(items, tuned, targets)
-        losses["untuned"].add_scores(items, untuned, targets)
-        losses["proxy"].add_scores(items, combine_logits(large, tuned, untuned, alpha=alpha), targets)
+    return _losses_of_all(batches, alpha=alpha, items=len(examples))
+
+
+def _losses_of_all(
+    batches: Iterable[tuple[IntArray, Tensor, list[Tensor]]], *, alpha: float, items: int
+) -> dict[str, AnswerLosses]:
+    """The losses of all four rows from the scores of three models."""
+    losses = {name: AnswerLosses.none_yet(items) for name in MODELS}
+    for owners, targets, (large, tuned, untuned) in batches:
+        losses["large"].add_scores(owners, large, targets)
+        losses["tuned"].add_scores(owners, tuned, targets)
+        losses["untuned"].add_scores(owners, untuned, targets)
+        losses["proxy"].add_scores(owners, combine_logits(large, tuned, untuned, alpha=alpha), targets)
     return losses
+
+
+def choose_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    choices: Choices,
+    *,
+    pad_id: int,
+    vocab_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AnswerLosses:
+    """What every choice after every prompt costs one plain model.
+
+    Args:
+        model: Any causal LM but a :class:`ProxyModel`.
+        prompts: Token ids; the longest choice fits behind each.
+        choices: What may be answered.
+        pad_id: Token that fills up shorter choices.
+        vocab_size: Only the first so many scores are tokens; None: all that the model returns.
+        on_progress: Called with the number of prompts done and of all prompts.
+
+    Returns:
+        Losses of all pairs, prompt by prompt, ``(prompts * choices,)``; :func:`chosen` picks from them.
+    """
+    losses = AnswerLosses.none_yet(len(prompts) * len(choices.texts))
+    batches = score_choices(
+        [lambda: _opened(lambda: contextlib.nullcontext(model))],
+        prompts,
+        choices.ids,
+        pad_id=pad_id,
+        vocab_size=vocab_size,
+        on_progress=on_progress,
+    )
+    for owners, targets, (scores,) in batches:
+        losses.add_scores(owners, scores, targets)
+    return losses
+
+
+def choice_scores(
+    proxy: ProxyModel,
+    prompts: Sequence[Sequence[int]],
+    choices: Choices,
+    *,
+    pad_id: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[IntArray, Tensor, list[Tensor]]]:
+    """As :func:`model_scores`, of every choice after every prompt; see ``choices.score_choices`` for the indices."""
+    return score_choices(
+        [functools.partial(_opened, opener) for opener in _openers(proxy)],
+        prompts,
+        choices.ids,
+        pad_id=pad_id,
+        vocab_size=proxy.config.real_vocab_size,
+        on_progress=on_progress,
+    )
+
+
+def chosen(losses: AnswerLosses, choices: Choices) -> IntArray:
+    """The index of the likeliest choice after each prompt, ``(prompts,)``, from the losses of all pairs."""
+    return choices.best(losses.nats.reshape(-1, len(choices.texts)))
+
+
+def choice_quality(losses: AnswerLosses, choices: Choices, right: IntArray) -> tuple[float, float]:
+    """Exact match, and the loss of the right choices, from the losses of all pairs.
+
+    Args:
+        losses: Of all pairs.
+        choices: What may be answered.
+        right: Index of the right choice for each prompt, ``(prompts,)``.
+    """
+    pairs = np.arange(len(right)) * len(choices.texts) + right
+    return float(np.mean(chosen(losses, choices) == right)), AnswerLosses(losses.nats[pairs], losses.tokens[pairs]).mean
 
 
 def model_scores(
@@ -280,11 +364,7 @@ def model_scores(
         ``(tokens, vocab)``, all on one device.
     """
     return _forward(
-        [
-            lambda: contextlib.nullcontext(proxy.large),
-            lambda: contextlib.nullcontext(proxy.tuned),
-            lambda: untuned_of(proxy),
-        ],
+        _openers(proxy),
         examples,
         pad_id=pad_id,
         batch_size=batch_size,
@@ -295,6 +375,15 @@ def model_scores(
 
 _Opener = Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]
 """Gives a model for as long as its context lasts: the untuned one may be the tuned one without its adapter."""
+
+
+def _openers(proxy: ProxyModel) -> list[_Opener]:
+    """Large, tuned and untuned."""
+    return [
+        lambda: contextlib.nullcontext(proxy.large),
+        lambda: contextlib.nullcontext(proxy.tuned),
+        lambda: untuned_of(proxy),
+    ]
 
 
 @contextlib.contextmanager
@@ -594,7 +683,7 @@ def load_metric(name: str) -> EvaluationModule:
     the metric is imported from where it lies.
 
     Args:
-        name: A folder of ``fedpt_flwr.metrics``: ``exact_match``, ``contains_value`` or ``right_field``.
+        name: A folder of ``fedpt_flwr.metrics``: ``exact_match``, ``contains_value``, ``right_field`` or ``rouge_l``.
     """
     import evaluate  # takes two seconds, for which only those wait who judge answers
 
@@ -620,8 +709,9 @@ def judge_answers(
     answer_pattern: str = "",
     values: Sequence[str] | None = None,
     fields: Sequence[str] | None = None,
-) -> dict[str, IntArray]:
-    """Marks every answer with 0 or 1.
+    rouge_l: bool = False,
+) -> dict[str, npt.NDArray[Any]]:
+    """Marks every answer with 0 or 1, and by ROUGE-L with a number between.
 
     Args:
         answers: What a model wrote.
@@ -629,21 +719,24 @@ def judge_answers(
         answer_pattern: Regular expression for the part of an answer that counts; empty: the whole answer.
         values: The value that a right answer holds, for ``contains_value``; None: not judged.
         fields: What a right answer of the form ``field = value`` names, for ``right_field``; None: not judged.
+        rouge_l: Whether to measure ROUGE-L, of whole answers whatever the pattern.
 
     Returns:
         ``exact_match``, ``invalid_rate`` (1: nothing can be extracted, so the answer is wrong), and where asked for
-        ``contains_value`` and ``right_field``, each ``(items,)``.
+        ``contains_value``, ``right_field`` and ``rouge_l``, each ``(items,)``.
     """
 
-    def marks(metric: str, wanted: Sequence[str], **options: str) -> IntArray:
+    def marks(metric: str, wanted: Sequence[str], **options: str) -> npt.NDArray[Any]:
         result = load_metric(metric).compute(predictions=list(answers), references=list(wanted), **options)
-        return np.asarray(result["scores"], dtype=np.int64)
+        return np.asarray(result["scores"], dtype=np.float64 if metric == ROUGE_L else np.int64)
 
     judged = {"exact_match": marks("exact_match", references, answer_pattern=answer_pattern)}
     if values is not None:
         judged["contains_value"] = marks("contains_value", values)
     if fields is not None:
         judged["right_field"] = marks("right_field", fields)
+    if rouge_l:
+        judged[ROUGE_L] = marks(ROUGE_L, references)
     invalid = [not extract_answer(answer, answer_pattern) for answer in answers]
     return judged | {"invalid_rate": np.asarray(invalid, dtype=np.int64)}
 
@@ -755,16 +848,16 @@ class Measurement:
 
     Attributes:
         losses: Its losses on the right answers, or None if they were not computed.
-        answers: What it wrote, or None if nothing was generated.
-        written: The same as token ids, up to and with the token that ended each answer.
-        judged: 0 or 1 for every answer, by metric; see :func:`judge_answers`.
+        answers: What it wrote or chose, or None if it did neither.
+        written: What it wrote as token ids, up to and with the token that ended each answer; None if it chose.
+        judged: A mark for every answer, by metric; see :func:`judge_answers`.
         shots: Public texts in each prompt, or None for a prompt without any.
     """
 
     losses: AnswerLosses | None = None
     answers: list[str] | None = None
     written: list[list[int]] | None = None
-    judged: Mapping[str, IntArray] = field(default_factory=dict)
+    judged: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     shots: IntArray | None = None
 
     def only(self, indices: Sequence[int]) -> Measurement:
@@ -790,9 +883,11 @@ class Row:
         exact_match: Share of answers that are right.
         contains_value: Share of answers that hold the right value, whatever else they hold.
         right_field: Share of answers that name what was asked for.
+        rouge_l: Mean ROUGE-L of the answers (F measure).
         invalid_rate: Share of answers from which nothing could be extracted; they are wrong in all other shares.
+        num_invalid: How many these are.
         shots: Mean number of public texts in the prompts.
-        ci95: 95 % interval of each of the above but ``n`` and ``shots``, by name.
+        ci95: 95 % interval of each of the above but ``n``, ``num_invalid`` and ``shots``, by name.
     """
 
     n: int
@@ -801,13 +896,15 @@ class Row:
     exact_match: float | None = None
     contains_value: float | None = None
     right_field: float | None = None
+    rouge_l: float | None = None
     invalid_rate: float | None = None
+    num_invalid: int | None = None
     shots: float | None = None
     ci95: Mapping[str, Interval] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The row for ``results.json``; holds neither null, NaN nor infinity."""
-        names = ("loss", "perplexity", *SHARES, "shots")
+        names = ("loss", "perplexity", *SHARES, ROUGE_L, "num_invalid", "shots")
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
         return values | {"n": self.n, "ci95": {name: list(interval) for name, interval in self.ci95.items()}}
 
@@ -823,7 +920,7 @@ def make_row(measurement: Measurement, *, n: int, seed: int) -> Row:
     Returns:
         The row. A loss that is not finite, such as that of a model whose training diverged, is logged and left out.
     """
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     ci95: dict[str, Interval] = {}
     losses = measurement.losses
     if losses is not None and losses.tokens.any():
@@ -838,7 +935,13 @@ def make_row(measurement: Measurement, *, n: int, seed: int) -> Row:
             _log.warning("the loss of %d of %d items is not a finite number, so the row has none", infinite, n)
     for name, marks in measurement.judged.items():
         values[name] = float(marks.mean())
-        ci95[name] = wilson_interval(int(marks.sum()), len(marks))
+        ci95[name] = (
+            bootstrap_ratio(marks, np.ones(len(marks)), seed=seed)
+            if name == ROUGE_L
+            else wilson_interval(int(marks.sum()), len(marks))
+        )
+        if name == "invalid_rate":
+            values["num_invalid"] = int(marks.sum())
     if measurement.shots is not None:
         values["shots"] = float(measurement.shots.mean())
     return Row(n=n, ci95=ci95, **values)
@@ -850,8 +953,8 @@ class Scores:
 
     Attributes:
         rows: A row for each model.
-        differences: ``proxy_minus_tuned`` and ``proxy_minus_large`` in exact match, and the same with ``_loss`` at the
-            end in nats per answer token: the value and its paired 95 % interval.
+        differences: ``proxy_minus_tuned`` and ``proxy_minus_large`` in exact match, and the same with ``_rouge_l`` at
+            the end, or with ``_loss`` in nats per answer token: the value and its paired 95 % interval.
         records: For each item its prompt, right answer, group, and what each model made of it; fit for JSON.
         measurements: The items' numbers by row, to be handed to a later call as ``known``.
         alpha: Strength of the shift in the proxy's answers.
@@ -900,6 +1003,8 @@ def score_models(
     answer_pattern: str = "",
     values: Sequence[str] | None = None,
     fields: Sequence[str] | None = None,
+    rouge_l: bool = False,
+    choices: Choices | None = None,
     public_texts: Sequence[str] = (),
     shots: int = 0,
     known: Mapping[str, Measurement] | None = None,
@@ -916,7 +1021,7 @@ def score_models(
         examples: The items as text.
         tokenized: The same items as tokens, for the losses.
         tokenizer: The one that made ``tokenized``.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Longest answer that is written, in tokens.
         seed: Of the bootstrap and of the few-shot prompts.
         prompts: The same items' prompts as tokens, for the answers. They must not depend on the right answers, as those
             of ``tokenized`` do where a long answer left little room. None: those of ``tokenized``.
@@ -926,6 +1031,9 @@ def score_models(
         answer_pattern: See :func:`judge_answers`.
         values: See :func:`judge_answers`.
         fields: See :func:`judge_answers`.
+        rouge_l: See :func:`judge_answers`.
+        choices: All that may be answered: the likeliest is, at the proxy's alpha and without its mask. None: answers
+            are written.
         public_texts: Texts to choose from for the row ``large_few_shot``.
         shots: Texts in front of each of its prompts, as far as they fit; 0: no such row.
         known: Measurements of the same items by row, taken as they are instead of being made again.
@@ -943,6 +1051,13 @@ def score_models(
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
 
+    def judge(answers: list[str], losses: AnswerLosses, written: list[list[int]] | None = None) -> Measurement:
+        references = [example.answer for example in examples]
+        marks = judge_answers(
+            answers, references, answer_pattern=answer_pattern, values=values, fields=fields, rouge_l=rouge_l
+        )
+        return Measurement(losses=losses, answers=answers, written=written, judged=marks)
+
     def measure(name: str, opener: _Opener, prompts: Sequence[Sequence[int]], losses: AnswerLosses) -> Measurement:
         nonlocal large_tokens
         with opener() as model:
@@ -958,21 +1073,13 @@ def score_models(
             answers = [decode_answer(answer, model, tokenizer) for answer in written]
         if name in ("large", "proxy", FEW_SHOT):
             large_tokens += sum(map(len, prompts)) + sum(len(answer) - 1 for answer in written)
-        references = [example.answer for example in examples]
-        judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
-        return Measurement(losses=losses, answers=answers, written=written, judged=judged)
+        return judge(answers, losses, written)
 
     pad_id = tokenizer.pad_token_id or 0
     measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
     missing = [name for name in rows if name not in measurements]
     if missing:
-        openers: dict[str, _Opener] = {
-            "large": lambda: contextlib.nullcontext(proxy.large),
-            "untuned": lambda: untuned_of(proxy),
-            "tuned": lambda: contextlib.nullcontext(proxy.tuned),
-            "proxy": lambda: contextlib.nullcontext(proxy),
-        }
-        if missing == ["tuned"]:  # it alone has to read the items, not the two others too
+        if missing == ["tuned"] and choices is None:  # it alone has to read the items, not the two others too
             losses = {
                 "tuned": answer_losses(
                     proxy.tuned,
@@ -993,16 +1100,28 @@ def score_models(
                 on_progress=progress("losses"),
             )
             large_tokens += tokens_read(tokenized)
-        measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
+        if choices is None:
+            openers = dict(zip(("large", "tuned", "untuned"), _openers(proxy), strict=True))
+            openers["proxy"] = lambda: contextlib.nullcontext(proxy)
+            measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
+        else:
+            scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
+            costs = _losses_of_all(scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
+            large_tokens += choices.tokens_read(prompts)
+            measurements |= {
+                name: judge([choices.text_of(index) for index in chosen(costs[name], choices)], losses[name])
+                for name in missing
+            }
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
         context = max_positions(proxy.large) or 2**31
+        longest = max_new_tokens if choices is None else choices.longest
         few_shot_prompts, used = _few_shot_prompts(
             prompts,
             public_texts,
             tokenizer=tokenizer,
             shots=shots,
-            rooms=[context - max_new_tokens] * len(prompts),
+            rooms=[context - longest] * len(prompts),
             seed=seed,
         )
         # The same texts, but fewer of them before an answer that is longer than what is generated.
@@ -1011,7 +1130,7 @@ def score_models(
             public_texts,
             tokenizer=tokenizer,
             shots=shots,
-            rooms=[context - max(max_new_tokens, len(item.answer_ids)) for item in tokenized],
+            rooms=[context - max(longest, len(item.answer_ids)) for item in tokenized],
             seed=seed,
         )
         few_shot_items = [
@@ -1027,7 +1146,19 @@ def score_models(
             on_progress=progress(f"losses of {FEW_SHOT}"),
         )
         large_tokens += tokens_read(few_shot_items)
-        measured = measure(FEW_SHOT, lambda: contextlib.nullcontext(proxy.large), few_shot_prompts, few_shot_losses)
+        if choices is None:
+            measured = measure(FEW_SHOT, _openers(proxy)[0], few_shot_prompts, few_shot_losses)
+        else:
+            found = choose_answers(
+                proxy.large,
+                few_shot_prompts,
+                choices,
+                pad_id=pad_id,
+                vocab_size=proxy.config.real_vocab_size,
+                on_progress=progress(f"choices of {FEW_SHOT}"),
+            )
+            large_tokens += choices.tokens_read(few_shot_prompts)
+            measured = judge([choices.text_of(index) for index in chosen(found, choices)], few_shot_losses)
         measurements[FEW_SHOT] = replace(measured, shots=used)
 
     names = [name for name in (*MODELS, FEW_SHOT) if name in measurements]
@@ -1058,18 +1189,25 @@ def measure_model(
     answer_pattern: str = "",
     values: Sequence[str] | None = None,
     fields: Sequence[str] | None = None,
+    rouge_l: bool = False,
+    choices: Choices | None = None,
     place: str = "items",
 ) -> Measurement:
     """Loss and answers of one plain model; the arguments are those of :func:`score_models`."""
-    losses = answer_losses(
-        model, tokenized, pad_id=tokenizer.pad_token_id or 0, batch_size=batch_size, vocab_size=vocab_size
-    )
-    written = generate_ids(
-        model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, place=place
-    )
-    answers = [decode_answer(answer, model, tokenizer) for answer in written]
+    pad_id, written = tokenizer.pad_token_id or 0, None
+    losses = answer_losses(model, tokenized, pad_id=pad_id, batch_size=batch_size, vocab_size=vocab_size)
+    if choices is None:
+        written = generate_ids(
+            model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, place=place
+        )
+        answers = [decode_answer(answer, model, tokenizer) for answer in written]
+    else:
+        costs = choose_answers(model, prompts, choices, pad_id=pad_id, vocab_size=vocab_size)
+        answers = [choices.text_of(index) for index in chosen(costs, choices)]
     references = [example.answer for example in examples]
-    judged = judge_answers(answers, references, answer_pattern=answer_pattern, values=values, fields=fields)
+    judged = judge_answers(
+        answers, references, answer_pattern=answer_pattern, values=values, fields=fields, rouge_l=rouge_l
+    )
     return Measurement(losses=losses, answers=answers, written=written, judged=judged)
 
 
@@ -1145,18 +1283,17 @@ def compare_measurements(
         seed: Of the bootstrap.
 
     Returns:
-        ``proxy_minus_<row>`` (exact match) and ``proxy_minus_<row>_loss`` (nats per answer token): the difference and
-        its paired 95 % interval.
+        ``proxy_minus_<row>`` (exact match), ``proxy_minus_<row>_rouge_l`` and ``proxy_minus_<row>_loss`` (nats per
+        answer token): the difference and its paired 95 % interval.
     """
     found: dict[str, tuple[float, float, float]] = {}
     for other in ("tuned", "large"):
         if "proxy" not in measurements or other not in measurements:
             continue
         proxy, rival = measurements["proxy"], measurements[other]
-        if "exact_match" in proxy.judged and "exact_match" in rival.judged:
-            found[f"proxy_minus_{other}"] = paired_bootstrap(
-                proxy.judged["exact_match"], rival.judged["exact_match"], seed
-            )
+        for metric, name in (("exact_match", f"proxy_minus_{other}"), (ROUGE_L, f"proxy_minus_{other}_{ROUGE_L}")):
+            if metric in proxy.judged and metric in rival.judged:
+                found[name] = paired_bootstrap(proxy.judged[metric], rival.judged[metric], seed)
         ours, theirs = proxy.losses, rival.losses
         if ours is None or theirs is None or not ours.tokens.any():
             continue
@@ -1170,8 +1307,8 @@ def make_records(examples: Sequence[Example], measurements: Mapping[str, Measure
 
     Returns:
         ``{"prompt", "reference", "group", "answer_tokens", "models": {row: {"answer", "exact_match", ..., "loss"}}}``,
-        where the marks are 0 or 1, ``answer_tokens`` counts the right answer's tokens and ``loss`` is in nats per token
-        of it; what was not measured is not there.
+        where the marks are 0 or 1 (``rouge_l`` lies between), ``answer_tokens`` counts the right answer's tokens and
+        ``loss`` is in nats per token of it; what was not measured is not there.
     """
     records = []
     of_tokens = [measured.losses.tokens for measured in measurements.values() if measured.losses is not None]
@@ -1182,7 +1319,7 @@ def make_records(examples: Sequence[Example], measurements: Mapping[str, Measure
             if measurement.answers is not None:
                 seen["answer"] = measurement.answers[index]
             for metric, marks in measurement.judged.items():
-                seen["invalid" if metric == "invalid_rate" else metric] = int(marks[index])
+                seen["invalid" if metric == "invalid_rate" else metric] = marks[index].item()
             losses = measurement.losses
             if losses is not None and losses.tokens[index] and math.isfinite(losses.nats[index]):
                 seen["loss"] = float(losses.nats[index]) / int(losses.tokens[index])
@@ -1198,7 +1335,9 @@ _COLUMNS = {
     "exact_match": "exact match %",
     "contains_value": "contains value %",
     "right_field": "right field %",
+    "rouge_l": "ROUGE-L %",
     "invalid_rate": "invalid %",
+    "num_invalid": "invalid",
     "loss": "loss",
     "perplexity": "perplexity",
     "shots": "shots",
@@ -1228,7 +1367,8 @@ def results_table(results: Mapping[str, Any]) -> list[list[str]]:
 def _cell(name: str, value: float | None, interval: Sequence[float] | None) -> str:
     if value is None:
         return "-"
-    write = _percent if name in SHARES else "{:.1f}".format if name == "shots" else "{:.4g}".format
+    plain = {"shots": "{:.1f}".format, "num_invalid": "{:.0f}".format}.get(name, "{:.4g}".format)
+    write = _percent if name in (*SHARES, ROUGE_L) else plain
     return write(value) + (f" [{write(interval[0])}, {write(interval[1])}]" if interval is not None else "")
 
 
@@ -1254,11 +1394,15 @@ def verdict(results: Mapping[str, Any]) -> str:
     """
     sentences = []
     for other, name in (("tuned", "tuned small"), ("large", "large")):
-        measures = [measure for measure in (_by_exact_match(results, other), _by_loss(results, other)) if measure]
-        if measures:
-            (outcome, numbers), *rest = measures
-            sentences.append(f"The proxy {outcome} the {name} model: {numbers}.")
-            sentences += [f"By loss it {outcome} it: {numbers}." for outcome, numbers in rest]
+        measures = [
+            ("exact match", _by_exact_match(results, other)),
+            ("ROUGE-L", _by_rouge_l(results, other)),
+            ("loss", _by_loss(results, other)),
+        ]
+        compared = [(measure, *found) for measure, found in measures if found is not None]
+        for place, (measure, outcome, numbers) in enumerate(compared):
+            said = f"By {measure} it {outcome} it" if place else f"The proxy {outcome} the {name} model"
+            sentences.append(f"{said}: {numbers}.")
     return " ".join(sentences) or "No verdict: the proxy was not compared."
 
 
@@ -1271,6 +1415,19 @@ def _by_exact_match(results: Mapping[str, Any], other: str) -> tuple[str, str] |
     ours, theirs = (f"{_percent(rows[row]['exact_match'])} %" for row in ("proxy", other))
     return _outcome(low, high), (
         f"exact match {ours} against {theirs}, difference {100 * difference['value']:+.1f} points "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
+    )
+
+
+def _by_rouge_l(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
+    difference = results.get(f"proxy_minus_{other}_{ROUGE_L}")
+    if difference is None:
+        return None
+    low, high = difference["ci95"]
+    rows = results["rows"]
+    ours, theirs = (_percent(rows[row][ROUGE_L]) for row in ("proxy", other))
+    return _outcome(low, high), (
+        f"ROUGE-L {ours} against {theirs}, difference {100 * difference['value']:+.1f} points "
         f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
     )
 

@@ -2,7 +2,8 @@
 
 An answer is written greedily without a mistake exactly if every one of its tokens is the best one after the tokens
 before it. So one forward pass of the three models over the right answers tells, for every alpha and mask at once,
-which items would be answered right; nothing has to be written.
+which items would be answered right; nothing has to be written. Where the likeliest of some choices is the answer, the
+scores of all of them tell it for every alpha; a mask has no part in that.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from fedpt_flwr.choices import Choices
 from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.logits import combine_logits, plausible_tokens
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import AnswerLosses, GreedyMistakes, model_scores
+from fedpt_flwr.scoring import AnswerLosses, GreedyMistakes, choice_quality, choice_scores, model_scores
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)
 """Strengths that are tried."""
@@ -146,3 +149,34 @@ def shift_curve(
         for alpha in alphas
         for mask in masks
     ]
+
+
+def choice_curve(
+    proxy: ProxyModel,
+    prompts: Sequence[Sequence[int]],
+    choices: Choices,
+    right: npt.NDArray[np.int64],
+    *,
+    pad_id: int,
+    alphas: Sequence[float] = ALPHAS,
+) -> list[ShiftPoint]:
+    """Exact match and loss of the proxy for every alpha where answers are chosen, from one pass of its models.
+
+    Args:
+        proxy: Its own alpha and mask play no part.
+        prompts: Token ids.
+        choices: All that may be answered.
+        right: Index of the right choice for each prompt, ``(prompts,)``.
+        pad_id: Token that fills up shorter choices.
+        alphas: Strengths to try.
+    """
+    losses = {alpha: AnswerLosses.none_yet(len(prompts) * len(choices.texts)) for alpha in alphas}
+    for owners, targets, (large, tuned, untuned) in choice_scores(proxy, prompts, choices, pad_id=pad_id):
+        for alpha in alphas:
+            losses[alpha].add_scores(owners, combine_logits(large, tuned, untuned, alpha=alpha), targets)
+    curve = []
+    for alpha in alphas:
+        exact_match, loss = choice_quality(losses[alpha], choices, right)
+        finite = loss if np.isfinite(loss) else None
+        curve.append(ShiftPoint(alpha=alpha, plausibility=0.0, exact_match=exact_match, loss=finite))
+    return curve

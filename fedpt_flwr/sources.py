@@ -16,7 +16,7 @@ from fedpt_flwr.config import DataConfig
 from fedpt_flwr.data import load_examples, load_examples_with_records, read_records, split_holdout
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.partition import partition
-from fedpt_flwr.prompts import Example, Template
+from fedpt_flwr.prompts import Example, Template, field_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,40 @@ def public_prompts(data: DataConfig) -> Prompts | None:
         ]
     topics = _column(records, data.cover_field)
     return Prompts(texts=texts, topics=frozenset(topics or ()))
+
+
+def answer_choices(data: DataConfig) -> list[str]:
+    """All that may be answered, each once, in the order in which they are found; none where ``data.choices`` is empty.
+
+    Raises:
+        DataError: A source cannot be read, a record has no answer, or there are fewer than two different answers.
+    """
+    if not data.choices:
+        return []
+    found: dict[str, None] = {}
+    for source, split in _choice_sources(data):
+        records = read_records(source, split=split)
+        # A text file has one choice on each line, and its records the field "text".
+        field = data.answer_field if any(data.answer_field in record for record in records) else "text"
+        for number, record in enumerate(records, 1):
+            found[field_text(record, field, place=f"{source}, record {number}")] = None
+    if len(found) < 2:
+        raise DataError(
+            "there must be at least two different answers to choose from", value=list(found), place="data.choices"
+        )
+    return list(found)
+
+
+def _choice_sources(data: DataConfig) -> list[tuple[str, str]]:
+    """Where the choices are found: sources and their splits."""
+    names = [name.strip() for name in data.choices.split(",")]
+    if not set(names) <= {"train", "validation", "test", "public"}:
+        return [(data.choices, data.choices_split)]
+    named = {name: (getattr(data, name), getattr(data, f"{name}_split")) for name in names}
+    for name in {"validation", "test"} & named.keys():
+        if not named[name][0]:  # then it is a part of data.train
+            named[name] = (data.train, data.train_split)
+    return [(source, split) for source, split in dict.fromkeys(named.values()) if source]
 
 
 @contextmanager

@@ -38,7 +38,10 @@ def fedpt(home, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "report", "compare", "check-config", "plan", "demo-world"])
+@pytest.mark.parametrize(
+    "command",
+    ["generate", "score", "report", "compare", "check-config", "plan", "demo-world", "split", "pretrain"],
+)
 def test_every_command_explains_itself(command, fedpt):
     text = fedpt(command, "--help")
     assert "Usage" in text
@@ -47,7 +50,7 @@ def test_every_command_explains_itself(command, fedpt):
 
 def test_help_lists_every_command(fedpt):
     text = fedpt("--help")
-    commands = ("generate", "score", "report", "compare", "check-config", "plan", "demo-world")
+    commands = ("generate", "score", "report", "compare", "check-config", "plan", "demo-world", "split", "pretrain")
     assert all(command in text for command in commands)
 
 

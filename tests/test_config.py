@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedpt_flwr.config import (
+    CHOICE_LENGTHS,
     DISTILLATION_MODES,
     INNER_STRATEGIES,
     SCORED_ROWS,
@@ -116,6 +117,7 @@ VALID = {
     "seed": st.integers(0, 2**32 - 1),
     "proxy.alpha": st.floats(allow_nan=False, allow_infinity=False),
     "proxy.plausibility": st.floats(0, 1, exclude_max=True),
+    "scoring.choice-length": st.sampled_from(CHOICE_LENGTHS),
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
     "strategy.name": st.sampled_from(INNER_STRATEGIES),
     "strategy.arguments": st.sampled_from(["", "eta = 0.01", "eta = 1, tau = 1e-3, name = 'a, b'"]),
@@ -128,6 +130,7 @@ VALID = {
     "data.prompts": SOURCES,
     "distillation.mode": st.sampled_from([mode for mode in DISTILLATION_MODES if mode != "paired"]),
     "scoring.rows": st.sampled_from(["tuned", "large,proxy", " proxy , tuned,"]),
+    "data.choices": st.just(""),
     "stop.metric": st.just(""),
     "stop.target": st.just(0.0),
     "stop.patience": st.just(0),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedpt_demo_world
 from fedpt_flwr import demo_world
+from fedpt_flwr.corpus import token_stream, train_tokenizer
 from fedpt_flwr.demo_world import (
     FIELDS,
     HOUSE_ENDING,
@@ -24,21 +25,16 @@ from fedpt_flwr.demo_world import (
     SLANG,
     TAGGED_QUESTIONS,
     TEXT_FILES,
-    LlamaShape,
-    ModelRecipe,
-    PretrainConfig,
     Recipe,
     make_catalogue,
     make_demo_world,
     private_records,
     prompt_records,
     public_documents,
-    token_stream,
-    train_tokenizer,
     world_texts,
 )
 from fedpt_flwr.errors import ConfigError, DataError
-from fedpt_flwr.pretrain import learning_rate_at, make_llama, pretrain
+from fedpt_flwr.pretrain import LlamaShape, ModelRecipe, PretrainConfig, learning_rate_at, make_llama, pretrain
 
 PACKAGED = Path(fedpt_demo_world.__file__).parent
 MICRO_MODEL = ModelRecipe(
@@ -358,7 +354,8 @@ def test_models_with_unequal_numbers_of_tokens_are_refused():
 
 
 def test_tokenizer_gives_any_text_back():
-    tokenizer = train_tokenizer(list(islice(public_documents(make_catalogue(0), 0), 500)))
+    documents = list(islice(public_documents(make_catalogue(0), 0), 500))
+    tokenizer = train_tokenizer(documents, vocab_size=demo_world.VOCAB_SIZE, max_length=512)
     text = "> need the Löschzug für 日本 pls\n[Gricand]\nfluid = glycol"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("") == []
@@ -369,7 +366,7 @@ def test_tokenizer_gives_any_text_back():
 
 def train_micro_model(seed):
     documents = list(islice(public_documents(make_catalogue(0), 0), 300))
-    tokenizer = train_tokenizer(documents)
+    tokenizer = train_tokenizer(documents, vocab_size=demo_world.VOCAB_SIZE, max_length=512)
     model = make_llama(
         MICRO_MODEL.shape, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=1, seed=seed
     )

@@ -1,14 +1,16 @@
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fedpt_flwr.metrics.rouge_l import rouge_l
 from fedpt_flwr.scoring import judge_answers, load_metric
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("exact_match", "contains_value", "right_field")
+NAMES = ("exact_match", "contains_value", "right_field", "rouge_l")
 
 # The imports take seconds, so one process makes them and then divides into three.
 LOADING = """
@@ -25,7 +27,7 @@ def load_and_use(load, home):
     evaluate.config.HF_MODULES_CACHE = home / "modules"
     evaluate.config.HF_METRICS_CACHE = home / "metrics"
     for name in sys.argv[3:]:
-        reference = {"exact_match": "filter = jute ;ok", "contains_value": "jute", "right_field": "filter"}[name]
+        reference = {"contains_value": "jute", "right_field": "filter"}.get(name, "filter = jute ;ok")
         result = load(name).compute(predictions=["filter = jute ;ok", "no idea"], references=[reference] * 2)
         assert result == {name: 0.5, "scores": [1, 0]}, result
 
@@ -153,3 +155,57 @@ def test_values_and_fields_are_judged_only_where_they_are_given():
         "right_field": [1],
         "invalid_rate": [0],
     }
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("the cat sat", "the cat sat", 1),
+        ("The CAT, sat!", "the cat sat", 1),
+        ("sat cat the", "the cat sat", 1 / 3),  # one word in the same order, of three and three
+        ("the dog sat down", "the cat sat", 4 / 7),  # P = 2/4, R = 2/3, F = 2 P R / (P + R)
+        ("a b a b a", "b a b", 3 / 4),  # P = 3/5, R = 1
+        ("", "the cat sat", 0),
+        ("the cat sat", "", 0),
+        ("...", "!", 0),
+        ("x2 1,000", "x2 1 000", 1),  # words are runs of letters and digits
+    ],
+)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(prediction, reference, score):
+    result = load_metric("rouge_l").compute(predictions=[prediction], references=[reference])
+    assert result["scores"] == [pytest.approx(score)]
+
+
+def longest_common(first, second):
+    """The usual table."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for place, other in enumerate(second, 1):
+            diagonal, row[place] = row[place], diagonal + 1 if word == other else max(row[place], row[place - 1])
+    return row[-1]
+
+
+def some_texts(number, seed):
+    """Pairs of texts of few different words, so that many ways lead to a common subsequence."""
+    rng = random.Random(seed)
+    return [tuple(" ".join(rng.choices("abcdef", k=rng.randint(0, 90))) for _ in range(2)) for _ in range(number)]
+
+
+def test_rouge_l_finds_the_length_that_the_usual_table_has():
+    for first, second in some_texts(60, seed=0):
+        words = first.split(), second.split()
+        assert rouge_l._longest_common(*words) == longest_common(*words), (first, second)
+
+
+@pytest.mark.slow  # the other package takes seconds to import
+def test_rouge_l_gives_what_the_package_rouge_score_gives():
+    scorer = pytest.importorskip(
+        "rouge_score.rouge_scorer", reason="rouge-score is not installed: pip install -e '.[lm-eval]'"
+    )
+    texts = [*some_texts(100, seed=1), ("What's a naïve test-case? 3.50!", "a NAIVE test case: 3.5"), ("", "x")]
+    judge = scorer.RougeScorer(["rougeL"])
+    predictions, references = zip(*texts, strict=True)
+    ours = load_metric("rouge_l").compute(predictions=list(predictions), references=list(references))["scores"]
+    theirs = [judge.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in texts]
+    assert ours == pytest.approx(theirs)

@@ -532,6 +532,39 @@ def test_records_hold_what_every_model_made_of_an_item(scores):
     }
 
 
+def test_rouge_l_is_measured_where_it_is_asked_for(scores, proxy, tokenizer):
+    found = score_models(
+        proxy,
+        WORLD,
+        tokenized(tokenizer, WORLD),
+        tokenizer=tokenizer,
+        max_new_tokens=24,
+        seed=0,
+        rows=("large", "tuned", "proxy"),
+        rouge_l=True,
+    )
+    tuned = found.rows["tuned"]
+    # Three answers are right, and one has "red" for "blue": 2 of 3 words.
+    assert tuned.rouge_l == pytest.approx((3 + 2 / 3) / 4)
+    assert tuned.ci95["rouge_l"][0] < tuned.rouge_l < tuned.ci95["rouge_l"][1] == 1
+    assert found.records[3]["models"]["tuned"]["rouge_l"] == pytest.approx(2 / 3)
+    assert found.differences["proxy_minus_large_rouge_l"][0] == pytest.approx(
+        found.rows["proxy"].rouge_l - found.rows["large"].rouge_l
+    )
+    results = json.loads(json.dumps(found.to_json()))
+    assert "rouge_l" not in scores.to_json()["rows"]["tuned"]
+    assert "ROUGE-L %" in results_table(results)[0]
+    assert "By ROUGE-L it TIES WITH it: ROUGE-L 91.7 against 91.7, difference +0.0 points" in verdict(results)
+
+
+def test_invalid_answers_are_counted():
+    row = make_row(Measurement(judged={"invalid_rate": np.array([1, 0, 1, 1])}), n=4, seed=0)
+    assert (row.invalid_rate, row.num_invalid) == (0.75, 3)
+    table = results_table({"rows": {"proxy": row.to_json()}})
+    assert table[0] == ["model", "items", "invalid %", "invalid"]
+    assert (table[1][2].split()[0], table[1][3]) == ("75.0", "3")
+
+
 def test_results_are_json_as_the_run_folder_wants_it(scores):
     results = json.loads(json.dumps(scores.to_json(), allow_nan=False))
     assert results["proxy_minus_large"]["value"] == 0.75
@@ -542,6 +575,7 @@ def test_results_are_json_as_the_run_folder_wants_it(scores):
         "contains_value",
         "right_field",
         "invalid_rate",
+        "num_invalid",
         "n",
         "ci95",
     }

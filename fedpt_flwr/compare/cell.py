@@ -212,7 +212,8 @@ def _scored_again(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -
     calibration, speed = {}, {}
     for name in wanted:
         model, measured = models[name], scores.measurements[name]
-        if model is None:  # the tuned model with its adapter switched off
+        # Not of the tuned model with its adapter switched off, nor of answers that were chosen and not written.
+        if model is None or measured.written is None:
             continue
         right = measured.judged["exact_match"]
         calibration[kind.rows[name]] = reliability(evaluator.answer_probabilities(model, measured), right.tolist())
