@@ -129,6 +129,7 @@ VALID = {
     "wire.dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
     "data.prompts": SOURCES,
     "distillation.mode": st.sampled_from([mode for mode in DISTILLATION_MODES if mode != "paired"]),
+    "distillation.direction": st.sampled_from(["forward", "reverse"]),
     "scoring.rows": st.sampled_from(["tuned", "large,proxy", " proxy , tuned,"]),
     "data.choices": st.just(""),
     "stop.metric": st.just(""),
