@@ -2,9 +2,10 @@
 
 Where a record goes depends on the seed and on the text of some of its fields (its key) and on nothing else: not on its
 place in the file, nor on the other records. So the same command gives the same parts anywhere, records of one key are
-never torn apart, and a data set that grows keeps its parts. Whole groups (sites, users) may be public, and are then
-neither on devices nor in the test. A key that is in one part is taken out of all that come after it in this order:
-test, validation, public, train.
+never torn apart, and a data set that grows keeps its parts. Within a part records are sorted by that same number, so
+that the first items of a test are a fair sample where the source was sorted by site or label. Whole groups (sites,
+users) may be public, and are then neither on devices nor in the test. A key that is in one part is taken out of all
+that come after it in this order: test, validation, public, train.
 
 The parts' files have the names of the run config's keys, and ``run-config.toml`` points to them.
 """
@@ -77,7 +78,7 @@ class Division:
     """What came of it.
 
     Attributes:
-        records: By part, each in the order of its source.
+        records: By part, in an order that key and seed decide; those of one key in the order of their source.
         dropped: Records that were left out of a part because their key is in an earlier one, or (of a test or
             validation part that was given) because their group is public.
     """
@@ -117,7 +118,8 @@ def divide(plan: SplitPlan) -> Division:
         raise DataError(f"there is no such group in {plan.group_field!r}", value=unknown, remedy=f"there are {known}")
     records, seen = {}, set[str]()
     for part in PARTS:
-        records[part] = [record for key, record in parts[part] if key not in seen]
+        in_order = sorted(parts[part], key=lambda pair: _drawn(pair[0], plan.seed))
+        records[part] = [record for key, record in in_order if key not in seen]
         dropped[part] += len(parts[part]) - len(records[part])
         seen |= {key for key, _ in parts[part]}
         wanted = part == "train" or part in plan.given or plan.shares.get(part, 0) > 0
@@ -207,10 +209,15 @@ def _part_of(key: str, plan: SplitPlan) -> str:
     Test and validation are taken from below and what is public from above, so that it stays public when the other
     shares change: models may have been pre-trained on it.
     """
-    digest = hashlib.sha256(f"{plan.seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
-    drawn = int.from_bytes(digest[:8], "big") / 2**64
+    drawn = _drawn(key, plan.seed)
     if drawn >= 1 - plan.shares.get("public", 0.0):
         return "public"
     if drawn < plan.shares.get("test", 0.0):
         return "test"
     return "validation" if drawn < plan.shares.get("test", 0.0) + plan.shares.get("validation", 0.0) else "train"
+
+
+def _drawn(key: str, seed: int) -> float:
+    """A number from 0 to 1 that is always the same for this key and seed."""
+    digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

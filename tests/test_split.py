@@ -62,6 +62,16 @@ def test_what_is_public_stays_so_whatever_is_validated_and_tested(tmp_path):
     assert questions(one, "public") == questions(other, "public")
 
 
+def test_the_first_items_of_a_part_are_a_fair_sample_of_a_sorted_source(tmp_path):
+    by_site = sorted(records(), key=lambda row: row["site"])
+    test = write(tmp_path / "test.jsonl", by_site[::5])
+    division = divide(plan(tmp_path, by_site, given={"test": test}, shares={}))
+    # Of 80 out of 200, a quarter of each of four sites: 20 with a standard deviation of 3.
+    assert all(8 <= count <= 32 for count in Counter(row["site"] for row in division.records["test"][:80]).values())
+    again = divide(plan(tmp_path, by_site[::-1], given={"test": test}, shares={}))
+    assert division.records == again.records
+
+
 def test_another_seed_is_another_division(tmp_path):
     first, second = (divide(plan(tmp_path, records(), seed=seed)) for seed in (0, 1))
     assert questions(first, "test") != questions(second, "test")
