@@ -258,6 +258,7 @@ def test_workers_leave_each_other_room_for_their_threads(monkeypatch):
 # --- cells ---
 
 
+@pytest.mark.slow
 def test_every_cell_leaves_one_file_and_is_told_of_once(done):
     folder, told = done
     names = [
@@ -274,6 +275,7 @@ def test_every_cell_leaves_one_file_and_is_told_of_once(done):
     assert not (folder / "work").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_says_what_it_is_and_what_came_of_it(done, config):
     folder, _ = done
     cell = result_of(folder, "demo-fedpt-off-seed1")
@@ -288,6 +290,7 @@ def test_a_cell_says_what_it_is_and_what_came_of_it(done, config):
     assert cell["run_config"] == expected | {"scoring.rows": "tuned,proxy"}
 
 
+@pytest.mark.slow
 def test_a_cell_equals_the_same_federation_without_workers(done, config, tmp_path):
     """Not the first one of its worker: what ran there before must not matter."""
     folder, told = done
@@ -299,6 +302,7 @@ def test_a_cell_equals_the_same_federation_without_workers(done, config, tmp_pat
     assert result_of(folder, kept.name)["rows"] == json.loads((alone / "results.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_large_federated_tunes_and_scores_the_large_model_itself(done):
     folder, _ = done
     name = "demo-large_federated-lr0.001-seed0"
@@ -317,6 +321,7 @@ def test_large_federated_tunes_and_scores_the_large_model_itself(done):
     assert "alpha" not in cell  # there is no proxy
 
 
+@pytest.mark.slow
 def test_the_learning_rate_that_validates_best_is_used_with_the_other_seed(done):
     folder, _ = done
     tried = {rate: result_of(folder, f"demo-large_federated-lr{rate:g}-seed0") for rate in (2e-4, 1e-3)}
@@ -336,6 +341,7 @@ def copy_of(done, tmp_path):
     return shutil.copytree(done[0], tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_runs_nothing_again(done, config, tmp_path, monkeypatch):
     folder = copy_of(done, tmp_path)
     monkeypatch.setattr(comparison, "Worker", None)
@@ -345,6 +351,7 @@ def test_a_finished_comparison_runs_nothing_again(done, config, tmp_path, monkey
     assert again.errors() == {}
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, config, tmp_path):
     folder = copy_of(done, tmp_path)
     (folder / "cells" / "demo-fedpt-off-seed0.json").unlink()
@@ -361,6 +368,7 @@ def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, co
     assert again.num_outdated == 2
 
 
+@pytest.mark.slow
 def test_another_grid_is_refused_with_the_keys_that_differ(done, config):
     folder, _ = done
     worlds = {"demo": config | {"train.max-steps": 3}}
@@ -377,6 +385,7 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_a_comparison_has_one_writer_at_a_time(done, config, tmp_path):
     folder = copy_of(done, tmp_path)
     first = Comparison(make_plan(config), folder, app=APP)
@@ -511,6 +520,7 @@ def reported(folder):
     return make_report(find_folder(str(folder))).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["[]", "{}", "x", '{"rows": [], "validation_rows": {}, "costs": {}}'])
 def test_a_damaged_cell_is_run_again_and_said_to_be(spoil, done, config, tmp_path):
     folder = copy_of(done, tmp_path)
@@ -523,6 +533,7 @@ def test_a_damaged_cell_is_run_again_and_said_to_be(spoil, done, config, tmp_pat
     comparison.close()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_not_complete_has_a_summary_and_a_report(done, config, tmp_path):
     folder = copy_of(done, tmp_path)
     for cell in (folder / "cells").glob("demo-large_federated-*"):
@@ -637,6 +648,7 @@ def test_bad_options_are_one_clear_sentence(options, match, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_worlds_file_goes_before_what_is_given_for_all(done, config, tmp_path):
     """Refused as another grid, which shows what each world would have been told."""
     folder = copy_of(done, tmp_path)

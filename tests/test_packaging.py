@@ -20,6 +20,7 @@ def modules():
     yield from ("client_app", "server_app")
 
 
+@pytest.mark.slow
 def test_modules_import_in_a_strange_folder_without_output_or_files(tmp_path):
     """One process for all: each import is a statement of its own, with warnings of our own modules as errors."""
     code = "import sys, warnings\nwarnings.filterwarnings('error', module=r'fedpt_flwr|client_app|server_app')\n"

@@ -416,6 +416,7 @@ def test_colours_stand_out_from_the_paper():
         assert len({DARK[name] for name in LIGHT if LIGHT[name] == light}) == 1
 
 
+@pytest.mark.slow
 def test_a_report_of_the_same_run_is_the_same_bytes(made, tmp_path):
     make_report(made, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())

@@ -31,8 +31,9 @@ def test_a_run_with_half_the_bytes_ends_near_the_run_with_all(dtype, whole, tmp_
         assert 0.5 * full < half < 0.52 * full
 
 
+@pytest.mark.slow
 def test_models_that_rest_while_devices_train_change_no_array(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(server_app, "_WORTH_RESTING", 0)
+    monkeypatch.setattr(server_app, "WORTH_RESTING_BYTES", 0)
     run = federate(tmp_path, 2, SHORT)
     for name, values in final_arrays(run).items():
         np.testing.assert_array_equal(values, final_arrays(whole)[name], err_msg=name)
