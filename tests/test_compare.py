@@ -605,6 +605,7 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
     (command.out / "report.html").unlink()
     for plot in command.out.glob("plot-*.png"):
         plot.unlink()
+    shutil.rmtree(command.out / "tables")
 
     process = command.start("--jobs", "1")  # how many there are at once is no part of what is compared
     shown, said = process.communicate(timeout=200)
@@ -829,7 +830,8 @@ def test_a_cell_gives_what_flwr_run_gives_bit_for_bit(flower, config, tmp_path):
     kept = tmp_path / "one" / "runs" / "demo-fedpt-off-seed0"
     assert_same(final_arrays(simulated), final_arrays(kept))
     found, expected = (json.loads((run / "results.json").read_text())["rows"] for run in (kept, simulated))
-    assert found == expected
+    # Large and untuned are rows of their own cell.
+    assert found == {name: expected[name] for name in ("tuned", "proxy")}
 
 
 def test_a_message_that_the_grid_makes_reaches_its_device():

@@ -302,9 +302,16 @@ class Counting:
         if config.scoring.round_items:
             items = texts.validation[: config.scoring.round_items]
             losses, answers = tokens_read(items), self._written(items)
-            # Of large and untuned, answers are written once, and losses computed with the others' again and again.
-            reads.add("validation", large=rounds * (losses + answers) + answers)
-            reads.small += rounds * (2 * losses + 3 * answers) + answers
+            rows = {*wanted, "proxy"} if config.stop.metric else {*wanted}
+            if rows == {"tuned"}:
+                reads.add("validation", large=0)
+                reads.small += rounds * (losses + answers)
+            else:
+                # Of large and untuned, answers are written once, and losses computed with the others' again and again.
+                written = rounds * answers * ("proxy" in rows)
+                reads.add("validation", large=rounds * losses + written + answers * ("large" in rows))
+                reads.small += rounds * (2 * losses + answers * ("tuned" in rows)) + 2 * written
+                reads.small += answers * ("untuned" in rows)
         if config.proxy.alpha == AUTO:
             self._read_curve(reads, "shift", times=rounds)
         if mode in IN_ROUNDS:
