@@ -503,35 +503,6 @@ def _opened(opener: _Opener) -> Iterator[PreTrainedModel]:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    place: str = "prompts",
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[str], IntArray]:
-    """What a model writes after each prompt, as text; see :func:`generate_ids`.
-
-    Returns:
-        The answers without special tokens, and the number of tokens that were written for each, ``(prompts,)``, with
-        the one that ended it. Both are in the order of ``prompts``.
-    """
-    written = generate_ids(
-        model,
-        prompts,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        place=place,
-        on_progress=on_progress,
-    )
-    answers = [decode_answer(answer, model, tokenizer) for answer in written]
-    return answers, np.asarray([len(answer) for answer in written], dtype=np.int64)
-
-
 def generate_ids(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

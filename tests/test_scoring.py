@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import generate_answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,7 +22,6 @@ from fedpt_flwr.scoring import (
     bootstrap_sums,
     few_shot_prompt,
     gap_closed,
-    generate_answers,
     make_row,
     paired_bootstrap,
     proxy_losses,

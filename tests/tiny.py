@@ -1,8 +1,11 @@
 """Models and a tokenizer of a few kilobytes, for tests that need real ones."""
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedpt_flwr.scoring import decode_answer, generate_ids
 
 PAD, BOS, EOS = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 =;\n>"
@@ -49,4 +52,12 @@ def tiny_tokenizer(**special_tokens):
     tokens.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokens, **(special_tokens or {"eos_token": "</s>", "pad_token": "<pad>"})
+    )
+
+
+def generate_answers(model, prompts, *, tokenizer, **settings):
+    """What ``generate_ids`` writes, as text, and the number of tokens of each answer."""
+    written = generate_ids(model, prompts, tokenizer=tokenizer, **settings)
+    return [decode_answer(answer, model, tokenizer) for answer in written], np.asarray(
+        [len(answer) for answer in written]
     )
