@@ -426,7 +426,7 @@ class Server:
             self._score_untouched(self.rounds_scored, last_round, "resume")
 
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
-        """Write who has how many examples of what, how far that is from the mean; of nodes with one number, the first."""
+        """Write who has how many examples of what, and how unlike all others; of one number's nodes, the first's."""
         of_device = {card.device: card for card in reversed(cards)}
         ordered = [of_device[device] for device in sorted(of_device)]
         found = measure_shards([card.num_examples for card in ordered], [card.groups for card in ordered])

@@ -552,11 +552,11 @@ def tokenize_examples(
 
     Prompt and answer are tokenised each by itself, so that the border between them is exact with every tokenizer. No
     special token is added but the end of sequence after the answer, and before the prompt the beginning of sequence if
-    the tokenizer puts one there by default (Llama and Gemma do, GPT-2 and Qwen do not) and the prompt does not begin with
-    it already, as one that a chat template wrote. Special tokens that a template
-    spells out, such as ``<|im_end|>``, become these tokens. A prompt without any token becomes the beginning of
-    sequence, or the end of sequence where the tokenizer has no beginning (the convention of GPT-2), so that an answer's
-    first token always has something that it is predicted from.
+    the tokenizer puts one there by default (Llama and Gemma do, GPT-2 and Qwen do not), unless it is there already, as
+    in what a chat template wrote. Special tokens that a template spells out, such as ``<|im_end|>``, become these
+    tokens. A prompt without any token becomes the beginning of sequence, or the end of sequence where the tokenizer has
+    no beginning (the convention of GPT-2), so that an answer's first token always has something that it is predicted
+    from.
 
     What is longer than ``max_length`` loses the beginning of the prompt first (but never the beginning of sequence),
     until the prompt has ``max_length // 2`` tokens left; then it loses the end of the answer, with the end of sequence.

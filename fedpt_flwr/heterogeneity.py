@@ -53,8 +53,8 @@ class Heterogeneity:
         if self.mean_distance is not None:
             said.append(
                 f"{self.num_groups:,} {'group' if self.num_groups == 1 else 'groups'}; a device's mixture differs from "
-                f"that of all by {self.mean_distance:.2f} on average, {max(known):.2f} at most (0: alike, 1: nothing in "
-                "common)"
+                f"that of all by {self.mean_distance:.2f} on average, {max(known):.2f} at most (0: alike, 1: nothing "
+                "in common)"
             )
         else:
             said.append("the devices do not say which groups their examples are of")

@@ -1,11 +1,11 @@
 """The data of a run as its config names it: a device's shard, the server's held-out items, public texts.
 
 Server and devices call the same functions with the same config, so they agree on what is held out of the training data
-and on who owns what without sending any of it. What is held out and dealt out are records: the turns of one conversation stay
-together.
+and on who owns what without sending any of it. What is held out and dealt out are records, so the turns of one
+conversation stay together.
 
-Where ``data.format`` is ``chat`` or ``auto``, the small model's tokenizer is needed, because conversations are written by
-its chat template.
+Where ``data.format`` is ``chat`` or ``auto``, the small model's tokenizer is needed, because conversations are written
+by its chat template.
 """
 
 from __future__ import annotations
