@@ -132,7 +132,7 @@ class FieldsShape:
         return self.request.render(record, place=place)
 
     def _lacks(self, record: Record, names: Sequence[str], place: str | None) -> DataError:
-        one_of = "the field " if len(names) == 1 else "one of the fields "
+        one_of = "the field " if len(names) == 1 else "exactly one of the fields "
         return DataError(
             f"a record of the shape {self.name} must have {one_of}{' and '.join(map(repr, names))}",
             place=place,
@@ -202,7 +202,11 @@ class ChatShape:
         """The assistant's turn with this index, after all that stands before it."""
         said = messages[number]["content"].strip()
         if not said:
-            raise DataError(f"message {number + 1} of the assistant must not be empty", place=place)
+            raise DataError(
+                f"message {number + 1}, of the assistant, must not be empty",
+                place=place,
+                remedy="fill it in, or remove it with the message before",
+            )
         before = self._written(messages[:number], place)
         if not self.tokenizer.chat_template:
             return Example(before, messages[number]["content"])
@@ -311,7 +315,12 @@ def read_messages(record: Record, *, place: str | None = None) -> list[dict[str,
             remedy=f"{_fields(record)}; mend the record, or set data.format to the shape that it has",
         )
     if not isinstance(given, list) or not given:
-        raise DataError(f"{names[0]} must be a list of at least one message", value=given, place=place)
+        raise DataError(
+            f"{names[0]} must be a list of at least one message",
+            value=given,
+            place=place,
+            remedy=f'write [{{"{names[1]}": "user", "{names[2]}": "..."}}, ...]',
+        )
     messages = []
     for number, message in enumerate(given, 1):
         if not isinstance(message, Mapping) or not {names[1], names[2]} <= message.keys():
@@ -370,7 +379,11 @@ def write_by_chat_template(
         )
     except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:  # whatever its author thought of
         reason = str(error).partition("\n")[0][:_MAX_REASON_CHARS]
-        raise DataError(f"messages do not fit the model's chat template ({reason})", place=place) from error
+        raise DataError(
+            f"messages do not fit the model's chat template ({reason})",
+            place=place,
+            remedy="mend or remove the record, or give the tokenizer a chat template that takes it",
+        ) from error
 
 
 def join_turns(turns: Sequence[tuple[str, str]]) -> str:

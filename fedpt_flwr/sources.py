@@ -99,6 +99,7 @@ def device_shard(
     Raises:
         DataError: The source cannot be read, or cannot be dealt out to so many devices.
     """
+    _template("data.template", data.template)
     tokenizer = tokenizer if needs_tokenizer(data) else None
     records = _load_train(data, tokenizer)
     chosen = _shards(data, num_devices, seed, tokenizer)[device]

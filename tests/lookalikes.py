@@ -40,7 +40,9 @@ def dolly(number: int = 48) -> list[dict]:
         records.append(
             {
                 "instruction": f"Which of the {first} sheds near gate {second} is the larger?",
-                "context": f"Shed {first} holds {first * second} sacks, and shed {second} holds none." if with_context else "",
+                "context": f"Shed {first} holds {first * second} sacks, and shed {second} holds none."
+                if with_context
+                else "",
                 "response": f"Shed {first}, because it holds {first * second} sacks.",
                 "category": category,
             }
@@ -77,7 +79,9 @@ def byte_level_tokenizer(special: list[str], **named: str | None) -> PreTrainedT
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokens.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    tokens.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
     tokens.add_special_tokens(special)
     return PreTrainedTokenizerFast(tokenizer_object=tokens, **named)
 
@@ -89,10 +93,22 @@ def qwen(folder: Path) -> dict[str, str]:
     shared = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     small = Qwen2Config(
-        vocab_size=336, hidden_size=32, intermediate_size=64, num_hidden_layers=2, tie_word_embeddings=True, **shared, **ends
+        vocab_size=336,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        **shared,
+        **ends,
     )
     large = Qwen2Config(
-        vocab_size=344, hidden_size=48, intermediate_size=96, num_hidden_layers=3, tie_word_embeddings=False, **shared, **ends
+        vocab_size=344,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+        **shared,
+        **ends,
     )
     return _saved(folder, Qwen2ForCausalLM, small, large, tokenizer, torch.bfloat16)
 
@@ -108,10 +124,20 @@ def smollm(folder: Path) -> dict[str, str]:
         "eos_token_id": tokenizer.eos_token_id,
     }
     small = LlamaConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, **shared
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        **shared,
     )
     large = LlamaConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, **shared
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        **shared,
     )
     return _saved(folder, LlamaForCausalLM, small, large, tokenizer, torch.bfloat16)
 

@@ -95,7 +95,9 @@ def lookalike_paths(example, folder):
     is_sums = example == "smollm2-gsm8k"
     train = lookalikes.write_records(folder / "train.jsonl", lookalikes.gsm8k() if is_sums else lookalikes.dolly())
     paths = {**make(folder), "data.train": train}
-    return paths | ({"data.test": lookalikes.write_records(folder / "test.jsonl", lookalikes.gsm8k(8))} if is_sums else {})
+    return paths | (
+        {"data.test": lookalikes.write_records(folder / "test.jsonl", lookalikes.gsm8k(8))} if is_sums else {}
+    )
 
 
 @pytest.mark.parametrize("example", MODELS)

@@ -25,14 +25,20 @@ def test_many_devices_with_a_group_of_their_own_come_near_1():
 @pytest.mark.parametrize(
     ("sizes", "groups", "said"),
     [
-        ([30, 10], [{"a": 30}, {"b": 10}], ["shards of 10 to 30 examples; the largest is 75.0% of all (50.0% if all",
-                                            "2 groups; a device's mixture differs from that of all by 0.50 on average, 0.75 at most"]),
+        (
+            [30, 10],
+            [{"a": 30}, {"b": 10}],
+            [
+                "shards of 10 to 30 examples; the largest is 75.0% of all (50.0% if all",
+                "2 groups; a device's mixture differs from that of all by 0.50 on average, 0.75 at most",
+            ],
+        ),
         ([30, 10], [{}, {}], ["shards of 10 to 30", "the devices do not say which groups their examples are of"]),
         ([0], [{}], ["no device has examples"]),
         ([], [], ["no device has examples"]),
         ([5], [{"a": 0}], ["shards of 5 to 5", "do not say"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_of_shards(sizes, groups, said):
     sentences = measure_shards(sizes, groups).sentences()
     assert len(sentences) == len(said)

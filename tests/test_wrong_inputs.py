@@ -44,7 +44,8 @@ WRONG = [
         lines(GOOD | {"output": "x"}),
         {"data.format": "instruction"},
     ),
-    ("a field that is no text", "notes.jsonl", lines({"prompt": ["a"], "completion": "b"}), {"data.format": "completion"}),
+    ("a field that is no text", "notes.jsonl", lines({"prompt": ["a"], "completion": "b"}), {
+        "data.format": "completion"}),
     ("a value that is missing", "notes.jsonl", lines({"text": None}), {"data.format": "text"}),
     ("half a character", "notes.jsonl", b'{"text": "a\\ud800"}\n', {"data.format": "text"}),
     ("a record of another shape among others", "notes.jsonl", lines(GOOD, {"text": "a"}), {"data.format": "auto"}),
@@ -66,7 +67,7 @@ WRONG = [
     ("turns that the model's chat template refuses", "notes.jsonl", lines({"messages": [TURN, TURN, SAID]}), {
         "data.format": "chat"}),
     ("labels without choices", "notes.jsonl", lines({"text": "a", "label": "b"}), {"data.format": "classification"}),
-    ("choices of which there is one", "notes.jsonl", lines({"text": "a", "label": "b"}, {"text": "c", "label": "b"}), {
+    ("choices of which there is one", "notes.jsonl", lines(*[{"text": "a", "label": "b"}] * 4), {
         "data.format": "classification", "data.choices": "train"}),
     ("a record without its group", "notes.jsonl", lines(GOOD), {
         "data.format": "instruction", "data.partitioner": "natural", "data.group-field": "site"}),
@@ -81,15 +82,19 @@ def told(folder, name, content, keys):
     if name:
         (folder / name).write_bytes(content)
     given = {
-        "data.train": str(folder / name), "data.validation": "", "data.test": "", "data.partitioner": "iid", "data.public": "",
-        "data.prompts": "", "distillation.mode": "off", "model.small": "demo:small",
+        "data.train": str(folder / name), "data.validation": "", "data.test": "", "data.partitioner": "iid",
+        "data.public": "", "data.prompts": "", "distillation.mode": "off",
     } | {key: value.replace("FOLDER", str(folder)) for key, value in keys.items()}  # fmt: skip
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = STRICT_TURNS
+
+    def use():
+        data = parse_run_config(given).data
+        device_shard(data, device=0, num_devices=1, seed=0, tokenizer=tokenizer)
+        answer_choices(data)
+
     with pytest.raises(FedPTError) as caught:
-        config = parse_run_config(given)
-        device_shard(config.data, device=0, num_devices=1, seed=0, tokenizer=tokenizer)
-        answer_choices(config.data)
+        use()
     sentence = str(caught.value)
     assert "\n" not in sentence, sentence
     return sentence.replace(str(folder), "/data").replace(str(Path.cwd()), "/here")
