@@ -6,9 +6,9 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from fedpt_flwr.config import DataConfig
+from fedpt_flwr.config import DataConfig, parse_run_config
 from fedpt_flwr.data import content_hash, load_records, tokenize_examples, tokenize_prompts
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.prompts import Example, Template
 from fedpt_flwr.service.chat import render_chat
 from fedpt_flwr.service.schemas import ChatCompletionRequest
@@ -262,3 +262,16 @@ def test_conversations_in_parquet_are_read_as_in_json_lines(tmp_path):
 def test_what_no_shape_has_is_refused_before_anything_is_read_wrongly():
     with pytest.raises(DataError, match="which is not here"):
         AutoShape(None).of({"messages": CONVERSATION})
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"data.format": "classification"}, "a classification needs the labels to choose from"),
+        ({"data.format": "chat", "data.choices": "test"}, "the shape chat has no labels to choose from"),
+        ({"data.format": "text", "data.choices": "test"}, "the shape text has no labels to choose from"),
+    ],
+)
+def test_keys_that_make_no_sense_together_are_refused(keys, match):
+    with pytest.raises(ConfigError, match=match):
+        parse_run_config(keys)
