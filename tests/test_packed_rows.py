@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import EOS, PAD, VOCAB, tiny_gpt2, tiny_llama
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from fedpt_flwr.config import TrainConfig, TuningConfig
 from fedpt_flwr.data import TokenizedExample, collate, collate_packed
@@ -90,6 +90,30 @@ def test_an_adapter_is_trained_the_same_in_packed_rows():
             train_locally(model, examples(), config, learning_rate=0.01, fedprox_mu=0.0, pad_id=PAD, seed=5).loss
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "gemma": GROUPED,
+    "gemma3_text": GROUPED | {"sliding_window": 16},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_these_families_keep_examples_apart(family, dtype):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    check_packing(AutoModelForCausalLM.from_config(config).to(dtype).eval())
 
 
 def test_a_model_that_reads_the_row_as_one_text_is_refused():
