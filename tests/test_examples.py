@@ -123,6 +123,7 @@ def test_on_look_alikes_everything_fits_together_before_a_run(example, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # transformers' new name
 @pytest.mark.parametrize("example", MODELS)
 def test_on_look_alikes_an_example_runs_with_nothing_changed_but_paths(example, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
