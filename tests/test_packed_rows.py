@@ -104,7 +104,6 @@ FAMILIES = {
     "gemma": GROUPED,
     "gemma3_text": GROUPED | {"sliding_window": 16},
     "gpt_neox": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3},
 }
 
 
