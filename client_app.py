@@ -53,7 +53,7 @@ from fedpt_flwr.records import (
     to_reply,
     to_tensors,
 )
-from fedpt_flwr.sources import device_shard, local_shard
+from fedpt_flwr.sources import device_shard, local_shard, needs_tokenizer
 from fedpt_flwr.training import TaskMemory, device_seed, round_learning_rate, train_locally
 
 OUT_OF_MEMORY = (
@@ -125,7 +125,7 @@ def introduce(message: Message, context: Context) -> Message:
     _check_code(message)
     load_limits(config, context)
     shard = load_shard(config, context)
-    groups = {} if config.data.partitioner == "node-local" else Counter(example.group for example in shard)
+    groups = Counter(example.group for example in shard) if tells_groups(config, context) else {}
     card = DeviceCard(
         device=device_number(context),
         num_examples=len(shard),
@@ -273,6 +273,7 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
         DataError: They cannot be read.
     """
     device = device_number(context)
+    tokenizer = cached_tokenizer(config.model.small) if needs_tokenizer(config.data) else None
     if config.data.partitioner == "node-local":
         path = context.node_config.get("data-path")
         if not isinstance(path, str) or not path:
@@ -281,7 +282,8 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
                 place=f"device {device}",
                 remedy="start its SuperNode with --node-config 'data-path=\"/absolute/path.jsonl\"'",
             )
-        return local_shard(config.data, path)
+        with_groups = tells_groups(config, context)
+        return local_shard(config.data, path, tokenizer=tokenizer, with_groups=with_groups)
     num_devices = context.node_config.get("num-partitions")
     if not isinstance(num_devices, int) or not device < num_devices:
         raise DeviceError(
@@ -290,7 +292,27 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
             place=f"device {device}",
             remedy="start its SuperNode with --node-config 'partition-id=0 num-partitions=8'",
         )
-    return device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed)
+    return device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
+
+
+def tells_groups(config: RunConfig, context: Context) -> bool:
+    """Whether the server learns how many examples of which group this device has.
+
+    Both must allow it: the run (``data.disclose``), and the device (``disclose`` of its node config), which says
+    nothing of data of its own unless its operator wants it to.
+
+    Raises:
+        DeviceError: The node config says something else.
+    """
+    allowed = context.node_config.get("disclose", "size" if _has_own_data(context) else "groups")
+    if allowed not in ("size", "groups"):
+        raise DeviceError(
+            "must be size or groups",
+            value=allowed,
+            place=f"device {device_number(context)}, node config, disclose",
+            remedy='restart its SuperNode with disclose="size" in --node-config, or without',
+        )
+    return config.data.disclose == "groups" and allowed == "groups"
 
 
 @functools.lru_cache(maxsize=1)

@@ -39,6 +39,7 @@ from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
 from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
@@ -63,11 +64,13 @@ from fedpt_flwr.results import (
     summary_lines,
     worse_by,
 )
-from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
+from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
-from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
+from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
+from fedpt_flwr.training import check_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,6 +160,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         code_hash=CODE_HASH,
         wire_dtype=config.wire.dtype,
         expected=server.devices_before() if config.resume else None,
+        on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
     )
     if config.resume:
@@ -186,6 +190,7 @@ class Server:
         config: The run's config.
         run: Its folder.
         tokenizer: Shared by all models.
+        shape: Of the records, which says how prompts are written.
         proxy: Large, tuned and untuned; its small models get new weights every round.
         shapes: Of the small model's tunable weights, by name.
         small_fingerprint: Of the small model as loaded.
@@ -206,6 +211,7 @@ class Server:
     config: RunConfig
     run: RunFolder
     tokenizer: PreTrainedTokenizerBase
+    shape: Shape
     proxy: ProxyModel
     shapes: Mapping[str, tuple[int, ...]]
     small_fingerprint: str
@@ -236,6 +242,9 @@ class Server:
         sizes = {"large": output_size(large), "small": output_size(small)}
         vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
         check_context(small.config, config.train.max_length)
+        if config.train.packing:
+            with naming("train.packing"):
+                check_packing(small)
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
@@ -252,8 +261,9 @@ class Server:
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
-        validation = held_out_items(data, "validation", seed=config.seed)
-        test = held_out_items(data, "test", seed=config.seed).first(config.scoring.num_items)
+        validation = held_out_items(data, "validation", seed=config.seed, tokenizer=tokenizer)
+        test = held_out_items(data, "test", seed=config.seed, tokenizer=tokenizer).first(config.scoring.num_items)
+        shape = scored_shape(data, tokenizer=tokenizer)
         number = config.scoring.round_items
 
         def evaluator(which: str, items: Items) -> Evaluator:
@@ -261,8 +271,9 @@ class Server:
 
         of_validation, of_test = evaluator("validation", validation), evaluator("test", test)
         mode = config.distillation.mode
-        prompts = public_prompts(data) if mode != "off" else None
-        public = public_texts(data) if config.scoring.few_shot or (mode != "off" and prompts is None) else []
+        prompts = public_prompts(data, tokenizer=tokenizer) if mode != "off" else None
+        needs_public = config.scoring.few_shot or (mode != "off" and prompts is None)
+        public = public_texts(data, tokenizer=tokenizer) if needs_public else []
         distiller = None
         if mode != "off":
             texts = None if prompts is None else prompts.texts
@@ -279,6 +290,7 @@ class Server:
                 },
             },
         )
+        log(INFO, "Records of the shape %s; a prompt ends %r", shape.name, validation.examples[0].prompt[-40:])
         log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
         log(
             INFO,
@@ -291,6 +303,7 @@ class Server:
             config=config,
             run=run,
             tokenizer=tokenizer,
+            shape=shape,
             proxy=proxy,
             shapes=shapes,
             small_fingerprint=small_fingerprint,
@@ -413,9 +426,15 @@ class Server:
             self._score_untouched(self.rounds_scored, last_round, "resume")
 
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
-        """Write who has how many examples of what; of several nodes with one number, the first counts."""
-        shards = {card.device: card.shard() for card in reversed(cards)}
-        write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
+        """Write who has how many examples of what, and how unlike all others; of one number's nodes, the first's."""
+        of_device = {card.device: card for card in reversed(cards)}
+        ordered = [of_device[device] for device in sorted(of_device)]
+        found = measure_shards([card.num_examples for card in ordered], [card.groups for card in ordered])
+        shards = [
+            {**card.shard(), "distance": None if distance is None else round(distance, 4)}
+            for card, distance in zip(ordered, found.distances, strict=True)
+        ]
+        write_json(self.run.path / "shards.json", shards)
 
     # --- while devices train ---
 
@@ -606,6 +625,8 @@ class Server:
             untuned_ref=BUNDLED if mode == "paired" else self.config.model.small,
             tokenizer=self.tokenizer,
         )
+        form = {"format": self.shape.name, "template": self.shape.request.text}
+        write_json(folder / "proxy" / PROMPT_FORM, form)
 
     def _note(self, server_round: int, phase: str, row: Mapping[str, Any]) -> None:
         self.run.append("metrics.jsonl", {"round": server_round, "phase": phase, **row})

@@ -46,6 +46,9 @@ AUTO = "auto"
 SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
 """What ``scoring.rows`` can name."""
 
+DATA_FORMATS = ("template", "auto", "instruction", "completion", "chat", "text", "classification")
+"""What ``data.format`` can be."""
+
 CHOICE_LENGTHS = ("sum", "tokens", "bytes")
 """What ``scoring.choice-length`` can be."""
 
@@ -177,6 +180,11 @@ class TrainConfig:
         "this, then the end of the answer.",
         *_at_least(2),
     )
+    packing: bool = _setting(
+        False,
+        "Put short examples of a batch behind one another, into rows as long as the longest, each read as if it were "
+        "alone: the same update without the time for padding. Refused for a model that cannot keep them apart.",
+    )
     mixed_precision: str = _setting(
         "no", "Forward and backward passes in a shorter type (accelerate).", *_one_of("no", "bf16", "fp16")
     )
@@ -219,6 +227,13 @@ class DataConfig:
         path=True,
     )
     public_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    format: str = _setting(
+        "template",
+        "What a record looks like (docs/data.md). `template`: any fields, written by `data.template`. `instruction`, "
+        "`completion`, `chat`, `text`, `classification`: fields of fixed names, and prompts of a fixed form; "
+        "`data.template` and `data.answer-field` are then unused. `auto`: one of these, by the first record's fields.",
+        *_one_of(*DATA_FORMATS),
+    )
     template: str = _setting(
         "> {request}\n[{unit}]\n",
         "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted. Empty: no prompt "
@@ -240,7 +255,10 @@ class DataConfig:
         path=True,
     )
     choices_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
-    public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
+    public_template: str = _setting(
+        "{text}",
+        "How a public record becomes a text; empty: as the devices' records do (`data.format`), answer included.",
+    )
     prompts: str = _setting(
         "demo:prompts",
         "Public prompts of the server for distillation: records without answers, written out by `data.template`. "
@@ -269,6 +287,12 @@ class DataConfig:
         *_one_of("natural", "dirichlet", "iid", "node-local"),
     )
     dirichlet_alpha: float = _setting(0.5, "Concentration; smaller means more skewed.", *_POSITIVE)
+    disclose: str = _setting(
+        "groups",
+        "What devices say of their shards before the first round. `size`: the number of examples. `groups`: also how "
+        "many are of which group (`data.group-field`); of `node-local` data only a device whose node config allows it.",
+        *_one_of("size", "groups"),
+    )
     holdout_fraction: float = _setting(
         0.1,
         "Share of `data.train` kept back where there is no validation or test file.",
@@ -704,6 +728,20 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "an answer that is chosen counts as a whole",
             config.data.answer_pattern,
             "leave one of them out",
+        )
+    if config.data.format == "classification" and not config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            "a classification needs the labels to choose from",
+            "",
+            "set data.choices='test', or a text file with a label on each line",
+        )
+    if config.data.format in ("chat", "text") and config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            f"the shape {config.data.format} has no labels to choose from",
+            config.data.choices,
+            "leave data.choices out, or set data.format='classification'",
         )
     if config.data.partitioner == "node-local" and "train" in _names(config.data.choices):
         refuse(

@@ -15,8 +15,8 @@ from typing import Any
 from fedpt_flwr.config import TrainConfig
 from fedpt_flwr.errors import DeviceError
 
-OTHER_KEYS = ("partition-id", "num-partitions", "device-id", "data-path")
-"""Keys of a node config that say who a device is and where its data lies."""
+OTHER_KEYS = ("partition-id", "num-partitions", "device-id", "data-path", "disclose")
+"""Keys of a node config that say who a device is and where its data lies, and what it may say of them."""
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 

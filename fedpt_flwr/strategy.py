@@ -40,6 +40,7 @@ from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.answers import answers
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
+from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.limits import parse_limits
 from fedpt_flwr.records import (
     ARRAYS,
@@ -319,6 +320,7 @@ class FedPT(Strategy):
         wire_dtype: Type of the arrays on the wire, see :mod:`fedpt_flwr.records`.
         expected: Devices that a run had before it was stopped, by number, with their shards: it goes on with exactly
             these. None: with any.
+        on_devices: Called once with the devices' cards, as soon as enough of them are there for the first round.
         is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
     """
 
@@ -336,6 +338,7 @@ class FedPT(Strategy):
         code_hash: str = "",
         wire_dtype: str = "float32",
         expected: Mapping[int, DeviceCard] | None = None,
+        on_devices: Callable[[Sequence[DeviceCard]], None] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
     ) -> None:
         self.inner = inner_strategy
@@ -349,6 +352,7 @@ class FedPT(Strategy):
         self.code_hash = code_hash
         self.wire_dtype = wire_dtype
         self.expected = expected
+        self.on_devices = on_devices
         self.is_good_enough = is_good_enough
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
@@ -507,6 +511,8 @@ class FedPT(Strategy):
             if there >= wanted:
                 if first:
                     self.log_shards()
+                    if self.on_devices is not None:
+                        self.on_devices(list(self.devices.values()))
                 return present
             hopeless = len(self._declined) == len(connected) >= self.min_devices
             if time.monotonic() >= deadline or hopeless:
@@ -604,16 +610,20 @@ class FedPT(Strategy):
         return "; ".join(f"{what}: {_listed(who)}" for what, who in groups if who)
 
     def log_shards(self) -> None:
-        """Log the table of shards: device, number of examples, groups."""
+        """Log the table of shards (device, number of examples, how unlike all others, groups) and what sums it up."""
         cards = sorted(self.devices.values(), key=lambda card: card.device)
         log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
-        for card in cards[:_MAX_DEVICES]:
+        found = measure_shards([card.num_examples for card in cards], [card.groups for card in cards])
+        for card, distance in zip(cards[:_MAX_DEVICES], found.distances, strict=False):
             groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
             more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
-            log(INFO, "\tdevice %3d  %7d examples  %s%s", card.device, card.num_examples, shown, more)
+            unlike = "" if distance is None else f"differs by {distance:.2f}  "
+            log(INFO, "\tdevice %3d  %7d examples  %s%s%s", card.device, card.num_examples, unlike, shown, more)
         if len(cards) > _MAX_DEVICES:
             log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - _MAX_DEVICES)
+        for sentence in found.sentences():
+            log(INFO, "\t%s", sentence)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

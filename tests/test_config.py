@@ -110,6 +110,8 @@ VALID = {
     "data.validation": SOURCES,
     "data.test": SOURCES,
     "data.public": st.one_of(st.just(""), SOURCES),
+    "data.format": st.sampled_from(["template", "auto", "instruction", "completion", "chat", "text"]),
+    "data.disclose": st.sampled_from(["size", "groups"]),
     "data.partitioner": st.sampled_from(["natural", "dirichlet", "iid", "node-local"]),
     "data.holdout-fraction": st.floats(0, 0.5, exclude_min=True, exclude_max=True),
     "fraction-train": st.floats(0, 1, exclude_min=True),

@@ -556,10 +556,19 @@ def test_a_device_that_does_not_introduce_itself_is_left_out():
     assert [part.device for part in outcomes[0].devices] == [1, 2]
 
 
-def test_the_shards_are_logged_before_round_1(caplog):
+def test_the_shards_are_logged_and_handed_over_before_round_1(caplog):
+    grid, told = LocalGrid(make_device(groups={"lamp": 4, "pump": 16}), 2), []
+
+    def remember(cards):
+        asked = {message.metadata.message_type for message in grid.sent}
+        told.append((asked, sorted(card.device for card in cards)))
+
     with caplog.at_level(logging.INFO, logger="flwr"):
-        run(fedpt(), LocalGrid(make_device(groups={"lamp": 4, "pump": 16}), 2), rounds=1)
+        run(fedpt(on_devices=remember), grid, rounds=2)
+    assert told == [({"query"}, [0, 1])]
     assert "Shards: 2 devices, 30 examples" in caplog.text
+    assert "differs by 0.00  pump 16, lamp 4" in caplog.text
+    assert "2 groups; a device's mixture differs from that of all by 0.00 on average" in caplog.text
     assert caplog.text.index("pump 16, lamp 4") < caplog.text.index("Round 1: devices 0, 1 train")
 
 
