@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
@@ -66,6 +67,8 @@ FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
+# Errors that the SuperLink makes when a question, its answer or the node is gone: the device has said nothing.
+_LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 _MAX_REASONS = 5  # shown of what devices say when they all fail
 _MAX_DEVICES = 20  # shown one by one in the log
 _WEIGHT = "num-examples"
@@ -532,6 +535,9 @@ class FedPT(Strategy):
         for reply in replies:
             node = asked.get(reply.metadata.reply_to_message_id)  # an error made by the SuperLink names no node
             if node is None:
+                continue
+            if reply.has_error() and reply.error.code in _LOST:
+                log(WARNING, "The answer of node %d was lost: %s", node, _last_line(reply.error.reason))
                 continue
             try:
                 content = _content(reply)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg, Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -415,14 +416,16 @@ def test_too_few_devices_end_the_wait_with_their_number():
         run(fedpt(min_devices=3, wait_timeout_s=0.1), LocalGrid(make_device(), 2))
 
 
-def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(monkeypatch):
+@pytest.mark.parametrize("code", [None, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
+def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(code, monkeypatch):
     monkeypatch.setattr("fedpt_flwr.strategy._ASK_AGAIN_S", 0.5)
     asked = []
 
     def lose_the_first(device, message, reply):
         if device == 1 and message.metadata.message_type == "query":
             asked.append(message)
-            return None if len(asked) == 1 else reply
+            if len(asked) == 1:
+                return None if code is None else Message(Error(code, "lost"), reply_to=message)
         return reply
 
     cards = fedpt(min_devices=2, wait_timeout_s=60.0).meet_devices(LocalGrid(make_device(), 2, tamper=lose_the_first))
