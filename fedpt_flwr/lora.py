@@ -164,7 +164,7 @@ class ProductMean:
                     waiting[module] = (name, values)
                     continue
                 pair = dict([waiting.pop(module), (name, values)])
-                right_name, left_name = sorted(pair)  # "A" is before "B"
+                right_name, left_name = min(pair), max(pair)  # "A" is before "B"
                 if not is_right(right_name) or not is_left(left_name):
                     raise ValueError(f"{module} must have one lora_A and one lora_B")
                 self._names[module] = (right_name, left_name)
