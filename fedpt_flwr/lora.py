@@ -212,6 +212,16 @@ def _module_of(name: str) -> str:
     return name.replace(_A, ".lora.").replace(_B, ".lora.")
 
 
+def dense_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Values of all matrices to which adapters of these shapes are added.
+
+    Args:
+        shapes: Of the factors, by name.
+    """
+    rows = {_module_of(name): shape[0] for name, shape in shapes.items() if is_left(name)}
+    return sum(rows[_module_of(name)] * shape[1] for name, shape in shapes.items() if is_right(name))
+
+
 def products(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
     """``B A`` of each module, formed, in float64: for tests and for what is small."""
     rights = {_module_of(name): values for name, values in arrays.items() if is_right(name)}

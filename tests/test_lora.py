@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpt_flwr.aggregate import WeightedMean
-from fedpt_flwr.lora import ROW_NORM, ProductMean, completed, leading, leading_shape, product_svd, products
+from fedpt_flwr.lora import (
+    ROW_NORM,
+    ProductMean,
+    completed,
+    dense_size,
+    leading,
+    leading_shape,
+    product_svd,
+    products,
+)
 
 A, B = "model.q_proj.lora_A.default.weight", "model.q_proj.lora_B.default.weight"
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -162,6 +171,11 @@ def test_many_adapters_take_no_more_memory_than_the_matrix():
         held.append(sum(part.size for part in [*sums._lefts, *sums._rights]) + (0 if sums._dense is None else 120))
     assert max(held) <= 12 * 10
     np.testing.assert_allclose(dense(mean_of(parts, 10)[0]), dense_mean(parts), atol=1e-5)
+
+
+def test_the_matrices_of_an_adapter_are_counted_from_its_factors():
+    shapes = {A: (2, 9), B: (14, 2), A.replace("q_proj", "up"): (2, 5), B.replace("q_proj", "up"): (7, 2)}
+    assert dense_size(shapes) == 14 * 9 + 7 * 5
 
 
 def test_a_mean_of_nothing_but_zeros_is_zero_and_can_still_be_tuned():

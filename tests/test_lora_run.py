@@ -38,6 +38,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def plain():
+    """The small model as transformers loads it, in float32: stored it is in bfloat16."""
+    return AutoModelForCausalLM.from_pretrained(resolve_model("demo:small"), dtype=torch.float32)
+
+
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
@@ -47,10 +52,10 @@ def logits(model):
 
 
 def test_the_proxys_adapter_is_loaded_by_peft_alone_and_is_the_dense_matrix_of_the_arrays(run):
-    base = AutoModelForCausalLM.from_pretrained(resolve_model("demo:small"))
+    base = plain()
     by_peft = PeftModel.from_pretrained(base, str(run / "proxy" / "tuned"))
     assert type(by_peft.base_model).__name__ == "LoraModel"
-    by_hand = AutoModelForCausalLM.from_pretrained(resolve_model("demo:small"))
+    by_hand = plain()
     weights = dict(by_hand.named_parameters())
     with torch.no_grad():
         for module, product in products(final_arrays(run)).items():
@@ -58,9 +63,9 @@ def test_the_proxys_adapter_is_loaded_by_peft_alone_and_is_the_dense_matrix_of_t
             weights[name] += torch.from_numpy(6.0 / 4 * product).float()
     torch.testing.assert_close(logits(by_peft), logits(by_hand), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(by_peft), logits(ProxyModel.from_pretrained(run).tuned), atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(
-        logits(by_peft), logits(AutoModelForCausalLM.from_pretrained(resolve_model("demo:small")))
-    )
+    with by_peft.disable_adapter():
+        untuned = logits(by_peft)
+    assert not torch.allclose(logits(by_peft), untuned)
 
 
 def test_the_devices_copy_is_loaded_by_peft_alone_with_its_base(run):
@@ -98,6 +103,6 @@ def test_frozen_a_is_the_same_on_all_devices_and_half_the_bytes(run, tmp_path):
     assert all(".lora_B." in name for name in final_arrays(frozen))
     rows = [row for row in lines(frozen / "costs.jsonl") if "bytes_up" in row]
     assert not any(row.get("refused") for row in rows)
-    base = AutoModelForCausalLM.from_pretrained(resolve_model("demo:small"))
+    base = plain()
     by_peft = PeftModel.from_pretrained(base, str(frozen / "proxy" / "tuned"))
     torch.testing.assert_close(logits(by_peft), logits(ProxyModel.from_pretrained(frozen).tuned))

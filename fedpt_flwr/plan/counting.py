@@ -24,6 +24,7 @@ from fedpt_flwr.evaluation import WRITTEN_POINTS
 from fedpt_flwr.memory import BYTES_OF, UNTOLD_BASE_BYTES, MemoryNeed, memory_of, tunable_shape
 from fedpt_flwr.models import WORTH_RESTING_BYTES, output_size, shapes_of
 from fedpt_flwr.plan.texts import PlannedTexts, Texts, length, mean
+from fedpt_flwr.lora import dense_size
 from fedpt_flwr.records import array_bytes, sent_as
 from fedpt_flwr.scoring import tokens_read
 from fedpt_flwr.strategy import FOLDED, num_sampled, sample_devices
@@ -275,6 +276,8 @@ class Counting:
         whole, sent = BYTES_OF["float32"] * self._trainable, BYTES_OF[dtype] * self._trainable
         on_wire = 0 if dtype == "float32" else sent
         replies = whole + sent if strategy in {folded.__name__ for folded in FOLDED} else (self._sampled + 1) * whole
+        if self._config.tuning.mode == "lora" and self._config.tuning.lora_aggregation == "exact":
+            replies = sent + min(self._sampled * whole, BYTES_OF["float32"] * dense_size(self._arrays))
         return whole + on_wire + replies + _MOMENTS.get(strategy, 0) * whole
 
     def _distilling_bytes(self, device: MemoryNeed) -> int:
