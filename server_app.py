@@ -418,7 +418,10 @@ class Server:
         if not last_round or self.config.wire.dtype != "int8":
             return {}
         rows = self.run.read_lines_of_rounds("costs.jsonl", last_round)
-        return {int(row["device"]): int(row["round"]) for row in rows if "device" in row and not row.get("refused")}
+        # Rows of the server itself have its name in place of a number.
+        return {
+            row["device"]: row["round"] for row in rows if isinstance(row["device"], int) and not row.get("refused")
+        }
 
     def told_to_devices(self) -> dict[str, Any]:
         """What every train message says besides its round."""

@@ -155,7 +155,7 @@ def main() -> None:
             rows = [runs[line, seed].result() for seed in seeds]
 
             def mean(key: str, rows: list[dict[str, Any]] = rows) -> float:
-                return statistics.mean(row[key] for row in rows)
+                return float(statistics.mean(row[key] for row in rows))
 
             losses = " | ".join(f"{mean(key):.4f}" for key in ("tuned_loss", "proxy_loss"))
             right = " | ".join(f"{mean(key):.3f}" for key in ("tuned_match", "proxy_match"))

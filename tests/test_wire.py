@@ -42,6 +42,7 @@ def test_8_bits_are_a_quarter_of_the_bytes_up_and_half_of_them_down(whole, tmp_p
     assert kept == {"0001.safetensors", "0002.safetensors"}
 
 
+@pytest.mark.slow
 def test_what_devices_kept_is_missed_and_not_needed(whole, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
