@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import hashlib
 import math
 import platform
 import time
@@ -46,6 +47,7 @@ from fedpt_flwr.models import (
     check_context,
     check_vocabularies,
     fingerprint,
+    frozen_fingerprint,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
@@ -162,6 +164,9 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         expected=server.devices_before() if config.resume else None,
         on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
+        lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
+        lora_aggregation=config.tuning.lora_aggregation,
+        taken=server.taken_before(last_round),
     )
     if config.resume:
         if not server.is_over(last_round):
@@ -174,7 +179,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         initial_arrays=arrays,
         num_rounds=config.num_server_rounds,
         timeout=config.round_timeout_s,
-        train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
+        train_config=ConfigRecord(server.told_to_devices()),
         first_round=last_round + 1,
     )
     if config.distillation.mode not in IN_ROUNDS:
@@ -194,6 +199,7 @@ class Server:
         proxy: Large, tuned and untuned; its small models get new weights every round.
         shapes: Of the small model's tunable weights, by name.
         small_fingerprint: Of the small model as loaded.
+        frozen_fingerprint: Of the adapter's matrices that are drawn and never sent; empty where there are none.
         rounds_scored: Validation items that score rounds.
         validation: All validation items, which choose the shift.
         test: Scores the end.
@@ -215,6 +221,7 @@ class Server:
     proxy: ProxyModel
     shapes: Mapping[str, tuple[int, ...]]
     small_fingerprint: str
+    frozen_fingerprint: str
     rounds_scored: Evaluator | None
     validation: Evaluator
     test: Evaluator
@@ -247,6 +254,7 @@ class Server:
                 check_packing(small)
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
+        frozen = frozen_fingerprint(tuned)  # before the proxy freezes everything
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
         untuned = None
         if config.tuning.mode == "full":
@@ -307,6 +315,7 @@ class Server:
             proxy=proxy,
             shapes=shapes,
             small_fingerprint=small_fingerprint,
+            frozen_fingerprint=frozen,
             rounds_scored=evaluator("validation", validation.first(number)) if number else None,
             validation=of_validation,
             test=of_test,
@@ -417,6 +426,26 @@ class Server:
         cards = [DeviceCard.from_shard(shard, place=str(path)) for shard in shards]
         return {card.device: card for card in cards}
 
+    def taken_before(self, last_round: int) -> dict[int, int]:
+        """The last round up to this one in which each device's answer was taken, by device."""
+        if not last_round or self.config.wire.dtype != "int8":
+            return {}
+        rows = self.run.read_lines_of_rounds("costs.jsonl", last_round)
+        # Rows of the server itself have its name in place of a number.
+        return {
+            row["device"]: row["round"] for row in rows if isinstance(row["device"], int) and not row.get("refused")
+        }
+
+    def told_to_devices(self) -> dict[str, Any]:
+        """What every train message says besides its round."""
+        told: dict[str, Any] = {"small-fingerprint": self.small_fingerprint}
+        if self.frozen_fingerprint:
+            told["frozen-fingerprint"] = self.frozen_fingerprint
+        if self.config.wire.dtype == "int8":
+            # The same when the run goes on; that the devices of two runs take it for one would need one folder's path.
+            told["residual-run"] = hashlib.sha256(f"{platform.node()}\0{self.run.path}".encode()).hexdigest()[:16]
+        return told
+
     def go_on(self, last_round: int, flower_run_id: int) -> None:
         """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
         self.run.add_flower_run(flower_run_id)  # first, so that a process that is killed while it rewinds is on record
@@ -523,6 +552,7 @@ class Server:
                 "devices": len(outcome.devices),
                 "replies": sum(not part.refused for part in outcome.devices),
                 "seconds": round(outcome.seconds, 3),
+                **({} if outcome.left_out is None else {"lora_left_out": outcome.left_out}),
             },
         )
 

@@ -48,6 +48,11 @@ SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
 
 DATA_FORMATS = ("template", "auto", "instruction", "completion", "chat", "text", "classification")
 """What ``data.format`` can be."""
+LORA_AGGREGATIONS = ("average", "exact", "frozen-a")
+"""What ``tuning.lora-aggregation`` can be."""
+
+_WEIGHTED_MEANS = ("FedAvg", "FedProx")
+"""Strategies that make the weighted mean of the devices' weights, and nothing else."""
 
 CHOICE_LENGTHS = ("sum", "tokens", "bytes")
 """What ``scoring.choice-length`` can be."""
@@ -146,6 +151,14 @@ class TuningConfig:
         "all-linear",
         "Modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
         *_NOT_EMPTY,
+    )
+    lora_aggregation: str = _setting(
+        "average",
+        "How adapters become one. `average`: each of their two matrices by itself, which is not the mean of what they "
+        "do. `exact`: the mean of their products, cut to the rank again; what that leaves out is in `metrics.jsonl`. "
+        "`frozen-a`: the first matrix stays as it was drawn, only the second is tuned and sent: half the bytes, and "
+        "the mean is exact.",
+        *_one_of(*LORA_AGGREGATIONS),
     )
 
 
@@ -310,8 +323,10 @@ class WireConfig:
         "Type of the arrays on the wire. `float16` and `bfloat16` halve the bytes: the server sends its arrays "
         "rounded, a device sends back its change of them, rounded; the server's own arrays and all sums stay float32. "
         "`float16` is the more exact (11 bits, to 65504; changes below 3e-8 are lost), `bfloat16` has the range of "
-        "float32 (8 bits).",
-        *_DTYPE,
+        "float32 (8 bits). `int8`: the server sends `float16`, a device sends its change in 8 bits a value with a "
+        "scale for 256 values each, and adds what that lost to its next change (not with "
+        "`tuning.lora-aggregation='exact'`); what was lost last lies under `FEDPT_HOME` on the device.",
+        *_one_of("float32", "bfloat16", "float16", "int8"),
     )
 
 
@@ -722,6 +737,8 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "paired with lora",
             "set distillation.mode='carry', or tuning.mode='full'",
         )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        _check_exact(config, refuse)
     if config.data.choices and config.data.answer_pattern:
         refuse(
             "data.choices and data.answer-pattern",
@@ -764,6 +781,25 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_exact(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    if config.strategy.name not in _WEIGHTED_MEANS:
+        refuse(
+            "tuning.lora-aggregation and strategy.name",
+            "exact aggregation writes the adapter in new directions after every round, so that momentum, medians and "
+            "distances between the old ones mean nothing",
+            config.strategy.name,
+            "set strategy.name='FedAvg', or tuning.lora-aggregation='frozen-a', which goes with every strategy",
+        )
+    if config.distillation.mode == "carry":
+        refuse(
+            "tuning.lora-aggregation and distillation.mode",
+            "carry adds up what the rounds changed, and exact aggregation writes the adapter in new directions after "
+            "every round",
+            config.distillation.mode,
+            "set distillation.mode='final', or tuning.lora-aggregation='frozen-a'",
+        )
 
 
 def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
