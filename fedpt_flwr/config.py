@@ -152,10 +152,14 @@ class RemoteConfig:
         0, "Tokens whose log-probabilities are used at each place; 0: as many as the service gives.", *_at_least(0)
     )
     timeout_s: float = _setting(60.0, "Seconds that a request may take.", *_POSITIVE)
-    retries: int = _setting(4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0))
+    retries: int = _setting(
+        4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0)
+    )
     concurrency: int = _setting(8, "Requests at the same time.", *_at_least(1))
     draft_tokens: int = _setting(
-        3, "Tokens that the tuned model drafts in scoring, to save requests; 0 with `next`, which would save none.", *_at_least(0)
+        3,
+        "Tokens that the tuned model drafts in scoring, to save requests; 0 with `next`, which would save none.",
+        *_at_least(0),
     )
     token_budget: int = _setting(
         0, "Tokens sent and received together, after which nothing more is asked; 0: no limit.", *_at_least(0)

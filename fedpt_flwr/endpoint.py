@@ -135,7 +135,8 @@ class Endpoint:
         self.config = config
         self.usage = Usage()
         self.context: int | None = None
-        self.api, self.sends_ids, self.num_top = FULL, True, None
+        self.api, self.sends_ids = FULL, True
+        self.num_top: int | None = None
         self.width = max(tokenizer.get_vocab().values()) + 1
         self._tokenizer = tokenizer
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -378,7 +379,9 @@ class Endpoint:
     def _check_row(self, row: Tensor) -> None:
         total = float(row.exp().sum())
         if not total <= 1 + _SUM_TOLERANCE or (self.num_top is None and total < 1 - _SUM_TOLERANCE):
-            raise self._wrong("probabilities must add up to 1 where all are shown, and to less where not", round(total, 4))
+            raise self._wrong(
+                "probabilities must add up to 1 where all are shown, and to less where not", round(total, 4)
+            )
 
     # --- requests -------------------------------------------------------------------------------------------------
 

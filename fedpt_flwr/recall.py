@@ -47,11 +47,11 @@ class Recall:
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(
-                self.path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None
-            )
+            self._database = sqlite3.connect(self.path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("CREATE TABLE IF NOT EXISTS answers (text BLOB PRIMARY KEY, ids BLOB, logprobs BLOB)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers (text BLOB PRIMARY KEY, ids BLOB, logprobs BLOB)"
+            )
         except (OSError, sqlite3.Error) as error:
             raise self._broken(error) from error
 
@@ -95,10 +95,14 @@ class Recall:
             values.append((_key(text), ids, kept.numpy().astype("<f4").tobytes()))
         with self._lock:
             try:
-                pages, size = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+                pages, size = (
+                    self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
+                )
                 if pages * size > self._max_bytes:
                     self._is_full = True
-                    _log.warning("%s is as large as remote.cache-mb allows; what is answered now is not kept", self.path)
+                    _log.warning(
+                        "%s is as large as remote.cache-mb allows; what is answered now is not kept", self.path
+                    )
                     return
                 self._database.execute("BEGIN IMMEDIATE")
                 self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", values)

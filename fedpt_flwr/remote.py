@@ -69,9 +69,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        super().__init__(
-            RemoteLMConfig(vocab_size=endpoint.width, max_position_embeddings=endpoint.context, **special)
-        )
+        super().__init__(RemoteLMConfig(vocab_size=endpoint.width, max_position_embeddings=endpoint.context, **special))
         self.all_tied_weights_keys: dict[str, str] = {}
         self.generation_config = GenerationConfig(**special)
         self.endpoint = endpoint
@@ -191,7 +189,12 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         return scores
 
     def _sample(
-        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: StoppingCriteriaList, *args: Any, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """transformers' loop, which goes on with rows that have ended; nothing is asked about those."""
         watched = _Watched(stopping_criteria, self)
@@ -220,9 +223,7 @@ class _Watched(StoppingCriteriaList):
         return done
 
 
-def _visible(
-    ids: Tensor, num_new: int, mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _visible(ids: Tensor, num_new: int, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which columns are a row's text, ``(rows, columns)``, and which place of it each new token has, -1 for padding."""
     if mask is not None and mask.dim() == 4 and position_ids is not None:  # rows of different lengths, without padding
         places = position_ids.cpu()
@@ -250,7 +251,9 @@ def connect(url: str, tokenizer: PreTrainedTokenizerBase, config: RemoteConfig |
         VocabularyMismatch: Its model has another vocabulary.
     """
     config = RemoteConfig() if config is None else config
-    return RemoteModel(Endpoint(url, tokenizer, config, cache=_cache_folder(config.cache)), tokenizer).eval()
+    model = RemoteModel(Endpoint(url, tokenizer, config, cache=_cache_folder(config.cache)), tokenizer)
+    model.eval()
+    return model
 
 
 def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> RemoteModel:

@@ -39,7 +39,8 @@ class ShiftPoint:
         alpha: Strength of the shift.
         plausibility: Mask threshold; 0: no mask.
         exact_match: Share of the items that are answered right, greedily.
-        loss: Nats per answer token, without the mask whatever ``plausibility`` is; None if it is not finite.
+        loss: Nats per answer token, without the mask whatever ``plausibility`` is; None if it is not finite, or not
+            known because a remote large model shows some tokens only.
     """
 
     alpha: float
@@ -137,14 +138,14 @@ def shift_curve(
         for alpha in alphas:
             scores = combine_logits(large, tuned, untuned, alpha=alpha)
             losses[alpha].add_scores(items, scores, targets)
-            for mask in masks:
+            for mask in masks:  # tokens that are not shown stay ruled out, as in greedy decoding
                 mistakes[alpha, mask].add(items, scores.masked_fill(ruled_out[mask], -torch.inf).argmax(-1), targets)
     return [
         ShiftPoint(
             alpha=alpha,
             plausibility=mask,
             exact_match=mistakes[alpha, mask].exact_match,
-            loss=losses[alpha].mean if np.isfinite(losses[alpha].mean) else None,
+            loss=losses[alpha].mean if np.isfinite(losses[alpha].mean) and not proxy.hides_tokens else None,
         )
         for alpha in alphas
         for mask in masks
@@ -177,6 +178,6 @@ def choice_curve(
     curve = []
     for alpha in alphas:
         exact_match, loss = choice_quality(losses[alpha], choices, right)
-        finite = loss if np.isfinite(loss) else None
+        finite = loss if np.isfinite(loss) and not proxy.hides_tokens else None
         curve.append(ShiftPoint(alpha=alpha, plausibility=0.0, exact_match=exact_match, loss=finite))
     return curve
