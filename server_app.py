@@ -536,11 +536,7 @@ class Server:
         self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
         seconds = time.perf_counter() - begun
         self._note(server_round, "shift", self.shift.to_json())
-        self._spend(
-            server_cost_row(
-                server_round, "shift", large_tokens=large_tokens, seconds=seconds, remote=self._remote_costs()
-            )
-        )
+        self._account(server_round, "shift", large_tokens=large_tokens, seconds=seconds)
         log(
             INFO,
             "Round %d: alpha %g, plausibility %g by %s of %d validation items",
@@ -559,15 +555,7 @@ class Server:
         self._remember(rows)
         shift = {"alpha": self.proxy.alpha, "plausibility": self.proxy.plausibility}
         self._note(server_round, "validation", {"rows": rows, **shift, "seconds": round(seconds, 3)})
-        self._spend(
-            server_cost_row(
-                server_round,
-                "validation",
-                large_tokens=scores.large_tokens,
-                seconds=seconds,
-                remote=self._remote_costs(),
-            )
-        )
+        self._account(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds)
         right = ", ".join(f"{name} {100 * rows[name]['exact_match']:.1f} %" for name in _FOLLOWED if name in rows)
         log(
             INFO,
@@ -592,15 +580,7 @@ class Server:
         self.drifts.append(lesson.drift)
         total = sum(self.drifts)
         self._note(server_round, "distillation", {"mode": mode, **lesson.to_json(), "drift_total": total})
-        self._spend(
-            server_cost_row(
-                server_round,
-                "distillation",
-                large_tokens=lesson.large_tokens,
-                seconds=lesson.seconds,
-                remote=self._remote_costs(),
-            )
-        )
+        self._account(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         log(
             INFO,
             "Round %d: distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f, %+.3f in all",
@@ -654,6 +634,10 @@ class Server:
     def _spend(self, *rows: Mapping[str, Any]) -> None:
         self.run.append("costs.jsonl", *rows)
 
+    def _account(self, server_round: int, phase: str, *, large_tokens: int, seconds: float) -> None:
+        remote = self._remote_costs()
+        self._spend(server_cost_row(server_round, phase, large_tokens=large_tokens, seconds=seconds, remote=remote))
+
     def _remote_costs(self) -> dict[str, Any]:
         """What the remote large model has cost since this was asked last; nothing where it is not remote."""
         large = self.proxy.large
@@ -697,11 +681,7 @@ class Server:
             self._score_untouched(self.test, rounds[-1], "test")
         scores = self.test.score(self.proxy, rows=wanted, public_texts=self.public)
         seconds = time.perf_counter() - begun
-        self._spend(
-            server_cost_row(
-                rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds, remote=self._remote_costs()
-            )
-        )
+        self._account(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds)
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
         if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
@@ -738,11 +718,7 @@ class Server:
         examples, large_tokens = self.test.examples(self.proxy, scores, number=_EXAMPLES)
         self.run.append("examples.jsonl", *examples)
         seconds = time.perf_counter() - begun
-        self._spend(
-            server_cost_row(
-                last_round, "examples", large_tokens=large_tokens, seconds=seconds, remote=self._remote_costs()
-            )
-        )
+        self._account(last_round, "examples", large_tokens=large_tokens, seconds=seconds)
 
     def _score_untouched(self, evaluator: Evaluator, last_round: int, phase: str) -> None:
         """Measure the row ``untuned`` with the small model of round 0, which ``paired`` changes; it is remembered."""
@@ -753,7 +729,7 @@ class Server:
         model = self.config.model
         evaluator.remember_untuned(load_causal_lm(model.small, dtype=model.small_dtype, device=model.device))
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, phase, large_tokens=0, seconds=seconds, remote=self._remote_costs()))
+        self._account(last_round, phase, large_tokens=0, seconds=seconds)
 
     def _shift(self, last_round: int) -> Shift:
         """The shift that was chosen; where it was given, what others would have given on the validation items."""
@@ -764,11 +740,7 @@ class Server:
             begun = time.perf_counter()
             curve, large_tokens = self.validation.shift_curve(self.proxy)
             seconds = time.perf_counter() - begun
-            self._spend(
-                server_cost_row(
-                    last_round, "curve", large_tokens=large_tokens, seconds=seconds, remote=self._remote_costs()
-                )
-            )
+            self._account(last_round, "curve", large_tokens=large_tokens, seconds=seconds)
         return Shift(
             alpha=self.proxy.alpha,
             plausibility=self.proxy.plausibility,
@@ -793,15 +765,7 @@ class Server:
         )
         self._note(last_round, "device", taught.to_json())
         self.run.save_folder("device", lambda folder: save_small(copy, folder, self.config.model.small, self.tokenizer))
-        self._spend(
-            server_cost_row(
-                last_round,
-                "device",
-                large_tokens=lesson.large_tokens,
-                seconds=lesson.seconds,
-                remote=self._remote_costs(),
-            )
-        )
+        self._account(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         topics = frozenset[str]() if self.prompts is None else self.prompts.topics
         rows = self.test.rows_by_topic("device", self.test.measure(copy), topics)
         return {name: row.to_json() for name, row in rows.items()}

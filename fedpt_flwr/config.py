@@ -118,8 +118,8 @@ class ModelConfig:
     )
     large_url: str = _setting(
         "",
-        "Address of an OpenAI-compatible service whose model is the large LM instead, which is then not loaded here; its "
-        "key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
+        "Address of an OpenAI-compatible service whose model is the large LM instead, which is then not loaded here; "
+        "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
         "must begin with http:// or https://, and hold no key",
         lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
     )
@@ -143,8 +143,9 @@ class RemoteConfig:
     )
     api: str = _setting(
         "auto",
-        "What a request gets. `full`: all log-probabilities at any places of a text (a service of this project). `echo`: "
-        "the likeliest tokens at all places of a text. `next`: those of the token that follows. `auto`: the best that "
+        "What a request gets. `full`: all log-probabilities at any places of a text (a service of this project). "
+        "`echo`: the likeliest tokens at all places of a text. `next`: those of the token that follows. "
+        "`auto`: the best that "
         "works.",
         *_one_of("auto", "full", "echo", "next"),
     )

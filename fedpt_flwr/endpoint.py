@@ -262,7 +262,7 @@ class Endpoint:
     def _ask_echo(self, text: tuple[int, ...]) -> dict[tuple[int, ...], Tensor]:
         """The likeliest tokens at all places of a text; that after its end as :meth:`_ask_next` would."""
         choice = self._complete(text, echo=True)
-        tops, owns = _lists(choice, "top_logprobs"), _lists(choice, "token_logprobs")
+        tops, owns = _tops(choice), _path(choice, "logprobs", "token_logprobs") or []
         shift = 1 if self._adds_first else 0  # services that add a first token leave it out of the echo
         expected = len(text) - shift
         if len(tops) not in (expected, expected + 1) or len(owns) != len(tops):
@@ -280,14 +280,14 @@ class Endpoint:
     def _ask_next(self, text: tuple[int, ...]) -> Tensor:
         """The likeliest tokens after a text."""
         choice = self._complete(text)
-        tops = _lists(choice, "top_logprobs")
+        tops = _tops(choice)
         if tops:
             return self._row(tops[0], {})
         # The service has ended the text and says nothing about the token that does: so nothing is likelier. The others
         # are shown if that one is forbidden, and it has what they leave.
         end = self._tokenizer.eos_token_id
         choice = self._complete(text, logit_bias={str(end): -100})
-        tops = _lists(choice, "top_logprobs")
+        tops = _tops(choice)
         if not tops:
             raise self._wrong("logprobs must name the likeliest tokens", choice.get("logprobs"))
         row = self._row(tops[0], {})
@@ -350,7 +350,7 @@ class Endpoint:
             top: By name.
             own: That of the text's own token, by id.
         """
-        if not isinstance(top, dict) or not all(isinstance(value, int | float) for value in top.values()):
+        if not isinstance(top, dict) or not all(type(value) in (int, float) for value in top.values()):
             raise self._wrong("log-probabilities must come as an object of names and numbers", top)
         row = torch.full((self.width,), -torch.inf)
         for name, value in top.items():
@@ -501,7 +501,8 @@ class Endpoint:
                 value=name or None,
                 place="remote.model",
             )
-        length = next(card.get("max_model_len") for card in cards if str(card["id"]) == name)
+        card = cards[names.index(name)]
+        length = card.get("max_model_len") or _path(card, "meta", "n_ctx_train")  # vLLM's, llama.cpp's
         self.context = length if isinstance(length, int) else None
         self.model = name
         top = self.config.top_logprobs
@@ -563,8 +564,8 @@ class Endpoint:
                 raise
             if first is None or found != len(probe) + 1:
                 raise VocabularyMismatch(
-                    f"the remote model must have the small models' vocabulary; a text of {len(probe)} tokens has another "
-                    "number there",
+                    f"the remote model must have the small models' vocabulary; a text of {len(probe)} tokens has "
+                    "another number there",
                     value=found,
                     place=self.url,
                     remedy="choose a remote model of the small model's family",
@@ -630,10 +631,25 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return by_entry | by_text
 
 
-def _lists(choice: Mapping[str, Any], name: str) -> list[Any]:
-    """A list of a choice's log-probabilities; empty where there is none."""
-    found = _path(choice, "logprobs", name)
-    return found if isinstance(found, list) else []
+def _tops(choice: Mapping[str, Any]) -> list[Any]:
+    """The likeliest tokens at each place, by name; empty where there are none.
+
+    They come in the form of OpenAI's older interface, or in that of its newer one, in which llama.cpp also says the id.
+    """
+    found = _path(choice, "logprobs", "top_logprobs")
+    if isinstance(found, list):
+        return found
+    content = _path(choice, "logprobs", "content")
+    return [_by_name(_path(place, "top_logprobs")) for place in content] if isinstance(content, list) else []
+
+
+def _by_name(top: Any) -> dict[str, Any] | None:
+    if not isinstance(top, list) or not all(isinstance(entry, dict) for entry in top):
+        return None
+    return {
+        f"token_id:{entry['id']}" if isinstance(entry.get("id"), int) else str(entry.get("token")): entry.get("logprob")
+        for entry in top
+    }
 
 
 def _path(value: Any, *keys: str | int) -> Any:

@@ -145,7 +145,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             use_cache: Whether to return a cache.
             logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
             return_dict: False returns a tuple.
-            **kwargs: Other arguments of transformers models; ignored.
+            **kwargs: Other arguments of transformers models; ignored, but for labels, which are refused.
 
         Returns:
             ``logits``: log-probabilities ``(batch, kept, vocab)``, float32; -inf for tokens that the service hides, 0
@@ -156,6 +156,8 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise ModelError("a remote model reads input_ids", value="inputs_embeds or nothing")
+        if kwargs.get("labels") is not None:
+            raise ModelError("a remote model computes no loss", value="labels", remedy="see fedpt_flwr.scoring")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -196,7 +198,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' loop, which goes on with rows that have ended; nothing is asked about those."""
+        """Sample by the loop of transformers, which goes on with rows that have ended; nothing is asked about those."""
         watched = _Watched(stopping_criteria, self)
         self._complete = torch.zeros(len(input_ids), dtype=torch.bool)
         try:

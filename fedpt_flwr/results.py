@@ -16,6 +16,11 @@ _log = logging.getLogger(__name__)
 
 _MEGABYTE = 1e6
 
+_FREE_KEYS = frozenset(
+    {"resume", "output-dir", "remote.timeout-s", "remote.retries", "remote.concurrency", "remote.token-budget"}
+) | {"remote.price-sent", "remote.price-received", "remote.cache", "remote.cache-mb"}
+"""Keys that may change when a run goes on: its results do not depend on them."""
+
 
 def device_cost_row(
     server_round: int,
@@ -138,7 +143,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: 
         if not isinstance(was, dict):
             remedy = "put back the file as the run wrote it"
             raise RunError(f"its config.json must hold an object {part}", value=was, place=place, remedy=remedy)
-        differing = sorted(name for name in {*was, *new} - {"resume", "output-dir"} if was.get(name) != new.get(name))
+        differing = sorted(name for name in {*was, *new} - _FREE_KEYS if was.get(name) != new.get(name))
         if differing:
             shown = ", ".join(f"{name} (was {was.get(name)!r}, is {new.get(name)!r})" for name in differing[:10])
             raise ConfigError(
@@ -205,7 +210,7 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
     if "remote_requests" in costs:
         price = f", at a price of {costs['remote_price']:.4f}" if "remote_price" in costs else ""
         lines.append(
-            f"The remote large model: {costs['remote_requests']:,} requests and {costs['remote_retries']:,} repetitions, "
+            f"The remote large model: {costs['remote_requests']:,} requests, {costs['remote_retries']:,} repeated, "
             f"{costs['remote_tokens_sent']:,} tokens sent and {costs['remote_tokens_received']:,} received{price}; "
             f"{costs['remote_recalled']:,} answers were known already"
         )
