@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -33,6 +32,7 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("--model", default="", help="the large model's name there")
     parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--hidden", default="auto", help="remote.hidden")
     parser.add_argument("--tops", type=int, nargs="+", default=[0, 1, 5, 20, 100], help="0: all")
     options = parser.parse_args()
     run = find_run(options.run)
@@ -43,7 +43,7 @@ def main() -> None:
     items = held_out_items(config.data, "test", seed=config.seed).first(options.items)
     prompts = tokenize_prompts([item.prompt for item in items.examples], tokenizer, max_length=None)
     limit = config.scoring.max_new_tokens
-    settings = RemoteConfig(model=options.model, cache="off")
+    settings = RemoteConfig(model=options.model, hidden=options.hidden, cache="off")
 
     def write(proxy: ProxyModel, number: int, *, samples: bool) -> list[int]:
         ids = torch.tensor([prompts[number]])
@@ -90,9 +90,7 @@ def main() -> None:
             flush=True,
         )
         large.endpoint.close()
-    print(
-        f"\n{len(prompts)} items, {places} places, alpha {local.alpha:g}, plausibility {local.plausibility:g}; {Path(run).name}"
-    )
+    print(f"\n{len(prompts)} items, {places} places, alpha {local.alpha:g}, plausibility {local.plausibility:g}")
 
 
 if __name__ == "__main__":

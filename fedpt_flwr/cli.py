@@ -162,7 +162,7 @@ def generate(
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     if proxy.hides_tokens:
-        done = "share the rest as untuned would" if temperature > 0 else "are ruled out"
+        done = "share the rest as untuned would" if proxy.large.fills(samples=temperature > 0) else "are ruled out"
         said = f"Tokens that the service does not show {done}"
         _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
     if not compare:

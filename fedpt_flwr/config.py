@@ -152,6 +152,13 @@ class RemoteConfig:
     top_logprobs: int = _setting(
         0, "Tokens whose log-probabilities are used at each place; 0: as many as the service gives.", *_at_least(0)
     )
+    hidden: str = _setting(
+        "auto",
+        "What becomes of tokens that are not shown. `restrict`: they are ruled out. `fill`: the untuned LM shares out "
+        "what probability is left. `auto`: ruled out where always the likeliest token is taken, filled in where tokens "
+        "are drawn.",
+        *_one_of("auto", "restrict", "fill"),
+    )
     timeout_s: float = _setting(60.0, "Seconds that a request may take.", *_POSITIVE)
     retries: int = _setting(
         4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0)

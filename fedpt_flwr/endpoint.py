@@ -21,6 +21,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+
+_Text = tuple[int, ...]
 
 KEY_VARIABLE = "FEDPT_LARGE_API_KEY"
 """The environment variable that holds the service's key."""
@@ -160,6 +163,7 @@ class Endpoint:
                 place="model.large-url",
                 remedy=f"give the key in {KEY_VARIABLE}",
             )
+        weakref.finalize(self, _close, self._http, self._pool)
         self.model = self._open()
         if cache is not None:
             identity = json.dumps([self.url, self.model, self.num_top, self.sends_ids, vocabulary_digest(tokenizer)])
@@ -167,8 +171,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Close connections."""
-        self._pool.shutdown(cancel_futures=True)
-        self._http.close()
+        _close(self._http, self._pool)
         if self._recall is not None:
             self._recall.close()
 
@@ -184,12 +187,16 @@ class Endpoint:
 
     # --- asking ---------------------------------------------------------------------------------------------------
 
-    def ask(self, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    def ask(
+        self, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], *, shows_next: bool = False
+    ) -> list[Tensor]:
         """What the model says about the tokens that follow some places of some texts.
 
         Args:
             texts: Token ids.
             places: Of each text: 0 asks what follows its first token. In rising order.
+            shows_next: Show the token that does follow in the text, too, where the service says how likely that is. Not
+                for decoding: what can be chosen would depend on what has been drafted.
 
         Returns:
             Of each text the log-probabilities ``(places, width)``, float32; -inf where a token is not shown.
@@ -198,36 +205,38 @@ class Endpoint:
             RemoteError: The service does not answer, or not as it must; or the budget is spent. What was answered
                 before is kept.
         """
-        prefixes = [[tuple(text[: place + 1]) for place in of] for text, of in zip(texts, places, strict=True)]
-        every = dict.fromkeys(prefix for of in prefixes for prefix in of)
+        shows_next = shows_next and self.api == ECHO and self.num_top is not None
+        keys = [[_key(text, place, shows_next) for place in of] for text, of in zip(texts, places, strict=True)]
+        every = dict.fromkeys(key for of in keys for key in of)
         known = self._recall.get(every) if self._recall is not None else {}
-        self.usage.recalled += len(known)
+        with self._lock:
+            self.usage.recalled += len(known)
         claimed = set(known)
-        jobs: list[tuple[tuple[int, ...], list[int]]] = []
-        for of in sorted(prefixes, key=lambda of: -len(of[-1]) if of else 0):
-            missing = [len(prefix) - 1 for prefix in of if prefix not in claimed]
-            claimed.update(of)
+        jobs: list[tuple[_Text, list[int]]] = []
+        by_length = sorted(range(len(texts)), key=lambda row: -max(places[row], default=-1))
+        for row in by_length:
+            missing = [place for place, key in zip(places[row], keys[row], strict=True) if key not in claimed]
+            claimed.update(keys[row])
             if missing:
-                jobs.append((of[-1], missing))
+                jobs.append((tuple(texts[row]), missing))
         if self.api == NEXT:
-            jobs = [(text[: place + 1], [place]) for text, missing in jobs for place in missing]
-        running = [self._pool.submit(self._answer, text, missing) for text, missing in jobs]
+            jobs = [(text, [place]) for text, missing in jobs for place in missing]
+        running = [self._pool.submit(self._answer, text, missing, shows_next) for text, missing in jobs]
         wait(running)
         for job in running:
             known |= job.result()
         empty = torch.empty((0, self.width))
-        return [torch.stack([known[prefix] for prefix in of]) if of else empty for of in prefixes]
+        return [torch.stack([known[key] for key in of]) if of else empty for of in keys]
 
-    def _answer(self, text: tuple[int, ...], places: list[int]) -> dict[tuple[int, ...], Tensor]:
+    def _answer(self, text: _Text, places: list[int], shows_next: bool) -> dict[_Text, Tensor]:
         """One job: ask, check, keep."""
-        text = text[: places[-1] + 1]
+        text = text[: places[-1] + 1 + shows_next]
         if self.context is not None and len(text) >= self.context:
             raise self._error(f"a text must be shorter than the {self.context} tokens that the model reads", len(text))
-        rows: dict[tuple[int, ...], Tensor] = {}
         if self.api == FULL:
             rows = self._ask_full(text, places[0])
         elif self.api == ECHO and places != [len(text) - 1]:
-            rows = self._ask_echo(text)
+            rows = self._ask_echo(text, shows_next=shows_next)
         else:
             rows = {text: self._ask_next(text)}
         for row in rows.values():
@@ -236,7 +245,7 @@ class Endpoint:
             self._recall.put(rows)
         return rows
 
-    def _ask_full(self, text: tuple[int, ...], first: int) -> dict[tuple[int, ...], Tensor]:
+    def _ask_full(self, text: _Text, first: int) -> dict[_Text, Tensor]:
         """All log-probabilities from a place on, in as few requests as the service's limit allows."""
         number = len(text) - first
         body = {"model": self.model, "prompt": list(text), "max_tokens": 0, "full_logprobs": number}
@@ -259,8 +268,8 @@ class Endpoint:
             rows = _best(rows, self.num_top)
         return {text[: first + place + 1]: rows[place].clone() for place in range(number)}
 
-    def _ask_echo(self, text: tuple[int, ...]) -> dict[tuple[int, ...], Tensor]:
-        """The likeliest tokens at all places of a text; that after its end as :meth:`_ask_next` would."""
+    def _ask_echo(self, text: _Text, *, shows_next: bool = False) -> dict[_Text, Tensor]:
+        """The likeliest tokens at all places of a text, and after its end unless ``shows_next``."""
         choice = self._complete(text, echo=True)
         tops, owns = _tops(choice), _path(choice, "logprobs", "token_logprobs") or []
         shift = 1 if self._adds_first else 0  # services that add a first token leave it out of the echo
@@ -270,19 +279,22 @@ class Endpoint:
         rows = {}
         for index in range(1, expected):
             place = index + shift - 1
-            own = {text[place + 1]: owns[index]}
-            rows[text[: place + 1]] = self._row(tops[index], own)
-        rows[text] = self._row(tops[expected], {}) if len(tops) > expected else self._ask_next(text)
-        if shift and text[:1] not in rows:
-            rows[text[:1]] = self._ask_next(text[:1])
+            row = self._row(tops[index])
+            if shows_next and isinstance(owns[index], int | float):
+                row[text[place + 1]] = float(owns[index])
+            rows[_key(text, place, shows_next)] = row
+        if not shows_next:
+            rows[text] = self._row(tops[expected]) if len(tops) > expected else self._ask_next(text)
+        if shift:
+            rows[_key(text, 0, shows_next)] = self._ask_next(text[:1])
         return rows
 
-    def _ask_next(self, text: tuple[int, ...]) -> Tensor:
+    def _ask_next(self, text: _Text) -> Tensor:
         """The likeliest tokens after a text."""
         choice = self._complete(text)
         tops = _tops(choice)
         if tops:
-            return self._row(tops[0], {})
+            return self._row(tops[0])
         # The service has ended the text and says nothing about the token that does: so nothing is likelier. The others
         # are shown if that one is forbidden, and it has what they leave.
         end = self._tokenizer.eos_token_id
@@ -290,7 +302,7 @@ class Endpoint:
         tops = _tops(choice)
         if not tops:
             raise self._wrong("logprobs must name the likeliest tokens", choice.get("logprobs"))
-        row = self._row(tops[0], {})
+        row = self._row(tops[0])
         row[end] = -torch.inf
         left = max(1 - float(row.exp().sum()), float(row.max().exp()))
         row[end] = math.log(min(left, 1.0))
@@ -343,23 +355,18 @@ class Endpoint:
 
     # --- answers --------------------------------------------------------------------------------------------------
 
-    def _row(self, top: Any, own: Mapping[int, Any]) -> Tensor:
+    def _row(self, top: Any) -> Tensor:
         """Log-probabilities by id from those by name; names of several ids, or of none, are left out.
 
-        Args:
-            top: By name.
-            own: That of the text's own token, by id.
+        Some services add the text's own token to the likeliest: what is more than was asked for is left out, too.
         """
         if not isinstance(top, dict) or not all(type(value) in (int, float) for value in top.values()):
             raise self._wrong("log-probabilities must come as an object of names and numbers", top)
         row = torch.full((self.width,), -torch.inf)
-        for name, value in top.items():
+        for name in sorted(top, key=lambda name: -top[name])[: self.num_top]:
             token_id = self._id_of(name)
             if token_id is not None:
-                row[token_id] = float(value)
-        for token_id, value in own.items():
-            if isinstance(value, int | float):
-                row[token_id] = float(value)
+                row[token_id] = float(top[name])
         if not bool(row.isfinite().any()):
             raise VocabularyMismatch(
                 "the remote model must have the small models' vocabulary, but knows none of the tokens that it names",
@@ -553,7 +560,7 @@ class Endpoint:
                 return
         raise last or self._error("the service gives no log-probabilities")
 
-    def _try_next(self, probe: tuple[int, ...]) -> Tensor:
+    def _try_next(self, probe: _Text) -> Tensor:
         """What follows the probe; finds out whether a first token is added to texts."""
         self._adds_first = False
         try:
@@ -573,7 +580,7 @@ class Endpoint:
         self._adds_first = True
         return self._ask_next((first, *probe))
 
-    def _choose_api(self, probe: tuple[int, ...]) -> None:
+    def _choose_api(self, probe: _Text) -> None:
         """Believe an echo only if it says what a request for the next token alone does."""
         if self.config.api == NEXT:
             return
@@ -603,6 +610,16 @@ class _Refused(RemoteError):
 
 class _OtherLength(_Refused):
     """A text has another number of tokens there, which is the ``value``."""
+
+
+def _close(http: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(wait=False, cancel_futures=True)
+    http.close()
+
+
+def _key(text: Sequence[int], place: int, shows_next: bool) -> _Text:
+    """By what an answer is kept: the text before it, and apart from those the answers that show the next token."""
+    return (*text[: place + 2], -1) if shows_next else tuple(text[: place + 1])
 
 
 def _best(rows: Tensor, number: int) -> Tensor:

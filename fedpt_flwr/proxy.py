@@ -285,7 +285,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             plausibility: Mask threshold for this call; None takes :attr:`plausibility`.
             hidden: What becomes of tokens that a remote large model does not show: ``fill`` shares out their
                 probability as the untuned model would, ``restrict`` rules them out. None is ``fill``;
-                :meth:`generate` takes ``restrict`` where it does not sample.
+                :meth:`generate` goes by ``remote.hidden``.
             return_dict: False returns a tuple.
             **kwargs: Other arguments of transformers models; refused, unless None or False.
 
@@ -378,7 +378,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         if self.hides_tokens and "hidden" not in kwargs:
             config = self.generation_config if generation_config is None else generation_config
             samples = kwargs.get("do_sample")
-            kwargs["hidden"] = FILL if (config.do_sample if samples is None else samples) else RESTRICT
+            samples = config.do_sample if samples is None else samples
+            kwargs["hidden"] = FILL if self.large.fills(samples=bool(samples)) else RESTRICT
         if carried:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *carried])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)

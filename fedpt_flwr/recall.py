@@ -10,6 +10,7 @@ import hashlib
 import logging
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Recall:
         self._max_bytes = max_bytes
         self._is_full = False
         self._lock = threading.Lock()
+        self._database: sqlite3.Connection
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
@@ -54,6 +56,7 @@ class Recall:
             )
         except (OSError, sqlite3.Error) as error:
             raise self._broken(error) from error
+        weakref.finalize(self, self._database.close)
 
     def get(self, texts: Iterable[Sequence[int]]) -> dict[tuple[int, ...], Tensor]:
         """The rows that are there, ``(width,)``, float32, -inf where a token was not shown; by text.

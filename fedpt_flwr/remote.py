@@ -101,6 +101,11 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         """Whether some tokens' log-probabilities are not shown, and stand at -inf."""
         return self.endpoint.num_top is not None
 
+    def fills(self, *, samples: bool) -> bool:
+        """Whether hidden tokens get a share of what is left, as the untuned model would give it, or are ruled out."""
+        how = self.endpoint.config.hidden
+        return how == "fill" or (how == "auto" and samples)
+
     @property
     def draft_tokens(self) -> int:
         """How many drafts save requests, whatever the timings are."""
@@ -131,6 +136,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shows_next: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -144,6 +150,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             cache: A cache for this model's config, extended in place.
             use_cache: Whether to return a cache.
             logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
+            shows_next: See :meth:`~fedpt_flwr.endpoint.Endpoint.ask`: for losses, not for decoding.
             return_dict: False returns a tuple.
             **kwargs: Other arguments of transformers models; ignored, but for labels, which are refused.
 
@@ -171,11 +178,11 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             places = places[:, logits_to_keep.cpu()]
         elif logits_to_keep:
             places = places[:, -logits_to_keep:]
-        scores = self._scores(ids, visible, places)
+        scores = self._scores(ids, visible, places, shows_next=shows_next)
         output = CausalLMOutputWithPast(logits=scores, cache=cache if use_cache else None)
         return output.to_tuple() if return_dict is False else output
 
-    def _scores(self, ids: Tensor, visible: Tensor, places: Tensor) -> Tensor:
+    def _scores(self, ids: Tensor, visible: Tensor, places: Tensor, *, shows_next: bool) -> Tensor:
         """Ask about these places of the rows' visible tokens; -1 is padding."""
         texts, wanted = [], []
         for row, of in enumerate(places.tolist()):
@@ -183,7 +190,8 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             texts.append(ids[row][visible[row]].tolist())
             wanted.append([] if is_complete else sorted({place for place in of if place >= 0}))
         scores = torch.zeros((*places.shape, self.config.vocab_size))
-        for row, (asked, found) in enumerate(zip(wanted, self.endpoint.ask(texts, wanted), strict=True)):
+        answers = self.endpoint.ask(texts, wanted, shows_next=shows_next)
+        for row, (asked, found) in enumerate(zip(wanted, answers, strict=True)):
             index = {place: number for number, place in enumerate(asked)}
             for column, place in enumerate(places[row].tolist()):
                 if place in index:

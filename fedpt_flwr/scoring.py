@@ -489,6 +489,11 @@ def _first_scored(example: TokenizedExample) -> int:
 
 def _last_scores(model: PreTrainedModel, padded: Mapping[str, Tensor], *, positions: int) -> Tensor:
     """Scores at the last positions of a batch but the very last, ``(batch, positions, vocab)``."""
+    if _shows_a_part(model):  # some services say how likely a text's own tokens are, if those are there
+        before = torch.arange(padded["input_ids"].shape[1] - 1)[-positions:]
+        shown = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        logprobs: Tensor = model(**shown, logits_to_keep=before, shows_next=True, use_cache=False).logits
+        return logprobs
     inputs = {name: padded[name][:, :-1].to(model.device) for name in ("input_ids", "attention_mask")}
     # Decoder-only LMs of transformers 5 take `logits_to_keep`; one of another origin may ignore it, hence the slice.
     scores: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits

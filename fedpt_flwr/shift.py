@@ -133,12 +133,14 @@ def shift_curve(
         for mask in masks
     }
     for items, targets, (large, tuned, untuned) in model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size):
+        if proxy.hides_tokens and proxy.large.fills(samples=False):  # as in greedy decoding
+            large = proxy.fill(large, untuned)
         tuned_there = tuned.to(large.device)
         ruled_out = {mask: ~plausible_tokens(tuned_there, plausibility=mask) for mask in masks}
         for alpha in alphas:
             scores = combine_logits(large, tuned, untuned, alpha=alpha)
             losses[alpha].add_scores(items, scores, targets)
-            for mask in masks:  # tokens that are not shown stay ruled out, as in greedy decoding
+            for mask in masks:
                 mistakes[alpha, mask].add(items, scores.masked_fill(ruled_out[mask], -torch.inf).argmax(-1), targets)
     return [
         ShiftPoint(

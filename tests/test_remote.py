@@ -56,7 +56,9 @@ def service(proxy, **config):
         loops.append(loop)
         scheduler.start()
 
-    server = uvicorn.Server(uvicorn.Config(create_app(shared, on_start=on_start), log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(shared, on_start=on_start), log_config=None, access_log=False, ws="none")
+    )
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -148,14 +150,10 @@ def test_log_probabilities_are_those_of_the_model_that_is_here(proxy, url, setti
     ids = ids_of(TEXT)
     found, expected = remote(ids).logits, proxy.large(ids).logits.log_softmax(-1)
     shown = found.isfinite()
-    assert (shown.sum(-1) >= (top or VOCAB)).all()
+    assert (shown.sum(-1) == (top or VOCAB)).all()
     torch.testing.assert_close(found[shown], expected[shown], atol=1e-4, rtol=0)
-    if top:  # what is hidden is no likelier than what is shown
-        assert (
-            expected.masked_fill(shown, -torch.inf).amax(-1) <= found.masked_fill(~shown, torch.inf).amin(-1) + 20
-        ).all()
-        best = expected.topk(top, dim=-1).indices
-        assert shown.gather(-1, best).all()
+    if top:
+        assert shown.gather(-1, expected.topk(top, dim=-1).indices).all()
 
 
 def test_a_batch_with_padding_is_scored_row_by_row(proxy, url, settings):
@@ -238,13 +236,15 @@ def test_with_a_part_only_a_loss_is_a_bound_that_is_named_so_or_absent(proxy, ur
     found = proxy_losses(echo, items, alpha=1.0, pad_id=0)
     # An echo shows the text's own tokens, so that the large model's loss is exact.
     assert found["large"].mean == pytest.approx(truth["large"].mean, abs=1e-4)
-    if math.isfinite(found["proxy"].mean):
-        assert found["proxy"].mean >= truth["proxy"].mean - 1e-4
+    assert truth["proxy"].mean - 1e-4 <= found["proxy"].mean < math.inf
     row = make_row(Measurement(losses=found["proxy"]), n=1, seed=0).to_json()
     assert "loss" not in row
     assert "perplexity" not in row
     assert row["loss_upper_bound"] == pytest.approx(found["proxy"].mean)
     hidden = over(proxy, connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=1)))
+    # Nor may what is chosen depend on what stands in the text.
+    again = echo.large(ids_of("the cat = 12;")).logits
+    assert (again.isfinite().sum(-1) == 5).all()
     lost = answer_losses(hidden.large, items, pad_id=0)
     assert math.isinf(lost.mean)
     assert "loss" not in make_row(Measurement(losses=lost), n=1, seed=0).to_json()
@@ -312,7 +312,7 @@ def test_a_budget_ends_it_and_what_was_answered_is_kept(proxy, url, settings):
     long, short = ids_of(TEXT), ids_of("a")
     remote = connect(url, tiny_tokenizer(), replace(settings, token_budget=long.shape[1] + 1))
     remote(long, logits_to_keep=1)
-    with pytest.raises(RemoteError, match=r"remote.token-budget: .*budget of 23 tokens.*what was answered is kept"):
+    with pytest.raises(RemoteError, match=r"remote.token-budget: .*budget of 22 tokens.*what was answered is kept"):
         remote(ids_of("a dog"), logits_to_keep=1)
     remote(long, logits_to_keep=1)  # known
     remote(short, logits_to_keep=1)  # the last token of the budget

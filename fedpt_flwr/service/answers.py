@@ -339,7 +339,8 @@ def _large_source(body: CompletionRequest | ChatCompletionRequest, version: Vers
         return {}
     hidden = "none"
     if hides_tokens(large):  # the untuned model is asked about texts of the proxy alone
-        hidden = "filled" if body.model == "proxy" and body.temperature > 0 else "restricted"
+        fills = body.model == "proxy" and large.fills(samples=body.temperature > 0)
+        hidden = "filled" if fills else "restricted"
     return {"fedpt_large": {"shows": large.endpoint.shows, "hidden": hidden}}
 
 

@@ -796,11 +796,11 @@ def _scores(settings: Sequence[Settings], version: Version, logits: dict[str, Te
         scores[..., version.vocab_size :] = -torch.inf
         return scores
     large = logits["large"]
-    samples = torch.tensor([setting.temperature > 0 for setting in settings])
-    if version.proxy.hides_tokens and bool(samples.any()):
+    if version.proxy.hides_tokens:
+        fills = torch.tensor([version.proxy.large.fills(samples=setting.temperature > 0) for setting in settings])
         filled = fill_hidden(large, logits["untuned"], vocab_size=version.vocab_size)
         # One settings for all rows, or one for each.
-        large = torch.where(samples.view(-1, *[1] * (large.dim() - 1)).to(large.device), filled, large)
+        large = torch.where(fills.view(-1, *[1] * (large.dim() - 1)).to(large.device), filled, large)
     return combine_logits(
         large,
         logits["tuned"],
