@@ -165,14 +165,16 @@ def generate(
         done = "share the rest as untuned would" if proxy.large.fills(samples=temperature > 0) else "are ruled out"
         said = f"Tokens that the service does not show {done}"
         _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
-    if not compare:
+    if compare:
+        _print_answers(text, {name: write(name) for name in _COMPARED}, answer)
+    else:
         from transformers import TextStreamer
 
         write(model, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         if answer is not None:
             _err.print(f"right answer: {answer}", markup=False, highlight=False, style="dim")
-        return
-    _print_answers(text, {name: write(name) for name in _COMPARED}, answer)
+    if not isinstance(found, str | None):
+        _remote_spending(found)
 
 
 @app.command()
@@ -212,6 +214,8 @@ def score(
         results["rows"] |= _device_rows(folder, config, evaluator, device)
     _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
     _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
+    if not isinstance(found, str | None):
+        results["costs"] = _remote_spending(found)
     if json_file is not None:
         write_json(json_file.absolute(), results)
 
@@ -905,6 +909,7 @@ def _find_large(
         return large
     from dataclasses import replace
 
+    import fedpt_flwr.proxy  # noqa: F401 (tells transformers about the folder's config)
     from fedpt_flwr.models import load_tokenizer
     from fedpt_flwr.remote import connect
 
@@ -915,6 +920,21 @@ def _find_large(
     said = f"Large model {asked.model} at {asked.url}; log-probabilities: {asked.shows}"
     _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
     return model
+
+
+def _remote_spending(large: RemoteModel) -> dict[str, Any]:
+    """Say what a remote large model has cost; the same for a file."""
+    from fedpt_flwr.endpoint import Usage
+
+    spent = large.usage_since(Usage())
+    price = f", price {spent['remote_price']:.6f}" if "remote_price" in spent else ""
+    said = (
+        f"Remote large model: {spent['remote_requests']} requests, {spent['remote_retries']} repeated; "
+        f"{spent['remote_tokens_sent']} tokens sent, {spent['remote_tokens_received']} received{price}; "
+        f"{spent['remote_recalled']} answers were known"
+    )
+    _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return spent
 
 
 def _load_proxy(

@@ -460,6 +460,8 @@ def test_a_service_over_a_service_says_where_its_large_model_is(proxy, url, sett
             direct = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
             assert "fedpt_large" not in direct
             assert found["choices"] == direct["choices"]
+            spent = remote.large.endpoint.usage
+            assert spent.requests
 
 
 def test_a_service_whose_remote_fails_says_so_and_goes_on(proxy, url, settings):
