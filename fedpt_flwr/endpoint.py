@@ -303,7 +303,8 @@ class Endpoint:
         if not tops:
             raise self._wrong("logprobs must name the likeliest tokens", choice.get("logprobs"))
         row = self._row(tops[0])
-        row[end] = -torch.inf
+        if row[end].isfinite():  # it was forbidden to be chosen and not to be shown
+            return row
         left = max(1 - float(row.exp().sum()), float(row.max().exp()))
         row[end] = math.log(min(left, 1.0))
         return row
