@@ -124,6 +124,13 @@ class ModelConfig:
         *_NOT_EMPTY,
         path=True,
     )
+    large_url: str = _setting(
+        "",
+        "Address of an OpenAI-compatible service whose model is the large LM instead, which is then not loaded here; "
+        "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
+        "must begin with http:// or https://, and hold no key",
+        lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
+    )
     small_dtype: str = _setting("float32", "Floating-point type of the small LM's weights.", *_DTYPE)
     large_dtype: str = _setting("float32", "Floating-point type of the large LM's weights.", *_DTYPE)
     device: str = _setting(
@@ -133,6 +140,55 @@ class ModelConfig:
         "must be auto, cpu, cuda, cuda:<number> or mps",
         lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value) is not None,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteConfig:
+    """How a large model behind an API is asked (`model.large-url`)."""
+
+    model: str = _setting(
+        "", "Its name there. Empty: `large` of a service of this project, else the only model that there is."
+    )
+    api: str = _setting(
+        "auto",
+        "What a request gets. `full`: all log-probabilities at any places of a text (a service of this project). "
+        "`echo`: the likeliest tokens at all places of a text. `next`: those of the token that follows. "
+        "`auto`: the best that "
+        "works.",
+        *_one_of("auto", "full", "echo", "next"),
+    )
+    top_logprobs: int = _setting(
+        0, "Tokens whose log-probabilities are used at each place; 0: as many as the service gives.", *_at_least(0)
+    )
+    hidden: str = _setting(
+        "auto",
+        "What becomes of tokens that are not shown. `restrict`: they are ruled out. `fill`: the untuned LM shares out "
+        "what probability is left. `auto`: ruled out where always the likeliest token is taken, filled in where tokens "
+        "are drawn.",
+        *_one_of("auto", "restrict", "fill"),
+    )
+    timeout_s: float = _setting(60.0, "Seconds that a request may take.", *_POSITIVE)
+    retries: int = _setting(
+        4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0)
+    )
+    concurrency: int = _setting(8, "Requests at the same time.", *_at_least(1))
+    draft_tokens: int = _setting(
+        3,
+        "Tokens that the tuned model drafts in scoring, to save requests; 0 with `next`, which would save none.",
+        *_at_least(0),
+    )
+    token_budget: int = _setting(
+        0, "Tokens sent and received together, after which nothing more is asked; 0: no limit.", *_at_least(0)
+    )
+    price_sent: float = _setting(0.0, "Price of a million tokens sent, for the ledger.", *_at_least(0))
+    price_received: float = _setting(0.0, "Price of a million tokens received, for the ledger.", *_at_least(0))
+    cache: str = _setting(
+        "",
+        "Absolute path of a folder that keeps what was answered, so that nothing is paid twice; empty: "
+        "`$FEDPT_HOME/remote`, or `~/.fedpt/remote`; `off`: nothing is kept.",
+        path=True,
+    )
+    cache_mb: int = _setting(2048, "Megabytes up to which answers are kept.", *_at_least(1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -516,6 +572,7 @@ class RunConfig:
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    remote: RemoteConfig = dataclasses.field(default_factory=RemoteConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -312,6 +312,7 @@ class Distiller:
             tuned = answer_scores(proxy.tuned, batch, vocab_size=self._vocab_size)
             with untuned_of(proxy) as model:
                 untuned = answer_scores(model, batch, vocab_size=self._vocab_size)
+            large = proxy.fill(large, untuned)
             combined = combine_logits(large, tuned, untuned, alpha=proxy.alpha, plausibility=mask)
             home = proxy.tuned.device
             return Targets(proxy=combined.to(home), large=large.to(home))

@@ -266,7 +266,20 @@ def check_plain(model: torch.nn.Module) -> None:
 
 def output_size(model: PreTrainedModel) -> int:
     """Rows of the model's output layer: the vocabulary with its padding."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    head = model.get_output_embeddings()
+    if head is None:  # a model that is not here has none
+        return int(model.config.vocab_size)
+    return int(head.weight.shape[0])
+
+
+def is_remote(model: torch.nn.Module) -> bool:
+    """Whether a model is a service's, so that every position which is looked at costs something."""
+    return bool(getattr(model, "is_remote", False))
+
+
+def hides_tokens(model: torch.nn.Module) -> bool:
+    """Whether a model shows the log-probabilities of its likeliest tokens only; the others stand at -inf."""
+    return bool(getattr(model, "hides_tokens", False))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -475,7 +488,7 @@ def fingerprint(model: torch.nn.Module) -> str:
         ModelError: The model is prepared for decoding.
     """
     check_plain(model)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(getattr(model, "identity", "").encode())  # of a model without weights
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)

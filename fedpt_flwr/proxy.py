@@ -53,10 +53,22 @@ from fedpt_flwr.logits import (
     check_plausibility,
     combine_logits,
     common_vocab_size,
+    fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import check_plain, fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
+from fedpt_flwr.models import (
+    check_plain,
+    fingerprint,
+    hides_tokens,
+    is_remote,
+    load_adapter,
+    load_causal_lm,
+    load_tokenizer,
+    output_size,
+    resolve_model,
+)
 from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.remote import connect_again, is_address
 from fedpt_flwr.sampling import Seeded, sample
 from fedpt_flwr.speculative import PARTS, Speculation
 
@@ -68,6 +80,9 @@ _log = logging.getLogger(__name__)
 
 _TUNED_FOLDER = "tuned"
 _UNTUNED_FOLDER = "untuned"
+
+FILL, RESTRICT = "fill", "restrict"
+"""What can become of tokens that a remote large model does not show."""
 
 BUNDLED = "bundled:untuned"
 """The reference of an untuned model that lies in the proxy's own folder, because it is nowhere else."""
@@ -251,6 +266,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         alpha: float | Tensor | None = None,
         plausibility: float | Tensor | None = None,
+        hidden: str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -267,6 +283,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
             alpha: Strength for this call; None takes :attr:`alpha`.
             plausibility: Mask threshold for this call; None takes :attr:`plausibility`.
+            hidden: What becomes of tokens that a remote large model does not show: ``fill`` shares out their
+                probability as the untuned model would, ``restrict`` rules them out. None is ``fill``;
+                :meth:`generate` goes by ``remote.hidden``.
             return_dict: False returns a tuple.
             **kwargs: Other arguments of transformers models; refused, unless None or False.
 
@@ -307,6 +326,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         )
 
         vocab_size = self.config.real_vocab_size
+        if hidden != RESTRICT:
+            large = self.fill(large, untuned)
         scores = combine_logits(large, tuned, untuned, alpha=alpha, vocab_size=vocab_size)
         loss = None
         if labels is not None:
@@ -354,9 +375,25 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         carried: list[Any] = [] if seed is None else [Seeded(seed)]
         if draft_tokens != AUTO:
             carried.append(Drafts(draft_tokens))
+        if self.hides_tokens and "hidden" not in kwargs:
+            config = self.generation_config if generation_config is None else generation_config
+            samples = kwargs.get("do_sample")
+            samples = config.do_sample if samples is None else samples
+            kwargs["hidden"] = FILL if self.large.fills(samples=bool(samples)) else RESTRICT
         if carried:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *carried])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether the large model shows the log-probabilities of its likeliest tokens only."""
+        return hides_tokens(self.large)
+
+    def fill(self, large: Tensor, untuned: Tensor) -> Tensor:
+        """The large model's scores, with an estimate for tokens that it does not show; see ``logits.fill_hidden``."""
+        if not self.hides_tokens:
+            return large
+        return fill_hidden(large, untuned, vocab_size=self.config.real_vocab_size)
 
     def new_cache(self) -> ProxyCache:
         """An empty cache for this proxy's three models."""
@@ -488,6 +525,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         config.large = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
+        if is_remote(self.large):
+            config.large |= self.large.reference()
         config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
         config.tuned = {"form": "adapter" if _is_adapted(self.tuned) else "full", "dtype": _dtype_name(self.tuned)}
         config.architectures = [type(self).__name__]
@@ -540,7 +579,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             large_model = like.large
         elif isinstance(large, nn.Module):
             large_model = large
-            if _dtype_name(large_model) != config.large["dtype"]:
+            if is_remote(large_model):  # its vocabulary was compared, and its weights are nobody's business
+                pass
+            elif _dtype_name(large_model) != config.large["dtype"]:
                 _log.warning("the large model is not compared with the proxy's: it has another dtype")
             else:
                 _check_fingerprint("large", large_model, config.large, folder)
@@ -644,6 +685,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         streamer: Any = None,
         alpha: float | Tensor | None = None,
         plausibility: float | Tensor | None = None,
+        hidden: str | None = None,
         **_kwargs: Any,
     ) -> Generation:
         """The arguments of ``_sample`` and this proxy's formula, as rules for speculation."""
@@ -659,7 +701,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         def combine(large: Tensor, tuned: Tensor, untuned: Tensor, rows: Tensor) -> Tensor:
             return combine_logits(
-                large,
+                large if hidden == RESTRICT else self.fill(large, untuned),
                 tuned,
                 untuned,
                 alpha=of_rows(alpha, rows),
@@ -859,7 +901,7 @@ def _reference(role: str, given: str | None, stored: Mapping[str, str], model: P
 
 def _absolute(ref: str) -> str:
     """A reference that means the same in every working directory."""
-    if ref.startswith("demo:") or ref == BUNDLED:
+    if ref.startswith("demo:") or ref == BUNDLED or is_address(ref):
         return ref
     path = Path(ref).expanduser()
     return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
@@ -952,6 +994,8 @@ def _load(role: str, entry: Mapping[str, str], device: str, folder: Path) -> Pre
     """Load a model that the proxy refers to, and make sure that it is the one."""
     remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
     try:
+        if role == "large" and is_address(entry["ref"]):
+            return connect_again(entry, load_tokenizer(str(folder)))
         ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
         model = load_causal_lm(ref, dtype=entry["dtype"], device=device)
     except (ModelError, SafetensorError) as error:

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.models import is_remote
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -283,6 +284,15 @@ class Stepper:
     def new_cache(self) -> RaggedCache:
         """A cache without rows."""
         return RaggedCache(self._base)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether every position that is looked at costs something."""
+        return is_remote(self._base)
+
+    def read(self, cache: RaggedCache, ids: Tensor) -> None:
+        """Append tokens to every row of a cache, whatever comes next."""
+        self(cache, ids, keep=torch.empty(0, dtype=torch.int64) if self.is_remote else 1)
 
     def __call__(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Tensor:
         """Append tokens to every row of a cache, each at its own length, and score what comes next.

@@ -352,7 +352,7 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
 
     def watch(device, message, reply):
         if message.metadata.message_type == "train":
-            model, _ = client_app.load_small_model(*client_app_arguments)
+            model, *_ = client_app.load_small_model(*client_app_arguments)
             frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
             tuned = {weight.dtype for weight in model.parameters() if weight.requires_grad}
             wire = {array.dtype for array in reply.content["arrays"].values()}
@@ -361,7 +361,7 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
 
     settings = UNSCORED | {"min-devices": 1, "num-server-rounds": 1, "tuning.mode": "lora", "tuning.lora-rank": 2}
     config = parse_run_config(settings)
-    client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16")
+    client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16", 0)
     federate(tmp_path, 1, settings, node_config=limited({"dtype": "bfloat16"}, 1), tamper=watch)
     assert seen == [({torch.bfloat16}, {torch.float32}, {"float32"})]
 

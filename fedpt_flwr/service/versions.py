@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import RunConfig, parse_run_config
+from fedpt_flwr.endpoint import vocabulary_digest
 from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
@@ -27,6 +28,8 @@ from fedpt_flwr.speculative import PARTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedpt_flwr.remote import RemoteModel
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class Version:
     scores: Mapping[str, Any] | None
     max_prompt_chars: int | None = None
     is_chat: bool = False
+    vocabulary: str = ""
+    """Digest of the vocabulary."""
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +88,7 @@ class Loader:
     """Loads versions of runs, the same models only once.
 
     Args:
-        large: Where the large model lies on this machine, if not where the runs found it.
+        large: Where the large model lies on this machine, if not where the runs found it; or the model itself.
         device: ``auto`` or a torch device.
         alpha: Strength of the shift instead of the runs'.
         plausibility: Mask threshold instead of the runs'.
@@ -93,7 +98,7 @@ class Loader:
     def __init__(
         self,
         *,
-        large: str | None = None,
+        large: str | RemoteModel | None = None,
         device: str = "auto",
         alpha: float | None = None,
         plausibility: float | None = None,
@@ -149,6 +154,7 @@ class Loader:
             is_chat=is_chat,
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
+            vocabulary=vocabulary_digest(tokenizer),
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
