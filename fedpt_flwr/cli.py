@@ -56,6 +56,12 @@ Plausibility = Annotated[
     float | None, typer.Option(help="Mask of tokens that the tuned model finds implausible; by default the run's.")
 ]
 Large = Annotated[str | None, typer.Option(help="Where the large model lies now, if not where the run found it.")]
+LargeDeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="How the large model is divided among this machine's devices, such as `auto`, if not as the run says."
+    ),
+]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
 Prepare = Annotated[
     bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
@@ -89,6 +95,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
     large: Large = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     url: Annotated[str | None, typer.Option(help="Ask the service at this address instead; see `fedpt serve`.")] = None,
@@ -115,7 +122,9 @@ def generate(
 
     from fedpt_flwr.models import cpu_threads
 
-    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility, prepare=prepare)
+    proxy, tokenizer = _load_proxy(
+        folder, large, device, alpha, plausibility, prepare=prepare, large_device_map=large_device_map
+    )
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
@@ -168,6 +177,7 @@ def score(
     validation: Annotated[bool, typer.Option("--validation", help="Score the validation items instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     large: Large = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
@@ -177,7 +187,7 @@ def score(
     from fedpt_flwr.scoring import render_table, results_table, verdict
     from fedpt_flwr.sources import held_out_items, public_texts
 
-    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
+    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility, large_device_map=large_device_map)
     which = "validation" if validation else "test"
     number = config.scoring.num_items if items is None else items
     chosen = held_out_items(config.data, which, seed=config.seed).first(number)
@@ -243,6 +253,7 @@ def serve(
     alpha: Alpha = None,
     plausibility: Plausibility = None,
     large: Large = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the run's.")] = None,
@@ -293,7 +304,14 @@ def serve(
 
     server.serve(
         folder,
-        Loader(large=large, device=device, alpha=alpha, plausibility=plausibility, prepare=prepare),
+        Loader(
+            large=large,
+            device=device,
+            alpha=alpha,
+            plausibility=plausibility,
+            prepare=prepare,
+            large_device_map=large_device_map,
+        ),
         server.ServerConfig(
             host=host,
             port=port,
@@ -871,6 +889,7 @@ def _load_proxy(
     plausibility: float | None,
     *,
     prepare: bool = False,
+    large_device_map: str | None = None,
 ) -> tuple[ProxyModel, PreTrainedTokenizerBase]:
     from transformers import logging as transformers_logging
 
@@ -878,7 +897,13 @@ def _load_proxy(
     from fedpt_flwr.proxy import ProxyModel
 
     transformers_logging.disable_progress_bar()
-    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)), prepare=prepare)
+    proxy = ProxyModel.from_pretrained(
+        folder,
+        large=large,
+        large_device_map=large_device_map,
+        device=str(pick_device(device)),
+        prepare=prepare,
+    )
     if alpha is not None:
         proxy.alpha = alpha
     if plausibility is not None:
@@ -911,9 +936,9 @@ def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: 
     from fedpt_flwr.models import load_adapter, load_causal_lm
     from fedpt_flwr.sources import public_prompts
 
-    copy, settings = folder / "device", {"dtype": config.model.small_dtype, "device": device}
+    copy, dtype = folder / "device", config.model.small_dtype
     is_adapter = (copy / "adapter_config.json").is_file()
-    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), **settings)
+    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), dtype=dtype, device=device)
     if is_adapter:
         model = load_adapter(model, copy)
     prompts = public_prompts(config.data)
@@ -1001,7 +1026,7 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, proxy: ProxyModel
     if not text:
         raise ConfigError("the prompt must not be empty")
     room = (proxy.config.max_position_embeddings or 1 << 30) - limit
-    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.large.device)
+    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.device)
 
 
 def _is_shared(proxy: ProxyModel, name: str) -> bool:
@@ -1127,9 +1152,11 @@ def _tuned_before(
 def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
-    from fedpt_flwr.models import check_vocabularies, load_tokenizer
+    from fedpt_flwr.distiller import check_translated
+    from fedpt_flwr.models import large_placement, load_tokenizer
     from fedpt_flwr.sources import answer_choices, device_shard, held_out_items, public_prompts, public_texts
     from fedpt_flwr.strategy import make_inner_strategy
+    from fedpt_flwr.vocabulary import match_vocabularies
 
     config, problems = examine_run_config(flat)
 
@@ -1147,7 +1174,11 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             tokenizers.append(load_tokenizer(ref))
     if len(tokenizers) == 2:
         with collecting():
-            check_vocabularies(tokenizers[0], tokenizers[1])
+            vocabulary = match_vocabularies(tokenizers[0], tokenizers[1])
+            if vocabulary.id_map is not None:
+                check_translated(config, vocabulary.id_map)
+    with collecting(), naming("model.large"):
+        large_placement(config.model).arguments()
     with collecting():
         make_inner_strategy(config.strategy)
     num_devices = config.min_devices if num_devices is None else num_devices
