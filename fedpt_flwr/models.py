@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from fedpt_flwr.config import ModelConfig, TuningConfig
-from fedpt_flwr.errors import ConfigError, ModelError, naming
+from fedpt_flwr.errors import ConfigError, ModelError
 from fedpt_flwr.placement import Placement
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def load_causal_lm(
     placement = Placement() if placement is None else placement
     arguments = placement.arguments()
     if isinstance(arguments.get("device_map"), dict):
-        _check_device_map(arguments["device_map"], ref)
+        arguments["device_map"] = _whole_device_map(arguments["device_map"], ref)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
@@ -263,7 +263,9 @@ def output_size(model: PreTrainedModel) -> int:
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     """Where a model takes its inputs: where its first layer computes, wherever its weights lie."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # of accelerate, if that moves weights about
+    if getattr(model, "hf_device_map", None) is None:  # of accelerate, where that divides a model
+        return torch.device(model.device)
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # moves weights to where they are used
     device: int | str | torch.device | None = getattr(hook, "execution_device", None)
     return torch.device(model.device if device is None else device)
 
@@ -465,17 +467,26 @@ def _demo_folder(ref: str) -> Path:
     return root / name
 
 
-def _check_device_map(devices: Mapping[str, int | str], ref: str) -> None:
-    """Make sure that a device map gives a device that there is to every weight of a model, before any is read."""
+def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, int | str]:
+    """A device map in which no module lies within another and every weight has its place, as accelerate wants it.
+
+    Raises:
+        ModelError: A module or a device is not there, or a weight is left out; found before any weight is read.
+    """
     place = "model.large-device-map"
-    names = [name for name, _ in model_without_weights(ref).named_parameters()]
+    model = model_without_weights(ref)
+    names = [name for name, _ in model.named_parameters()]
     for module, device in devices.items():
-        if device not in ("cpu", "disk"):
-            with naming(place):
-                pick_device(f"cuda:{device}" if isinstance(device, int) else device)
-        if module and not any(_is_in(name, module) for name in names):
+        if not any(_is_in(name, module) for name in names):
             raise ModelError("a device map must name modules of the large model", value=module, place=place)
-    left = [name for name in names if not any(_is_in(name, module) for module in devices)]
+        if device not in ("cpu", "disk"):
+            try:
+                pick_device(f"cuda:{device}" if isinstance(device, int) else device)
+            except ModelError as error:
+                remedy = "name devices of this machine, cpu or disk"
+                raise ModelError(error.rule, value=device, place=place, remedy=remedy) from error
+    nearest = {name: max((part for part in devices if _is_in(name, part)), key=len, default=None) for name in names}
+    left = [name for name, module in nearest.items() if module is None]
     if left:
         raise ModelError(
             f"a device map must place all weights; {len(left)} are left out, the first {left[0]}",
@@ -483,6 +494,21 @@ def _check_device_map(devices: Mapping[str, int | str], ref: str) -> None:
             place=place,
             remedy="name its module too, or set auto",
         )
+    device_of = {name: devices[module] for name, module in nearest.items() if module is not None}
+
+    def divided(name: str, module: torch.nn.Module) -> dict[str, int | str]:
+        inside = {device for weight, device in device_of.items() if _is_in(weight, name)}
+        children = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
+        # A list of layers is never called, so nothing would be moved for it.
+        if len(inside) == 1 and not isinstance(module, torch.nn.ModuleList):
+            return dict.fromkeys([name], inside.pop())
+        own = [f"{name}.{weight}".lstrip(".") for weight, _ in module.named_parameters(recurse=False)]
+        found = {weight: device_of[weight] for weight in own if weight in device_of}
+        for child, part in children:
+            found |= divided(child, part)
+        return found
+
+    return divided("", model)
 
 
 def _is_in(weight: str, module: str) -> bool:

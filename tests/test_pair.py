@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from fedpt_flwr import cli
 from fedpt_flwr.corpus import Source, hold_out, read_documents, repeated, repetitions, token_stream, train_tokenizer
 from fedpt_flwr.errors import ConfigError, DataError, RunError
-from fedpt_flwr.vocabulary import match_vocabularies
 from fedpt_flwr.pair import RECIPES, PairRecipe, loss_curve, make_pair
 from fedpt_flwr.pretrain import LlamaShape, PretrainConfig, make_llama, pretrain, stream_loss
+from fedpt_flwr.vocabulary import match_vocabularies
 
 TINY = LlamaShape(hidden_size=8, num_layers=1, num_heads=2)
 
