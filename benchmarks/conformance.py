@@ -78,6 +78,7 @@ class Subject:
     large: Path
     work: Path
     _runs: dict[str, Path] = field(default_factory=dict)
+    _texts: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def flat(self, mode: str) -> dict[str, Any]:
         """The run config of a federation that tunes in this mode."""
@@ -141,11 +142,14 @@ class Subject:
 
     def reference_text(self, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
         """What greedy decoding writes, to the first end."""
+        if tuple(ids) in self._texts:
+            return self._texts[tuple(ids)]
         text = list(ids)
         while len(text) < len(ids) + NEW_TOKENS:
             text.append(int(self.reference_scores(text)[-1].argmax()))
             if text[-1] in ends:
                 break
+        self._texts[tuple(ids)] = text[len(ids) :]
         return text[len(ids) :]
 
 
@@ -331,11 +335,12 @@ def chat(subject: Subject) -> str:
         ids = tokenize_prompts([messages[0]["content"] + "]\n"], tokenizer, max_length=None)[0]
     expected = _written(subject, proxy, None, [ids])[0]
     stops = _list(proxy.generation_config.eos_token_id)
-    said = tokenizer.decode(
-        expected[:-1] if expected[-1] in stops else expected,
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+    written = expected[:-1] if expected[-1] in stops else expected
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids, [*ids, *written])
     )
+    said = whole[len(before) :]  # a space in front is the answer's, where tokenizers drop a text's first one
     request = {"model": "proxy", "messages": messages, "temperature": 0, "max_tokens": NEW_TOKENS}
     with _service(subject.run("full")) as client:
         answer = client.post("/v1/chat/completions", json=request)
@@ -366,6 +371,14 @@ CELLS: Mapping[str, Callable[[Subject], str]] = {
     "chat endpoint": chat,
 }
 """What is run of every row, by the heading of its column."""
+
+OF_SMALL = ("round, LoRA", "embeddings", "generate, adapter")
+"""Cells that say something about the small model, and are not run again beside another large one."""
+
+
+def cells_of(name: str) -> list[str]:
+    """The headings of a row's cells."""
+    return [heading for heading in CELLS if name in FAMILIES or heading not in OF_SMALL]
 
 
 # --- what cells share -------------------------------------------------------------------------------------------------
@@ -446,7 +459,7 @@ def _service(run: Path) -> Iterator[Any]:
 def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
     """Rows of families, columns of features."""
     head = ["", *CELLS]
-    rows = [[name, *(cells.get(heading, "-") for heading in CELLS)] for name, cells in found.items()]
+    rows = [[name, *(cells.get(heading, "") for heading in CELLS)] for name, cells in found.items()]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -469,7 +482,7 @@ def main() -> int:
         for name in names:
             subject = Subject(name, *checkpoints.pair(name), Path(work) / "runs" / name.replace(" ", "-"))
             found[name] = {}
-            for heading in wanted:
+            for heading in [cell for cell in cells_of(name) if cell in wanted]:
                 begun = time.perf_counter()
                 try:
                     found[name][heading] = CELLS[heading](subject)
