@@ -82,7 +82,7 @@ def wrong_inputs(checkpoints: Checkpoints, work: Path) -> Iterator[tuple[str, Ca
     yield "a shard that is missing", loading("missing", lambda folder: first_shard(folder).unlink())
     yield "a shard that is cut off", loading("cut", cut)
     yield (
-        "a kind of model that transformers does not know",
+        "a kind of model that nobody knows",
         loading("unknown", edited("config.json", model_type="zeta")),
     )
     yield "a model that is no causal LM", loading("encoder", edited("config.json", model_type="t5"))

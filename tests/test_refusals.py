@@ -41,4 +41,4 @@ def test_the_docs_show_what_one_is_told_today(sentences):
     for wrong, sentence in sentences.items():
         # What libraries say in parentheses changes with their versions, and with what is installed.
         begin = sentence.split(" (")[0].replace("|", "\\|")
-        assert f"| {wrong} | {begin}" in text, wrong
+        assert f"| {wrong} | {begin}" in text, (wrong, begin)
