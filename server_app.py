@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
+from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
 from fedpt_flwr.endpoint import Usage
 from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
@@ -46,9 +46,9 @@ from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
     check_context,
-    check_vocabularies,
     fingerprint,
     frozen_fingerprint,
+    large_placement,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
@@ -75,6 +75,7 @@ from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
 from fedpt_flwr.training import check_packing
+from fedpt_flwr.vocabulary import match_vocabularies, translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -257,15 +258,20 @@ class Server:
             tokenizer = load_tokenizer(model.small)
             small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
         large: PreTrainedModel
+        placement = large_placement(model)
         if model.large_url:  # it has compared vocabularies
             large, large_tokenizer = connect(model.large_url, tokenizer, config.remote), tokenizer
         else:
             with naming("model.large"):
                 large_tokenizer = load_tokenizer(model.large)
-                large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
+                large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device, placement=placement)
         small_fingerprint = fingerprint(small)
         sizes = {"large": output_size(large), "small": output_size(small)}
-        vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
+        vocabulary = match_vocabularies(large_tokenizer, tokenizer, sizes)
+        if vocabulary.id_map is not None:
+            log(INFO, "The large model numbers its tokens otherwise: its ids are mapped, one to one")
+            check_translated(config, vocabulary.id_map)
+            translate(large, vocabulary.id_map)
         check_context(small.config, config.train.max_length)
         if config.train.packing:
             with naming("train.packing"):
@@ -284,9 +290,10 @@ class Server:
             untuned,
             alpha=1.0 if isinstance(alpha, str) else alpha,
             plausibility=config.proxy.plausibility,
-            vocab_size=vocab_size,
+            vocab_size=vocabulary.size,
             tokenizer=tokenizer,
         )
+        proxy.config.large = placement.to_entry()
         validation = held_out_items(data, "validation", seed=config.seed, tokenizer=tokenizer)
         test = held_out_items(data, "test", seed=config.seed, tokenizer=tokenizer).first(config.scoring.num_items)
         shape = scored_shape(data, tokenizer=tokenizer)

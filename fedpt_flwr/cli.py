@@ -65,6 +65,12 @@ LargeUrl = Annotated[
     ),
 ]
 LargeName = Annotated[str | None, typer.Option(help="The large model's name there, if there are several.")]
+LargeDeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="How the large model is divided among this machine's devices, such as `auto`, if not as the run says."
+    ),
+]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
 Prepare = Annotated[
     bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
@@ -100,6 +106,7 @@ def generate(
     large: Large = None,
     large_url: LargeUrl = None,
     large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     url: Annotated[str | None, typer.Option(help="Ask the service at this address instead; see `fedpt serve`.")] = None,
@@ -127,7 +134,9 @@ def generate(
     from fedpt_flwr.models import cpu_threads
 
     found = _find_large(folder, config, large, large_url, large_name)
-    proxy, tokenizer = _load_proxy(folder, found, device, alpha, plausibility, prepare=prepare)
+    proxy, tokenizer = _load_proxy(
+        folder, found, device, alpha, plausibility, prepare=prepare, large_device_map=large_device_map
+    )
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
@@ -188,6 +197,7 @@ def score(
     large: Large = None,
     large_url: LargeUrl = None,
     large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
@@ -198,7 +208,7 @@ def score(
     from fedpt_flwr.sources import held_out_items, public_texts
 
     found = _find_large(folder, config, large, large_url, large_name)
-    proxy, tokenizer = _load_proxy(folder, found, device, alpha, plausibility)
+    proxy, tokenizer = _load_proxy(folder, found, device, alpha, plausibility, large_device_map=large_device_map)
     which = "validation" if validation else "test"
     number = config.scoring.num_items if items is None else items
     chosen = held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer).first(number)
@@ -274,6 +284,7 @@ def serve(
     large: Large = None,
     large_url: LargeUrl = None,
     large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the run's.")] = None,
@@ -325,7 +336,14 @@ def serve(
 
     server.serve(
         folder,
-        Loader(large=found, device=device, alpha=alpha, plausibility=plausibility, prepare=prepare),
+        Loader(
+            large=found,
+            device=device,
+            alpha=alpha,
+            plausibility=plausibility,
+            prepare=prepare,
+            large_device_map=large_device_map,
+        ),
         server.ServerConfig(
             host=host,
             port=port,
@@ -944,6 +962,7 @@ def _load_proxy(
     plausibility: float | None,
     *,
     prepare: bool = False,
+    large_device_map: str | None = None,
 ) -> tuple[ProxyModel, PreTrainedTokenizerBase]:
     from transformers import logging as transformers_logging
 
@@ -951,7 +970,13 @@ def _load_proxy(
     from fedpt_flwr.proxy import ProxyModel
 
     transformers_logging.disable_progress_bar()
-    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)), prepare=prepare)
+    proxy = ProxyModel.from_pretrained(
+        folder,
+        large=large,
+        large_device_map=large_device_map,
+        device=str(pick_device(device)),
+        prepare=prepare,
+    )
     if alpha is not None:
         proxy.alpha = alpha
     if plausibility is not None:
@@ -986,9 +1011,9 @@ def _device_rows(
     from fedpt_flwr.models import load_adapter, load_causal_lm
     from fedpt_flwr.sources import public_prompts
 
-    copy, settings = folder / "device", {"dtype": config.model.small_dtype, "device": device}
+    copy, dtype = folder / "device", config.model.small_dtype
     is_adapter = (copy / "adapter_config.json").is_file()
-    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), **settings)
+    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), dtype=dtype, device=device)
     if is_adapter:
         model = load_adapter(model, copy)
     prompts = public_prompts(config.data, tokenizer=tokenizer)
@@ -1091,7 +1116,7 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, proxy: ProxyModel
     if not text:
         raise ConfigError("the prompt must not be empty")
     room = (proxy.config.max_position_embeddings or 1 << 30) - limit
-    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.large.device)
+    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.device)
 
 
 def _is_shared(proxy: ProxyModel, name: str) -> bool:
@@ -1217,7 +1242,8 @@ def _tuned_before(
 def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
-    from fedpt_flwr.models import check_vocabularies, load_tokenizer
+    from fedpt_flwr.distiller import check_translated
+    from fedpt_flwr.models import large_placement, load_tokenizer
     from fedpt_flwr.sources import (
         answer_choices,
         device_shard,
@@ -1227,6 +1253,7 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         public_texts,
     )
     from fedpt_flwr.strategy import make_inner_strategy
+    from fedpt_flwr.vocabulary import match_vocabularies
 
     config, problems = examine_run_config(flat)
 
@@ -1244,7 +1271,11 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             tokenizers[key] = load_tokenizer(ref)
     if len(tokenizers) == 2:
         with collecting():
-            check_vocabularies(tokenizers["model.large"], tokenizers["model.small"])
+            vocabulary = match_vocabularies(tokenizers["model.large"], tokenizers["model.small"])
+            if vocabulary.id_map is not None:
+                check_translated(config, vocabulary.id_map)
+    with collecting(), naming("model.large"):
+        large_placement(config.model).arguments()
     with collecting():
         make_inner_strategy(config.strategy)
     num_devices = config.min_devices if num_devices is None else num_devices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -96,6 +97,14 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def _is_json_object(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and bool(found)
+
+
 def _names(text: str) -> list[str]:
     """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -130,6 +139,33 @@ class ModelConfig:
         "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
         "must begin with http:// or https://, and hold no key",
         lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
+    )
+    large_device_map: str = _setting(
+        "",
+        "How the large LM is divided where it is larger than one device: `auto`, `balanced`, `balanced_low_0`, "
+        '`sequential`, or a JSON object of modules and devices such as `{"model.layers.0": 0, "": "cpu"}` (numbers '
+        "of GPUs, `cpu`, `disk`). Empty: all of it is on `model.device`.",
+        "must be empty, auto, balanced, balanced_low_0, sequential or a JSON object",
+        lambda value: value in ("", "auto", "balanced", "balanced_low_0", "sequential") or _is_json_object(value),
+    )
+    large_max_memory: str = _setting(
+        "",
+        'What the devices of an automatic map may take: a JSON object such as `{"0": "20GiB", "cpu": "60GiB"}`. '
+        "What is left lies on disk. Empty: all there is.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
+    )
+    large_offload_folder: str = _setting(
+        "",
+        "Absolute path of a folder for weights on disk that are not read from the checkpoint itself.",
+        path=True,
+    )
+    large_quantization: str = _setting(
+        "",
+        'JSON object that is transformers\' `quantization_config` for the large LM, such as `{"load_in_8bit": true}`; '
+        "its package must be installed on the server. Empty: weights as they are stored.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
     )
     small_dtype: str = _setting("float32", "Floating-point type of the small LM's weights.", *_DTYPE)
     large_dtype: str = _setting("float32", "Floating-point type of the large LM's weights.", *_DTYPE)

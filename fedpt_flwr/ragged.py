@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
-from fedpt_flwr.models import is_remote
+from fedpt_flwr.models import input_device, is_remote
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,10 +64,12 @@ class _RaggedLayer(CacheLayerMixin):
         place = self._place
         self.make_room(place.num_rows, place.width)
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if place.start is not None:
+            if place.rows is None or place.columns is None or place.start is not None:
                 stored[: place.num_rows, :, place.start : place.width] = new
             else:
-                stored[place.rows, :, place.columns] = new.transpose(1, 2)
+                # Layers of one model may lie on different devices.
+                rows, columns = place.rows.to(stored.device), place.columns.to(stored.device)
+                stored[rows, :, columns] = new.transpose(1, 2)
         return self.in_use()
 
     def in_use(self) -> tuple[Tensor, Tensor]:
@@ -278,8 +280,7 @@ class Stepper:
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        device: torch.device = self.model.device
-        return device
+        return input_device(self.model)
 
     def new_cache(self) -> RaggedCache:
         """A cache without rows."""

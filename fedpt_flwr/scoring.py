@@ -38,7 +38,7 @@ from fedpt_flwr.choices import Choices, score_choices
 from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts, first_token
 from fedpt_flwr.errors import DataError, ModelError
 from fedpt_flwr.logits import bound_hidden, combine_logits
-from fedpt_flwr.models import hides_tokens, is_remote, max_positions
+from fedpt_flwr.models import hides_tokens, input_device, is_remote, max_positions
 from fedpt_flwr.prompts import Example, extract_answer
 from fedpt_flwr.proxy import ProxyModel
 
@@ -494,7 +494,7 @@ def _last_scores(model: PreTrainedModel, padded: Mapping[str, Tensor], *, positi
         shown = {name: padded[name] for name in ("input_ids", "attention_mask")}
         logprobs: Tensor = model(**shown, logits_to_keep=before, shows_next=True, use_cache=False).logits
         return logprobs
-    inputs = {name: padded[name][:, :-1].to(model.device) for name in ("input_ids", "attention_mask")}
+    inputs = {name: padded[name][:, :-1].to(input_device(model)) for name in ("input_ids", "attention_mask")}
     # Decoder-only LMs of transformers 5 take `logits_to_keep`; one of another origin may ignore it, hence the slice.
     scores: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     return scores[:, -positions:]
@@ -569,7 +569,7 @@ def generate_ids(
             batch = order[first : first + batch_size]
             padded = collate_prompts([list(prompts[index]) for index in batch], pad_id)
             sequences = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in padded.items()},
+                **{name: tensor.to(input_device(model)) for name, tensor in padded.items()},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

@@ -168,13 +168,20 @@ def _prompt_ids(prompt: str | Sequence[int], version: Version) -> list[int]:
             raise OpenAIError(
                 400, f"token ids of a prompt must be below {version.vocab_size}, got {largest}", param="prompt"
             )
-        return list(prompt)
+        return _readable(list(prompt), version)
     try:
         ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
     except DataError as error:
         raise OpenAIError(400, str(error), param="prompt") from error
     if not ids:
         raise OpenAIError(400, "the prompt must hold at least one token", param="prompt")
+    return _readable(ids, version)
+
+
+def _readable(ids: list[int], version: Version) -> list[int]:
+    if unreadable := version.unreadable(ids):
+        token = version.tokenizer.convert_ids_to_tokens(unreadable[0])
+        raise OpenAIError(400, f"the large model has no token {token!r}", param="prompt", code="invalid_value")
     return ids
 
 

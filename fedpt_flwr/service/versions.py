@@ -25,6 +25,7 @@ from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
+from fedpt_flwr.vocabulary import translation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,13 @@ class Version:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
 
+    def unreadable(self, ids: Sequence[int]) -> list[int]:
+        """Those of some ids that the large model has no token for."""
+        id_map = translation_of(self.proxy.large)
+        if id_map is None or id_map.is_whole:
+            return []
+        return [number for number in ids if int(id_map.large_ids[number]) < 0]
+
     @property
     def context(self) -> int | None:
         """The longest text in tokens, prompt and answer together; None where no model says."""
@@ -93,6 +101,7 @@ class Loader:
         alpha: Strength of the shift instead of the runs'.
         plausibility: Mask threshold instead of the runs'.
         prepare: Lay out the weights for decoding, each model's once.
+        large_device_map: How the large model is divided among this machine's devices, if not as the run says.
     """
 
     def __init__(
@@ -103,8 +112,10 @@ class Loader:
         alpha: float | None = None,
         plausibility: float | None = None,
         prepare: bool = False,
+        large_device_map: str | None = None,
     ) -> None:
         self._large = large
+        self._large_device_map = large_device_map
         self._device = str(pick_device(device))
         self._alpha = alpha
         self._plausibility = plausibility
@@ -122,7 +133,11 @@ class Loader:
         config = _run_config(run)
         last = self._last
         proxy = ProxyModel.from_pretrained(
-            target, large=self._large, device=self._device, like=None if last is None else last.proxy
+            target,
+            large=self._large,
+            large_device_map=self._large_device_map,
+            device=self._device,
+            like=None if last is None else last.proxy,
         )
         if self._alpha is not None:
             proxy.alpha = self._alpha
