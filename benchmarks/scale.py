@@ -391,7 +391,7 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
         "superlink_peak_bytes": watcher.peaks["flower-superlink"],
         "database_bytes": database,
         "seconds_per_round": float(np.median([line["seconds"] for line in rounds])),
-        "replies": [line["num-replies"] for line in rounds],
+        "replies": [line["replies"] for line in rounds],
         "server_errors": devices.num_server_errors,
         "bytes_down": devices.down,
         "bytes_up": devices.up,
@@ -441,7 +441,8 @@ def main() -> None:
         ratios = [row[key] / row["arrays_bytes"] for key in ("bytes_down", "bytes_up")]
         print(
             f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {row['replies']} | {sizes[0]:.0f} | "
-            f"{above:.2f} models | {sizes[1]:.0f} | {sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} | "
+            f"{above:.2f} models | {sizes[1]:.0f} | {sizes[2]:.0f} | {row['seconds_per_round']:.1f} | "
+            f"{ratios[0]:.4f} | {ratios[1]:.4f} | "
             f"{row['server_errors']} |"
         )
     for number, value in slopes.items():
