@@ -323,9 +323,9 @@ class Federation:
             # Asking is a process of its own, which takes a second of a core: seldom, until there are results.
             if list(self.folder.glob("fedpt/runs/*/results.json")) or time.monotonic() - asked > 30:
                 asked = time.monotonic()
-                entry = self.flwr("list", "here", "--run-id", run_id)["runs"][0]
-                if entry["status"].startswith("finished"):
-                    return dict(entry)
+                found = self.flwr("list", "here", "--run-id", run_id).get("runs")  # none where it was too busy
+                if found and found[0]["status"].startswith("finished"):
+                    return dict(found[0])
 
     def stop(self) -> None:
         """End every process that was started."""
