@@ -183,7 +183,7 @@ class PrivateAverage(Strategy):
                 "allows to publish all that one of them holds",
                 value=config.delta,
                 place="privacy.delta",
-                remedy=f"set privacy.delta={0.1 / len(devices):.0e}",
+                remedy=f"set privacy.delta={10.0 ** math.floor(math.log10(0.1 / len(devices))):g}",
             )
         self._accountant = new_accountant(
             delta=config.delta, population=len(devices), max_epsilon=config.max_epsilon or None
