@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import hashlib
 import math
 import platform
 import time
@@ -40,12 +41,14 @@ from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
 from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
     check_context,
     check_vocabularies,
     fingerprint,
+    frozen_fingerprint,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
@@ -65,11 +68,13 @@ from fedpt_flwr.results import (
     summary_lines,
     worse_by,
 )
-from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
+from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
-from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
+from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
+from fedpt_flwr.training import check_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +168,11 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         max_update_norm=config.strategy.max_update_norm,
         refuse_above_norm=config.strategy.above_norm == "refuse",
         expected=server.devices_before() if config.resume else None,
+        on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
+        lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
+        lora_aggregation=config.tuning.lora_aggregation,
+        taken=server.taken_before(last_round),
     )
     if config.resume:
         if not server.is_over(last_round):
@@ -176,7 +185,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         initial_arrays=arrays,
         num_rounds=config.num_server_rounds,
         timeout=config.round_timeout_s,
-        train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
+        train_config=ConfigRecord(server.told_to_devices()),
         first_round=last_round + 1,
     )
     if config.distillation.mode not in IN_ROUNDS:
@@ -206,9 +215,11 @@ class Server:
         config: The run's config.
         run: Its folder.
         tokenizer: Shared by all models.
+        shape: Of the records, which says how prompts are written.
         proxy: Large, tuned and untuned; its small models get new weights every round.
         shapes: Of the small model's tunable weights, by name.
         small_fingerprint: Of the small model as loaded.
+        frozen_fingerprint: Of the adapter's matrices that are drawn and never sent; empty where there are none.
         rounds_scored: Validation items that score rounds.
         validation: All validation items, which choose the shift.
         test: Scores the end.
@@ -227,9 +238,11 @@ class Server:
     config: RunConfig
     run: RunFolder
     tokenizer: PreTrainedTokenizerBase
+    shape: Shape
     proxy: ProxyModel
     shapes: Mapping[str, tuple[int, ...]]
     small_fingerprint: str
+    frozen_fingerprint: str
     rounds_scored: Evaluator | None
     validation: Evaluator
     test: Evaluator
@@ -258,8 +271,12 @@ class Server:
         sizes = {"large": output_size(large), "small": output_size(small)}
         vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
         check_context(small.config, config.train.max_length)
+        if config.train.packing:
+            with naming("train.packing"):
+                check_packing(small)
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
+        frozen = frozen_fingerprint(tuned)  # before the proxy freezes everything
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
         untuned = None
         if config.tuning.mode == "full":
@@ -274,8 +291,9 @@ class Server:
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
-        validation = held_out_items(data, "validation", seed=config.seed)
-        test = held_out_items(data, "test", seed=config.seed).first(config.scoring.num_items)
+        validation = held_out_items(data, "validation", seed=config.seed, tokenizer=tokenizer)
+        test = held_out_items(data, "test", seed=config.seed, tokenizer=tokenizer).first(config.scoring.num_items)
+        shape = scored_shape(data, tokenizer=tokenizer)
         number = config.scoring.round_items
 
         def evaluator(which: str, items: Items) -> Evaluator:
@@ -283,8 +301,9 @@ class Server:
 
         of_validation, of_test = evaluator("validation", validation), evaluator("test", test)
         mode = config.distillation.mode
-        prompts = public_prompts(data) if mode != "off" else None
-        public = public_texts(data) if config.scoring.few_shot or (mode != "off" and prompts is None) else []
+        prompts = public_prompts(data, tokenizer=tokenizer) if mode != "off" else None
+        needs_public = config.scoring.few_shot or (mode != "off" and prompts is None)
+        public = public_texts(data, tokenizer=tokenizer) if needs_public else []
         distiller = None
         if mode != "off":
             texts = None if prompts is None else prompts.texts
@@ -301,6 +320,7 @@ class Server:
                 },
             },
         )
+        log(INFO, "Records of the shape %s; a prompt ends %r", shape.name, validation.examples[0].prompt[-40:])
         log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
         log(
             INFO,
@@ -313,9 +333,11 @@ class Server:
             config=config,
             run=run,
             tokenizer=tokenizer,
+            shape=shape,
             proxy=proxy,
             shapes=shapes,
             small_fingerprint=small_fingerprint,
+            frozen_fingerprint=frozen,
             rounds_scored=evaluator("validation", validation.first(number)) if number else None,
             validation=of_validation,
             test=of_test,
@@ -445,6 +467,26 @@ class Server:
         cards = [DeviceCard.from_shard(shard, place=str(path)) for shard in shards]
         return {card.device: card for card in cards}
 
+    def taken_before(self, last_round: int) -> dict[int, int]:
+        """The last round up to this one in which each device's answer was taken, by device."""
+        if not last_round or self.config.wire.dtype != "int8":
+            return {}
+        rows = self.run.read_lines_of_rounds("costs.jsonl", last_round)
+        # Rows of the server itself have its name in place of a number.
+        return {
+            row["device"]: row["round"] for row in rows if isinstance(row["device"], int) and not row.get("refused")
+        }
+
+    def told_to_devices(self) -> dict[str, Any]:
+        """What every train message says besides its round."""
+        told: dict[str, Any] = {"small-fingerprint": self.small_fingerprint}
+        if self.frozen_fingerprint:
+            told["frozen-fingerprint"] = self.frozen_fingerprint
+        if self.config.wire.dtype == "int8":
+            # The same when the run goes on; that the devices of two runs take it for one would need one folder's path.
+            told["residual-run"] = hashlib.sha256(f"{platform.node()}\0{self.run.path}".encode()).hexdigest()[:16]
+        return told
+
     def go_on(self, last_round: int, flower_run_id: int) -> None:
         """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
         self.run.add_flower_run(flower_run_id)  # first, so that a process that is killed while it rewinds is on record
@@ -454,9 +496,15 @@ class Server:
             self._score_untouched(self.rounds_scored, last_round, "resume")
 
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
-        """Write who has how many examples of what; of several nodes with one number, the first counts."""
-        shards = {card.device: card.shard() for card in reversed(cards)}
-        write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
+        """Write who has how many examples of what, and how unlike all others; of one number's nodes, the first's."""
+        of_device = {card.device: card for card in reversed(cards)}
+        ordered = [of_device[device] for device in sorted(of_device)]
+        found = measure_shards([card.num_examples for card in ordered], [card.groups for card in ordered])
+        shards = [
+            {**card.shard(), "distance": None if distance is None else round(distance, 4)}
+            for card, distance in zip(ordered, found.distances, strict=True)
+        ]
+        write_json(self.run.path / "shards.json", shards)
 
     # --- while devices train ---
 
@@ -546,6 +594,7 @@ class Server:
                 "devices": len(outcome.devices),
                 "replies": sum(not part.refused for part in outcome.devices),
                 "seconds": round(outcome.seconds, 3),
+                **({} if outcome.left_out is None else {"lora_left_out": outcome.left_out}),
             },
         )
 
@@ -668,6 +717,8 @@ class Server:
             untuned_ref=BUNDLED if mode == "paired" else self.config.model.small,
             tokenizer=self.tokenizer,
         )
+        form = {"format": self.shape.name, "template": self.shape.request.text}
+        write_json(folder / "proxy" / PROMPT_FORM, form)
 
     def _note(self, server_round: int, phase: str, row: Mapping[str, Any]) -> None:
         self.run.append("metrics.jsonl", {"round": server_round, "phase": phase, **row})

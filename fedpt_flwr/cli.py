@@ -25,7 +25,7 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedpt_flwr.config import RunConfig
+    from fedpt_flwr.config import DataConfig, RunConfig
     from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.proxy import ProxyModel
 
@@ -180,8 +180,8 @@ def score(
     proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
     which = "validation" if validation else "test"
     number = config.scoring.num_items if items is None else items
-    chosen = held_out_items(config.data, which, seed=config.seed).first(number)
-    public = public_texts(config.data) if config.scoring.few_shot else []
+    chosen = held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer).first(number)
+    public = public_texts(config.data, tokenizer=tokenizer) if config.scoring.few_shot else []
     evaluator = Evaluator(chosen, tokenizer, config, proxy, place=f"data.{which}")
     untouched = _untouched(folder, config, device)
     if untouched is not None:
@@ -190,7 +190,7 @@ def score(
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
     if (folder / "device").is_dir():
-        results["rows"] |= _device_rows(folder, config, evaluator, device)
+        results["rows"] |= _device_rows(folder, config, evaluator, device, tokenizer)
     _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
     _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
@@ -656,11 +656,10 @@ def split(
     """
     from fedpt_flwr import split as splitting
     from fedpt_flwr.config import parse_run_config
-    from fedpt_flwr.prompts import Template
 
     given = _given_config([str(config)], place="--config") if config else {}
     data = parse_run_config(given).data
-    fields = _listed(key) or (list(Template(data.template).fields) if config else [])
+    fields = _listed(key) or (_prompt_fields(data) if config else [])
     if not fields:
         raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
     files = {"test": test, "validation": validation, "public": public}
@@ -906,7 +905,9 @@ def _untouched(folder: Path, config: RunConfig, device: str) -> PreTrainedModel 
     return model
 
 
-def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: str) -> dict[str, Any]:
+def _device_rows(
+    folder: Path, config: RunConfig, evaluator: Evaluator, device: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """The rows of the devices' copy of the small model."""
     from fedpt_flwr.models import load_adapter, load_causal_lm
     from fedpt_flwr.sources import public_prompts
@@ -916,7 +917,7 @@ def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: 
     model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), **settings)
     if is_adapter:
         model = load_adapter(model, copy)
-    prompts = public_prompts(config.data)
+    prompts = public_prompts(config.data, tokenizer=tokenizer)
     topics = frozenset[str]() if prompts is None else prompts.topics
     rows = evaluator.rows_by_topic("device", evaluator.measure(model), topics)
     return {name: row.to_json() for name, row in rows.items()}
@@ -980,14 +981,29 @@ def _table(cells: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+def _prompt_fields(data: DataConfig) -> list[str]:
+    """The fields of a record's prompt; none where its shape does not say them."""
+    from fedpt_flwr.prompts import Template
+    from fedpt_flwr.shapes import AutoShape, ChatShape, make_shape
+
+    if data.format == "chat":
+        return []
+    shape = make_shape(data.format, template=Template(data.template), answer_field=data.answer_field, tokenizer=None)
+    if isinstance(shape, AutoShape | ChatShape):
+        return []
+    return ["text"] if shape.name == "text" else list(shape.request.fields)
+
+
 def _prompt_text(prompt: str) -> str:
     return _standard_input() if prompt == "-" else prompt.replace("\\n", "\n")
 
 
 def _test_item(config: RunConfig, number: int) -> tuple[str, str]:
-    from fedpt_flwr.sources import held_out_items
+    from fedpt_flwr.models import load_tokenizer
+    from fedpt_flwr.sources import held_out_items, needs_tokenizer
 
-    items = held_out_items(config.data, "test", seed=config.seed).examples
+    tokenizer = load_tokenizer(config.model.small) if needs_tokenizer(config.data) else None
+    items = held_out_items(config.data, "test", seed=config.seed, tokenizer=tokenizer).examples
     if number > len(items):
         raise ConfigError(f"the run has {len(items)} test items", value=number, place="--example")
     return items[number - 1].prompt, items[number - 1].answer
@@ -1128,7 +1144,14 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.models import check_vocabularies, load_tokenizer
-    from fedpt_flwr.sources import answer_choices, device_shard, held_out_items, public_prompts, public_texts
+    from fedpt_flwr.sources import (
+        answer_choices,
+        device_shard,
+        held_out_items,
+        needs_tokenizer,
+        public_prompts,
+        public_texts,
+    )
     from fedpt_flwr.strategy import make_inner_strategy
 
     config, problems = examine_run_config(flat)
@@ -1141,13 +1164,13 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             if str(error) not in map(str, problems):
                 problems.append(error)
 
-    tokenizers = []
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     for key, ref in (("model.large", config.model.large), ("model.small", config.model.small)):
         with collecting(), naming(key):
-            tokenizers.append(load_tokenizer(ref))
+            tokenizers[key] = load_tokenizer(ref)
     if len(tokenizers) == 2:
         with collecting():
-            check_vocabularies(tokenizers[0], tokenizers[1])
+            check_vocabularies(tokenizers["model.large"], tokenizers["model.small"])
     with collecting():
         make_inner_strategy(config.strategy)
     num_devices = config.min_devices if num_devices is None else num_devices
@@ -1155,19 +1178,22 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         remedy = "start more devices (--num-devices), or lower min-devices"
         rule = f"a run would wait in vain for more than the {num_devices} devices that there are"
         problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
+    tokenizer = tokenizers.get("model.small")
+    if tokenizer is None and needs_tokenizer(config.data):
+        return problems  # without it no record can be written
     if config.data.partitioner != "node-local":
         with collecting():
-            device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed)
+            device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
     for which in ("validation", "test"):
         with collecting():
-            held_out_items(config.data, which, seed=config.seed)
+            held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer)
     with collecting():
-        public_texts(config.data)
+        public_texts(config.data, tokenizer=tokenizer)
     with collecting():
         answer_choices(config.data)
     if config.distillation.mode != "off":
         with collecting():
-            public_prompts(config.data)
+            public_prompts(config.data, tokenizer=tokenizer)
     return problems
 
 

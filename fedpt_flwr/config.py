@@ -55,6 +55,14 @@ AUTO = "auto"
 SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
 """What ``scoring.rows`` can name."""
 
+DATA_FORMATS = ("template", "auto", "instruction", "completion", "chat", "text", "classification")
+"""What ``data.format`` can be."""
+LORA_AGGREGATIONS = ("average", "exact", "frozen-a")
+"""What ``tuning.lora-aggregation`` can be."""
+
+_WEIGHTED_MEANS = ("FedAvg", "FedProx")
+"""Strategies that make the weighted mean of the devices' weights, and nothing else."""
+
 CHOICE_LENGTHS = ("sum", "tokens", "bytes")
 """What ``scoring.choice-length`` can be."""
 
@@ -153,6 +161,14 @@ class TuningConfig:
         "Modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
         *_NOT_EMPTY,
     )
+    lora_aggregation: str = _setting(
+        "average",
+        "How adapters become one. `average`: each of their two matrices by itself, which is not the mean of what they "
+        "do. `exact`: the mean of their products, cut to the rank again; what that leaves out is in `metrics.jsonl`. "
+        "`frozen-a`: the first matrix stays as it was drawn, only the second is tuned and sent: half the bytes, and "
+        "the mean is exact.",
+        *_one_of(*LORA_AGGREGATIONS),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +201,11 @@ class TrainConfig:
         "Tokens of prompt and answer together. What is longer loses the beginning of the prompt, down to half of "
         "this, then the end of the answer.",
         *_at_least(2),
+    )
+    packing: bool = _setting(
+        False,
+        "Put short examples of a batch behind one another, into rows as long as the longest, each read as if it were "
+        "alone: the same update without the time for padding. Refused for a model that cannot keep them apart.",
     )
     mixed_precision: str = _setting(
         "no", "Forward and backward passes in a shorter type (accelerate).", *_one_of("no", "bf16", "fp16")
@@ -228,6 +249,13 @@ class DataConfig:
         path=True,
     )
     public_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    format: str = _setting(
+        "template",
+        "What a record looks like (docs/data.md). `template`: any fields, written by `data.template`. `instruction`, "
+        "`completion`, `chat`, `text`, `classification`: fields of fixed names, and prompts of a fixed form; "
+        "`data.template` and `data.answer-field` are then unused. `auto`: one of these, by the first record's fields.",
+        *_one_of(*DATA_FORMATS),
+    )
     template: str = _setting(
         "> {request}\n[{unit}]\n",
         "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted. Empty: no prompt "
@@ -249,7 +277,10 @@ class DataConfig:
         path=True,
     )
     choices_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
-    public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
+    public_template: str = _setting(
+        "{text}",
+        "How a public record becomes a text; empty: as the devices' records do (`data.format`), answer included.",
+    )
     prompts: str = _setting(
         "demo:prompts",
         "Public prompts of the server for distillation: records without answers, written out by `data.template`. "
@@ -278,6 +309,12 @@ class DataConfig:
         *_one_of("natural", "dirichlet", "iid", "node-local"),
     )
     dirichlet_alpha: float = _setting(0.5, "Concentration; smaller means more skewed.", *_POSITIVE)
+    disclose: str = _setting(
+        "groups",
+        "What devices say of their shards before the first round. `size`: the number of examples. `groups`: also how "
+        "many are of which group (`data.group-field`); of `node-local` data only a device whose node config allows it.",
+        *_one_of("size", "groups"),
+    )
     holdout_fraction: float = _setting(
         0.1,
         "Share of `data.train` kept back where there is no validation or test file.",
@@ -295,8 +332,10 @@ class WireConfig:
         "Type of the arrays on the wire. `float16` and `bfloat16` halve the bytes: the server sends its arrays "
         "rounded, a device sends back its change of them, rounded; the server's own arrays and all sums stay float32. "
         "`float16` is the more exact (11 bits, to 65504; changes below 3e-8 are lost), `bfloat16` has the range of "
-        "float32 (8 bits).",
-        *_DTYPE,
+        "float32 (8 bits). `int8`: the server sends `float16`, a device sends its change in 8 bits a value with a "
+        "scale for 256 values each, and adds what that lost to its next change (not with "
+        "`tuning.lora-aggregation='exact'`); what was lost last lies under `FEDPT_HOME` on the device.",
+        *_one_of("float32", "bfloat16", "float16", "int8"),
     )
 
 
@@ -780,12 +819,28 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "paired with lora",
             "set distillation.mode='carry', or tuning.mode='full'",
         )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        _check_exact(config, refuse)
     if config.data.choices and config.data.answer_pattern:
         refuse(
             "data.choices and data.answer-pattern",
             "an answer that is chosen counts as a whole",
             config.data.answer_pattern,
             "leave one of them out",
+        )
+    if config.data.format == "classification" and not config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            "a classification needs the labels to choose from",
+            "",
+            "set data.choices='test', or a text file with a label on each line",
+        )
+    if config.data.format in ("chat", "text") and config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            f"the shape {config.data.format} has no labels to choose from",
+            config.data.choices,
+            "leave data.choices out, or set data.format='classification'",
         )
     if config.data.partitioner == "node-local" and "train" in _names(config.data.choices):
         refuse(
@@ -810,6 +865,25 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_exact(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    if config.strategy.name not in _WEIGHTED_MEANS:
+        refuse(
+            "tuning.lora-aggregation and strategy.name",
+            "exact aggregation writes the adapter in new directions after every round, so that momentum, medians and "
+            "distances between the old ones mean nothing",
+            config.strategy.name,
+            "set strategy.name='FedAvg', or tuning.lora-aggregation='frozen-a', which goes with every strategy",
+        )
+    if config.distillation.mode == "carry":
+        refuse(
+            "tuning.lora-aggregation and distillation.mode",
+            "carry adds up what the rounds changed, and exact aggregation writes the adapter in new directions after "
+            "every round",
+            config.distillation.mode,
+            "set distillation.mode='final', or tuning.lora-aggregation='frozen-a'",
+        )
 
 
 def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
@@ -860,6 +934,13 @@ def _check_privacy(config: RunConfig, refuse: Callable[[str, str, Any, str], Non
             "changes are clipped to privacy.clipping-norm already",
             config.strategy.max_update_norm,
             "leave strategy.max-update-norm out",
+        )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        refuse(
+            "privacy.dp and tuning.lora-aggregation",
+            "noise is accounted for on the plain mean of what devices send, and this one averages products",
+            config.tuning.lora_aggregation,
+            "set tuning.lora-aggregation='frozen-a', whose plain mean is exact",
         )
     if privacy.sampling != SAMPLINGS[0]:
         refuse(

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.errors import ConfigError, ModelError, VocabularyMismatch
+from fedpt_flwr.lora import is_right
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -321,7 +322,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
     with torch.random.fork_rng(devices=[]), _by_an_old_name():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 LoraConfig(
                     r=config.lora_rank,
@@ -334,6 +335,41 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
             )
         except ValueError as error:
             raise _wrong_targets(model, config.lora_targets) from error
+    if config.lora_aggregation == "frozen-a":
+        for weight in _first_factors(adapted).values():
+            weight.requires_grad_(False)
+    return adapted
+
+
+def _first_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if is_right(name)}
+
+
+def frozen_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """A hash of an adapter's first matrices where they are drawn and never sent; else empty."""
+    frozen = {name: weight for name, weight in _first_factors(model).items() if not weight.requires_grad}
+    digest = hashlib.sha256()
+    for name, weight in frozen.items():
+        digest.update(name.encode() + b"\0" + weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16] if frozen else ""
+
+
+@torch.no_grad()
+def cut_adapter(model: PreTrainedModel | PeftModel, rank: int) -> None:
+    """Leave an adapter its first directions, in place; the scale of their product stays.
+
+    Args:
+        model: What :func:`make_tunable` made.
+        rank: At most the adapter's.
+    """
+    for module in model.modules():
+        if not hasattr(module, "lora_A") or not hasattr(module, "scaling"):
+            continue
+        for adapter in module.r:
+            first, second = module.lora_A[adapter], module.lora_B[adapter]
+            for part, kept in ((first, first.weight[:rank]), (second, second.weight[:, :rank])):
+                part.weight = torch.nn.Parameter(kept.clone(), requires_grad=part.weight.requires_grad)
+            first.out_features = second.in_features = module.r[adapter] = rank
 
 
 @contextmanager

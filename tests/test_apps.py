@@ -829,6 +829,10 @@ def test_shards_say_who_has_how_much_of_what(run):
     assert [shard["num_examples"] for shard in shards] == [720, 720, 480]
     assert all(set(shard["groups"].values()) == {240} for shard in shards)
     assert sum(len(shard["groups"]) for shard in shards) == 8
+    # Eight kinds of one size: a device of three has 3/8 of all kinds and lacks 5/8, one of two lacks 6/8.
+    assert [shard["distance"] for shard in shards] == [0.625, 0.625, 0.75]
+    form = json.loads((run / "proxy" / "prompt.json").read_text())
+    assert form == {"format": "template", "template": "> {request}\n[{unit}]\n"}
     assert results_of(run)["devices"] == 3
 
 

@@ -11,7 +11,9 @@ from fedpt_flwr.models import (
     bring_back,
     check_vocabularies,
     cpu_threads,
+    cut_adapter,
     fingerprint,
+    frozen_fingerprint,
     load_adapter,
     load_causal_lm,
     load_tokenizer,
@@ -434,3 +436,37 @@ def test_weights_that_are_put_away_take_no_memory_and_come_back_with_memory_of_t
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(ModelError, match=r"array model.norm.weight of shape \(3,\) must fit the small model"):
         bring_back(model, {"model.norm.weight": torch.zeros(3)})
+
+
+# --- adapters of other ranks, and with a frozen first matrix ---
+
+
+def test_a_frozen_a_is_drawn_alike_everywhere_and_only_b_is_tuned():
+    frozen = TuningConfig(mode="lora", lora_rank=2, lora_aggregation="frozen-a")
+    one, two = (make_tunable(load_frozen(tiny_llama()), frozen, seed=3) for _ in range(2))
+    other = make_tunable(load_frozen(tiny_llama()), frozen, seed=4)
+    assert all(".lora_B." in name for name in tunable_arrays(one))
+    assert len(tunable_arrays(one)) == len(tunable_arrays(make_tunable(load_frozen(tiny_llama()), LORA, seed=3))) / 2
+    assert frozen_fingerprint(one) == frozen_fingerprint(two) != frozen_fingerprint(other)
+    assert frozen_fingerprint(make_tunable(load_frozen(tiny_llama()), LORA, seed=3)) == ""
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_an_adapter_that_was_cut_does_what_its_first_directions_did(make):
+    config = TuningConfig(mode="lora", lora_rank=3)
+    whole, cut = (make_tunable(load_frozen(make()), config, seed=0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    arrays = {name: torch.randn(part.shape, generator=generator) for name, part in tunable_arrays(whole).items()}
+    first = {name: part[:2] if ".lora_A." in name else part[:, :2] for name, part in arrays.items()}
+    gone = {name: part.clone() for name, part in arrays.items()}
+    for name, part in gone.items():
+        (part[2:] if ".lora_A." in name else part[:, 2:]).zero_()
+    cut_adapter(cut, 2)
+    assert {name: part.shape for name, part in tunable_arrays(cut).items()} == {
+        name: part.shape for name, part in first.items()
+    }
+    set_arrays(cut, first)
+    set_arrays(whole, gone)
+    ids = torch.randint(3, 20, (2, 8), generator=generator)
+    with torch.inference_mode():
+        torch.testing.assert_close(cut(input_ids=ids).logits, whole(input_ids=ids).logits)

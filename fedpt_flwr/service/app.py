@@ -80,8 +80,8 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         version = service.scheduler.version
-        prompt = render_chat(body.messages, version.tokenizer, version.template)
-        prompts = await _all_ids(service, [prompt.text], version, is_complete=prompt.has_special_tokens)
+        prompt = render_chat(body.messages, version.tokenizer if version.is_chat else None, version.template)
+        prompts = await _all_ids(service, [prompt], version)
         return await _answer(service, request, body, version, prompts, ChatAnswer(body, version, prompts))
 
     @app.get("/v1/models")
@@ -142,33 +142,25 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
 # --- a request ----------------------------------------------------------------------------------------------------
 
 
-async def _all_ids(
-    service: Service, prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool = False
-) -> list[list[int]]:
+async def _all_ids(service: Service, prompts: Sequence[str | Sequence[int]], version: Version) -> list[list[int]]:
     """Prompts as token ids; long texts do not keep other requests waiting."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     longest = max(map(len, texts), default=0)
     if version.max_prompt_chars is not None and longest > version.max_prompt_chars:  # before it costs anything
         raise _too_long(f"a prompt of {longest} characters cannot fit the models' context of {version.context} tokens")
-    work = partial(_read_prompts, prompts, version, is_complete=is_complete)
+    work = partial(_read_prompts, prompts, version)
     if sum(map(len, texts)) <= _LONG_TEXT:
         return work()
     async with service.tokenising:
         return await asyncio.to_thread(work)
 
 
-def _read_prompts(prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool) -> list[list[int]]:
-    return [_prompt_ids(prompt, version, is_complete=is_complete) for prompt in prompts]
+def _read_prompts(prompts: Sequence[str | Sequence[int]], version: Version) -> list[list[int]]:
+    return [_prompt_ids(prompt, version) for prompt in prompts]
 
 
-def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_complete: bool) -> list[int]:
-    """A prompt as token ids.
-
-    Args:
-        prompt: Text or ids.
-        version: Whose tokenizer.
-        is_complete: The text has all special tokens already.
-    """
+def _prompt_ids(prompt: str | Sequence[int], version: Version) -> list[int]:
+    """A prompt, text or ids, as token ids."""
     if not isinstance(prompt, str):
         if (largest := max(prompt)) >= version.vocab_size:
             raise OpenAIError(
@@ -176,10 +168,7 @@ def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_complete: b
             )
         return list(prompt)
     try:
-        if is_complete:
-            ids = list(version.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        else:
-            ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
+        ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
     except DataError as error:
         raise OpenAIError(400, str(error), param="prompt") from error
     if not ids:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import RunConfig, parse_run_config
-from fedpt_flwr.errors import FedPTError, ModelError, RunError
+from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.runs import LATEST, find_run, read_json
+from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
 
@@ -47,6 +47,7 @@ class Version:
         end_ids: Tokens that end a text.
         max_new_tokens: Longest answer of the run's own scoring, in tokens.
         template: How the run makes prompts from records.
+        is_chat: Whether its examples were conversations, written by the tokenizer's chat template if it has one.
         examples: Some of the run's test items: ``prompt`` and ``answer``.
         max_prompt_chars: No prompt that is longer can fit the context; None where no model says what that is.
         scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
@@ -64,6 +65,7 @@ class Version:
     examples: Sequence[Mapping[str, str]]
     scores: Mapping[str, Any] | None
     max_prompt_chars: int | None = None
+    is_chat: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -131,6 +133,7 @@ class Loader:
         tokenizer = load_tokenizer(str(target))
         context = proxy.config.max_position_embeddings
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
+        template, is_chat = read_prompt_form(target, config)
         ends = proxy.generation_config.eos_token_id
         same_run = last is not None and last.run == run.name
         self._last = Version(
@@ -142,8 +145,9 @@ class Loader:
             steppers=steppers,
             end_ids=frozenset([ends] if isinstance(ends, int) else ends or ()),
             max_new_tokens=config.scoring.max_new_tokens,
-            template=Template(config.data.template),
-            examples=last.examples if last is not None and same_run else _examples(config),
+            template=template,
+            is_chat=is_chat,
+            examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
@@ -246,9 +250,29 @@ def _run_config(run: Path) -> RunConfig:
     return parse_run_config(recorded["run_config"])
 
 
-def _examples(config: RunConfig) -> list[dict[str, str]]:
+def read_prompt_form(target: Path, config: RunConfig) -> tuple[Template, bool]:
+    """How a proxy's prompts are written: the template, and whether conversations are the chat template's business.
+
+    Args:
+        target: The proxy's folder; runs that wrote no ``prompt.json`` had one template in their config.
+        config: The run's.
+
+    Raises:
+        RunError: ``prompt.json`` is damaged.
+    """
+    path = target / PROMPT_FORM
+    if not path.is_file():
+        return Template(config.data.template), False
+    found = read_json(path)
     try:
-        items = held_out_items(config.data, "test", seed=config.seed).first(_NUM_EXAMPLES)
+        return Template(found["template"]), found["format"] == "chat"
+    except (KeyError, TypeError, DataError) as error:
+        raise RunError("must say format and template", value=found, place=str(path)) from error
+
+
+def _examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    try:
+        items = held_out_items(config.data, "test", seed=config.seed, tokenizer=tokenizer).first(_NUM_EXAMPLES)
     except FedPTError as error:  # the data may be on another machine; the service does without
         _log.info("no example prompts: %s", error)
         return []
