@@ -449,8 +449,9 @@ class Server:
             ) from error
 
     def is_over(self, last_round: int) -> bool:
-        """Whether a run that was resumed needs no further round."""
-        return last_round >= self.config.num_server_rounds or (last_round > 0 and self.is_good_enough())
+        """Whether a run that was resumed needs no further round, or may have none."""
+        is_spent = self.private is not None and not self.private.affords_another()
+        return last_round >= self.config.num_server_rounds or (last_round > 0 and (is_spent or self.is_good_enough()))
 
     def devices_before(self) -> dict[int, DeviceCard] | None:
         """The devices that the run had, by number; None where none has trained yet.

@@ -348,6 +348,9 @@ def test_a_private_round_that_was_lost_after_it_was_spent_stays_spent(federation
     results = json.loads((run / "results.json").read_text())
     assert results["rounds"] == 2
     assert results["privacy"]["epsilon"] == epsilon_after(4.0, 3, delta=1e-5)
+    before = (run / "results.json").stat()
+    federations.run(tmp_path, config | {"resume": "latest"})  # there is nothing left to do, and nothing is done
+    assert (run / "results.json").stat() == before
 
 
 @pytest.mark.slow
