@@ -2,11 +2,15 @@
 
     python benchmarks/privacy.py --out privacy.json
     python benchmarks/privacy.py --out privacy.json --table
+    python benchmarks/privacy.py --out privacy.json --ratios --weights 105360 1152
 
 Federations of the demo world in this process, with the app's real code, each a whole run with ``privacy.dp`` set; the
 noise multiplier is the smallest with which all rounds stay within epsilon. ``inf`` is the same run without noise, its
 changes clipped to the same norm, so that what clipping costs and what noise costs are told apart. The noise is the
 operating system's: two runs with one seed differ. A cell that is in the file already is not run again.
+
+``--ratios`` trains nothing: how long the noise on the mean is, beside the longest that the mean can be, is
+``noise multiplier * sqrt(number of weights) / devices``. Above one there is more noise than signal in a round.
 """
 
 from __future__ import annotations
@@ -77,6 +81,18 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ratios(weights: Sequence[int], devices: Sequence[int], epsilons: Sequence[float], rounds: int) -> str:
+    """Length of the noise over the clipping norm, by number of weights, devices and epsilon."""
+    lines = [f"| weights | epsilon | noise multiplier | {' | '.join(f'{number} devices' for number in devices)} |"]
+    lines.append("| --- " * (3 + len(devices)) + "|")
+    for count in weights:
+        for epsilon in epsilons:
+            noise = noise_for(epsilon, rounds, delta=1e-5)
+            values = [f"{noise * math.sqrt(count) / number:.2g}" for number in devices]
+            lines.append(f"| {count:,} | {epsilon:g} | {noise:g} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
@@ -94,10 +110,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=112)
     parser.add_argument("-c", "--config", action="append", default=[], help="key=value of the run config, in JSON")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--ratios", action="store_true", help="print the noise beside the norm and run nothing")
+    parser.add_argument("--weights", type=int, nargs="+", default=[105_360], help="for --ratios")
     arguments = parser.parse_args(words)
     results: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
     if arguments.table:
         print(render(results))
+        return
+    if arguments.ratios:
+        epsilons = [epsilon for epsilon in arguments.epsilons if math.isfinite(epsilon)]
+        print(ratios(arguments.weights, arguments.devices, epsilons, arguments.rounds))
         return
     logging.getLogger("flwr").setLevel(logging.ERROR)
     base: dict[str, Scalar] = {
