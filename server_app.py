@@ -38,7 +38,8 @@ from transformers.utils import logging as transformers_logging
 from fedpt_flwr.accounting import privacy_outlook
 from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
+from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
+from fedpt_flwr.endpoint import Usage
 from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.heterogeneity import measure_shards
@@ -46,9 +47,9 @@ from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
     check_context,
-    check_vocabularies,
     fingerprint,
     frozen_fingerprint,
+    large_placement,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
@@ -59,6 +60,7 @@ from fedpt_flwr.models import (
 from fedpt_flwr.privacy import LEDGER, PrivateAverage
 from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
 from fedpt_flwr.records import DeviceCard, as_tensors, code_hash, to_array_record
+from fedpt_flwr.remote import RemoteModel, connect
 from fedpt_flwr.results import (
     check_same_run,
     device_cost_row,
@@ -75,6 +77,7 @@ from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
 from fedpt_flwr.training import check_packing
+from fedpt_flwr.vocabulary import match_vocabularies, translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,6 +145,16 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
     private = make_private(inner, config, run)
     server = Server.load(config, run, flower_run_id)
     server.private = private
+    try:
+        _federate(grid, config, server, inner, started, flower_run_id)
+    finally:
+        server.settle()
+
+
+def _federate(
+    grid: Grid, config: RunConfig, server: Server, inner: Strategy, started: float, flower_run_id: int
+) -> None:
+    run = server.run
     arrays, last_round = server.first_arrays(), 0
     if config.resume:
         arrays, last_round = server.resume(inner, arrays)
@@ -155,7 +168,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         return server.after_aggregate(outcome)
 
     strategy = FedPT(
-        private or inner,
+        server.private or inner,
         after_aggregate,
         seed=config.seed,
         fraction_train=config.fraction_train,
@@ -256,6 +269,8 @@ class Server:
     drifts: list[float] = dataclasses.field(default_factory=list)
     private: PrivateAverage | None = None
     resumed_after: int = 0
+    remote_usage: Usage = dataclasses.field(default_factory=Usage)
+    """What the ledger has of a remote large model."""
 
     @classmethod
     def load(cls, config: RunConfig, run: RunFolder, flower_run_id: int) -> Server:
@@ -264,12 +279,21 @@ class Server:
         with naming("model.small"):
             tokenizer = load_tokenizer(model.small)
             small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
-        with naming("model.large"):
-            large_tokenizer = load_tokenizer(model.large)
-            large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
+        large: PreTrainedModel
+        placement = large_placement(model)
+        if model.large_url:  # it has compared vocabularies
+            large, large_tokenizer = connect(model.large_url, tokenizer, config.remote), tokenizer
+        else:
+            with naming("model.large"):
+                large_tokenizer = load_tokenizer(model.large)
+                large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device, placement=placement)
         small_fingerprint = fingerprint(small)
         sizes = {"large": output_size(large), "small": output_size(small)}
-        vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
+        vocabulary = match_vocabularies(large_tokenizer, tokenizer, sizes)
+        if vocabulary.id_map is not None:
+            log(INFO, "The large model numbers its tokens otherwise: its ids are mapped, one to one")
+            check_translated(config, vocabulary.id_map)
+            translate(large, vocabulary.id_map)
         check_context(small.config, config.train.max_length)
         if config.train.packing:
             with naming("train.packing"):
@@ -288,9 +312,10 @@ class Server:
             untuned,
             alpha=1.0 if isinstance(alpha, str) else alpha,
             plausibility=config.proxy.plausibility,
-            vocab_size=vocab_size,
+            vocab_size=vocabulary.size,
             tokenizer=tokenizer,
         )
+        proxy.config.large = placement.to_entry()
         validation = held_out_items(data, "validation", seed=config.seed, tokenizer=tokenizer)
         test = held_out_items(data, "test", seed=config.seed, tokenizer=tokenizer).first(config.scoring.num_items)
         shape = scored_shape(data, tokenizer=tokenizer)
@@ -321,7 +346,12 @@ class Server:
             },
         )
         log(INFO, "Records of the shape %s; a prompt ends %r", shape.name, validation.examples[0].prompt[-40:])
-        log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
+        if isinstance(large, RemoteModel):
+            endpoint = large.endpoint
+            asked = (endpoint.model, endpoint.url, endpoint.api, endpoint.shows)
+            log(INFO, "Large model %s at %s: asked by '%s', log-probabilities: %s", *asked)
+        else:
+            log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
         log(
             INFO,
             "Small model %s: %s parameters, of which devices tune and send %s",
@@ -623,7 +653,7 @@ class Server:
         self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
         seconds = time.perf_counter() - begun
         self._note(server_round, "shift", self.shift.to_json())
-        self._spend(server_cost_row(server_round, "shift", large_tokens=large_tokens, seconds=seconds))
+        self._account(server_round, "shift", large_tokens=large_tokens, seconds=seconds)
         log(
             INFO,
             "Round %d: alpha %g, plausibility %g by %s of %d validation items",
@@ -642,7 +672,7 @@ class Server:
         self._remember(rows)
         shift = {"alpha": self.proxy.alpha, "plausibility": self.proxy.plausibility}
         self._note(server_round, "validation", {"rows": rows, **shift, "seconds": round(seconds, 3)})
-        self._spend(server_cost_row(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds))
+        self._account(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds)
         right = ", ".join(f"{name} {100 * rows[name]['exact_match']:.1f} %" for name in _FOLLOWED if name in rows)
         log(
             INFO,
@@ -667,9 +697,7 @@ class Server:
         self.drifts.append(lesson.drift)
         total = sum(self.drifts)
         self._note(server_round, "distillation", {"mode": mode, **lesson.to_json(), "drift_total": total})
-        self._spend(
-            server_cost_row(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
-        )
+        self._account(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         log(
             INFO,
             "Round %d: distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f, %+.3f in all",
@@ -714,7 +742,7 @@ class Server:
         write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
         self.proxy.save_pretrained(
             folder / "proxy",
-            large_ref=self.config.model.large,
+            large_ref=self.config.model.large_url or self.config.model.large,
             untuned_ref=BUNDLED if mode == "paired" else self.config.model.small,
             tokenizer=self.tokenizer,
         )
@@ -726,6 +754,25 @@ class Server:
 
     def _spend(self, *rows: Mapping[str, Any]) -> None:
         self.run.append("costs.jsonl", *rows)
+
+    def _account(self, server_round: int, phase: str, *, large_tokens: int, seconds: float) -> None:
+        remote = self._remote_costs()
+        self._spend(server_cost_row(server_round, phase, large_tokens=large_tokens, seconds=seconds, remote=remote))
+
+    def _remote_costs(self) -> dict[str, Any]:
+        """What the remote large model has cost since this was asked last; nothing where it is not remote."""
+        large = self.proxy.large
+        if not isinstance(large, RemoteModel):
+            return {}
+        earlier, self.remote_usage = self.remote_usage, large.endpoint.usage.copy()
+        return large.usage_since(earlier)
+
+    def settle(self) -> None:
+        """Write what a remote large model has cost and no phase has accounted for: that of one which failed."""
+        remote = self._remote_costs()
+        if remote.get("remote_requests") or remote.get("remote_retries"):
+            last_round = max(self.run.rounds(), default=0)
+            self._spend(server_cost_row(last_round, "unfinished", large_tokens=0, seconds=0.0, remote=remote))
 
     def _remember(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         if self.config.stop.metric:
@@ -755,7 +802,7 @@ class Server:
             self._score_untouched(self.test, rounds[-1], "test")
         scores = self.test.score(self.proxy, rows=wanted, public_texts=self.public)
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds))
+        self._account(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds)
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
         if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
@@ -794,7 +841,7 @@ class Server:
         examples, large_tokens = self.test.examples(self.proxy, scores, number=_EXAMPLES)
         self.run.append("examples.jsonl", *examples)
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, "examples", large_tokens=large_tokens, seconds=seconds))
+        self._account(last_round, "examples", large_tokens=large_tokens, seconds=seconds)
 
     def _score_untouched(self, evaluator: Evaluator, last_round: int, phase: str) -> None:
         """Measure the row ``untuned`` with the small model of round 0, which ``paired`` changes; it is remembered."""
@@ -805,7 +852,7 @@ class Server:
         model = self.config.model
         evaluator.remember_untuned(load_causal_lm(model.small, dtype=model.small_dtype, device=model.device))
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, phase, large_tokens=0, seconds=seconds))
+        self._account(last_round, phase, large_tokens=0, seconds=seconds)
 
     def _shift(self, last_round: int) -> Shift:
         """The shift that was chosen; where it was given, what others would have given on the validation items."""
@@ -816,7 +863,7 @@ class Server:
             begun = time.perf_counter()
             curve, large_tokens = self.validation.shift_curve(self.proxy)
             seconds = time.perf_counter() - begun
-            self._spend(server_cost_row(last_round, "curve", large_tokens=large_tokens, seconds=seconds))
+            self._account(last_round, "curve", large_tokens=large_tokens, seconds=seconds)
         return Shift(
             alpha=self.proxy.alpha,
             plausibility=self.proxy.plausibility,
@@ -841,7 +888,7 @@ class Server:
         )
         self._note(last_round, "device", taught.to_json())
         self.run.save_folder("device", lambda folder: save_small(copy, folder, self.config.model.small, self.tokenizer))
-        self._spend(server_cost_row(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds))
+        self._account(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         topics = frozenset[str]() if self.prompts is None else self.prompts.topics
         rows = self.test.rows_by_topic("device", self.test.measure(copy), topics)
         return {name: row.to_json() for name, row in rows.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -105,6 +106,14 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def _is_json_object(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and bool(found)
+
+
 def _names(text: str) -> list[str]:
     """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -133,6 +142,40 @@ class ModelConfig:
         *_NOT_EMPTY,
         path=True,
     )
+    large_url: str = _setting(
+        "",
+        "Address of an OpenAI-compatible service whose model is the large LM instead, which is then not loaded here; "
+        "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
+        "must begin with http:// or https://, and hold no key",
+        lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
+    )
+    large_device_map: str = _setting(
+        "",
+        "How the large LM is divided where it is larger than one device: `auto`, `balanced`, `balanced_low_0`, "
+        '`sequential`, or a JSON object of modules and devices such as `{"model.layers.0": 0, "": "cpu"}` (numbers '
+        "of GPUs, `cpu`, `disk`). Empty: all of it is on `model.device`.",
+        "must be empty, auto, balanced, balanced_low_0, sequential or a JSON object",
+        lambda value: value in ("", "auto", "balanced", "balanced_low_0", "sequential") or _is_json_object(value),
+    )
+    large_max_memory: str = _setting(
+        "",
+        'What the devices of an automatic map may take: a JSON object such as `{"0": "20GiB", "cpu": "60GiB"}`. '
+        "What is left lies on disk. Empty: all there is.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
+    )
+    large_offload_folder: str = _setting(
+        "",
+        "Absolute path of a folder for weights on disk that are not read from the checkpoint itself.",
+        path=True,
+    )
+    large_quantization: str = _setting(
+        "",
+        'JSON object that is transformers\' `quantization_config` for the large LM, such as `{"load_in_8bit": true}`; '
+        "its package must be installed on the server. Empty: weights as they are stored.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
+    )
     small_dtype: str = _setting("float32", "Floating-point type of the small LM's weights.", *_DTYPE)
     large_dtype: str = _setting("float32", "Floating-point type of the large LM's weights.", *_DTYPE)
     device: str = _setting(
@@ -142,6 +185,55 @@ class ModelConfig:
         "must be auto, cpu, cuda, cuda:<number> or mps",
         lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value) is not None,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteConfig:
+    """How a large model behind an API is asked (`model.large-url`)."""
+
+    model: str = _setting(
+        "", "Its name there. Empty: `large` of a service of this project, else the only model that there is."
+    )
+    api: str = _setting(
+        "auto",
+        "What a request gets. `full`: all log-probabilities at any places of a text (a service of this project). "
+        "`echo`: the likeliest tokens at all places of a text. `next`: those of the token that follows. "
+        "`auto`: the best that "
+        "works.",
+        *_one_of("auto", "full", "echo", "next"),
+    )
+    top_logprobs: int = _setting(
+        0, "Tokens whose log-probabilities are used at each place; 0: as many as the service gives.", *_at_least(0)
+    )
+    hidden: str = _setting(
+        "auto",
+        "What becomes of tokens that are not shown. `restrict`: they are ruled out. `fill`: the untuned LM shares out "
+        "what probability is left. `auto`: ruled out where always the likeliest token is taken, filled in where tokens "
+        "are drawn.",
+        *_one_of("auto", "restrict", "fill"),
+    )
+    timeout_s: float = _setting(60.0, "Seconds that a request may take.", *_POSITIVE)
+    retries: int = _setting(
+        4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0)
+    )
+    concurrency: int = _setting(8, "Requests at the same time.", *_at_least(1))
+    draft_tokens: int = _setting(
+        3,
+        "Tokens that the tuned model drafts in scoring, to save requests; 0 with `next`, which would save none.",
+        *_at_least(0),
+    )
+    token_budget: int = _setting(
+        0, "Tokens sent and received together, after which nothing more is asked; 0: no limit.", *_at_least(0)
+    )
+    price_sent: float = _setting(0.0, "Price of a million tokens sent, for the ledger.", *_at_least(0))
+    price_received: float = _setting(0.0, "Price of a million tokens received, for the ledger.", *_at_least(0))
+    cache: str = _setting(
+        "",
+        "Absolute path of a folder that keeps what was answered, so that nothing is paid twice; empty: "
+        "`$FEDPT_HOME/remote`, or `~/.fedpt/remote`; `off`: nothing is kept.",
+        path=True,
+    )
+    cache_mb: int = _setting(2048, "Megabytes up to which answers are kept.", *_at_least(1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -597,6 +689,7 @@ class RunConfig:
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    remote: RemoteConfig = dataclasses.field(default_factory=RemoteConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -6,10 +6,9 @@ import torch
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.config import TuningConfig
-from fedpt_flwr.errors import ModelError, VocabularyMismatch
+from fedpt_flwr.errors import ModelError
 from fedpt_flwr.models import (
     bring_back,
-    check_vocabularies,
     cpu_threads,
     cut_adapter,
     fingerprint,
@@ -216,39 +215,6 @@ def test_threads_are_as_before_afterwards_even_after_an_error():
     with pytest.raises(KeyError), cpu_threads(3):
         raise KeyError
     assert torch.get_num_threads() == before
-
-
-# --- vocabularies ---
-
-
-def test_one_vocabulary_is_accepted_and_counted_and_padded_layers_are_fine():
-    assert check_vocabularies(tiny_tokenizer(), tiny_tokenizer()) == VOCAB
-    assert check_vocabularies(tiny_tokenizer(), tiny_tokenizer(), {"large": VOCAB + 19, "small": VOCAB}) == VOCAB
-
-
-def test_a_model_that_scores_fewer_ids_than_there_are_tokens_is_refused():
-    with pytest.raises(VocabularyMismatch) as raised:
-        check_vocabularies(tiny_tokenizer(), tiny_tokenizer(), {"large": VOCAB, "small": VOCAB - 1})
-    assert str(raised.value) == (
-        f"model.small: the small model scores {VOCAB - 1} ids, fewer than the tokenizer's {VOCAB}; "
-        "use the tokenizer that belongs to the model"
-    )
-
-
-def test_other_vocabularies_are_refused_with_the_number_of_differences_and_the_first_ones():
-    class Swapped:
-        def get_vocab(self):
-            vocab = tiny_tokenizer().get_vocab()
-            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-            return vocab | {"new": VOCAB}
-
-    with pytest.raises(VocabularyMismatch) as raised:
-        check_vocabularies(tiny_tokenizer(), Swapped())
-    assert str(raised.value) == (
-        f"model.large and model.small: large and small model must share one vocabulary; 3 of {VOCAB} / {VOCAB + 1} "
-        f"entries differ, the first as (id in large / in small): 'a' (3 / 4), 'b' (4 / 3), 'new' (None / {VOCAB}); "
-        "choose two models of one family"
-    )
 
 
 # --- what is tuned ---

@@ -11,8 +11,9 @@ from fedpt_flwr.architectures import find_architecture
 from fedpt_flwr.config import ModelConfig, RunConfig
 from fedpt_flwr.data import TokenizedExample, tokenize_examples, tokenize_prompts
 from fedpt_flwr.errors import DataError
-from fedpt_flwr.models import check_vocabularies, load_tokenizer, resolve_model
+from fedpt_flwr.models import load_tokenizer, resolve_model
 from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
+from fedpt_flwr.vocabulary import match_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +165,7 @@ def _tokenizer_here(model: ModelConfig) -> PreTrainedTokenizerBase | None:
     """The small model's tokenizer, if it lies in a folder here; where the large one's does too, they must agree."""
     found = [load_tokenizer(ref) for ref in (model.large, model.small) if _has_tokenizer(ref)]
     if len(found) == 2:
-        check_vocabularies(*found)
+        match_vocabularies(*found)
     return found[-1] if _has_tokenizer(model.small) else None
 
 

@@ -108,6 +108,8 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
             "template": version.template.text,
             "max_tokens": version.max_new_tokens,
             "context": version.context,
+            "vocabulary": version.vocabulary,
+            "full_logprobs": service.config.max_full_logprobs,
             "scores": version.scores,
             "examples": version.examples,
         }
@@ -166,13 +168,20 @@ def _prompt_ids(prompt: str | Sequence[int], version: Version) -> list[int]:
             raise OpenAIError(
                 400, f"token ids of a prompt must be below {version.vocab_size}, got {largest}", param="prompt"
             )
-        return list(prompt)
+        return _readable(list(prompt), version)
     try:
         ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
     except DataError as error:
         raise OpenAIError(400, str(error), param="prompt") from error
     if not ids:
         raise OpenAIError(400, "the prompt must hold at least one token", param="prompt")
+    return _readable(ids, version)
+
+
+def _readable(ids: list[int], version: Version) -> list[int]:
+    if unreadable := version.unreadable(ids):
+        token = version.tokenizer.convert_ids_to_tokens(unreadable[0])
+        raise OpenAIError(400, f"the large model has no token {token!r}", param="prompt", code="invalid_value")
     return ids
 
 
@@ -194,6 +203,32 @@ def _max_new_tokens(asked: int | None, default: int | None, longest_prompt: int,
             "messages" if default is None else "prompt",
         )
     return min(room, limit, default or limit) if asked is None else asked
+
+
+def _num_full(
+    service: Service,
+    body: schemas.CompletionRequest | schemas.ChatCompletionRequest,
+    version: Version,
+    prompt_length: int,
+) -> int:
+    """Places after which all log-probabilities are asked for."""
+    wanted = getattr(body, "full_logprobs", None) or 0
+    if wanted > prompt_length:
+        raise OpenAIError(
+            400,
+            f"full_logprobs must be at most the prompt's {prompt_length} tokens, got {wanted}",
+            param="full_logprobs",
+        )
+    limit = service.config.max_full_logprobs
+    if wanted * version.vocab_size > limit:
+        raise OpenAIError(
+            400,
+            f"full_logprobs times the {version.vocab_size} tokens of the vocabulary must be at most {limit} here, got "
+            f"{wanted}",
+            param="full_logprobs",
+            code="too_many_logprobs",
+        )
+    return wanted
 
 
 async def _answer(
@@ -226,6 +261,7 @@ async def _answer(
         num_top=body.num_top,
         details=body.details,
         score_prompt=answer.scores_prompt,
+        num_full=_num_full(service, body, version, len(prompts[0])),
     )
     seed = secrets.randbits(63) if body.seed is None else body.seed
     events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()

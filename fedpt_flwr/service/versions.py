@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import RunConfig, parse_run_config
+from fedpt_flwr.endpoint import vocabulary_digest
 from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
@@ -24,9 +25,12 @@ from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
+from fedpt_flwr.vocabulary import translation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedpt_flwr.remote import RemoteModel
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +70,20 @@ class Version:
     scores: Mapping[str, Any] | None
     max_prompt_chars: int | None = None
     is_chat: bool = False
+    vocabulary: str = ""
+    """Digest of the vocabulary."""
 
     @property
     def vocab_size(self) -> int:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
+
+    def unreadable(self, ids: Sequence[int]) -> list[int]:
+        """Those of some ids that the large model has no token for."""
+        id_map = translation_of(self.proxy.large)
+        if id_map is None or id_map.is_whole:
+            return []
+        return [number for number in ids if int(id_map.large_ids[number]) < 0]
 
     @property
     def context(self) -> int | None:
@@ -83,23 +96,26 @@ class Loader:
     """Loads versions of runs, the same models only once.
 
     Args:
-        large: Where the large model lies on this machine, if not where the runs found it.
+        large: Where the large model lies on this machine, if not where the runs found it; or the model itself.
         device: ``auto`` or a torch device.
         alpha: Strength of the shift instead of the runs'.
         plausibility: Mask threshold instead of the runs'.
         prepare: Lay out the weights for decoding, each model's once.
+        large_device_map: How the large model is divided among this machine's devices, if not as the run says.
     """
 
     def __init__(
         self,
         *,
-        large: str | None = None,
+        large: str | RemoteModel | None = None,
         device: str = "auto",
         alpha: float | None = None,
         plausibility: float | None = None,
         prepare: bool = False,
+        large_device_map: str | None = None,
     ) -> None:
         self._large = large
+        self._large_device_map = large_device_map
         self._device = str(pick_device(device))
         self._alpha = alpha
         self._plausibility = plausibility
@@ -117,7 +133,11 @@ class Loader:
         config = _run_config(run)
         last = self._last
         proxy = ProxyModel.from_pretrained(
-            target, large=self._large, device=self._device, like=None if last is None else last.proxy
+            target,
+            large=self._large,
+            large_device_map=self._large_device_map,
+            device=self._device,
+            like=None if last is None else last.proxy,
         )
         if self._alpha is not None:
             proxy.alpha = self._alpha
@@ -149,6 +169,7 @@ class Loader:
             is_chat=is_chat,
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
+            vocabulary=vocabulary_digest(tokenizer),
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
