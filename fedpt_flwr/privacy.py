@@ -256,8 +256,19 @@ class PrivateAverage(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As Flower's wrapper does; a device that clips is told the norm."""
+        """As Flower's wrapper does; a device that clips is told the norm.
+
+        Raises:
+            PrivacyError: The budget does not allow the round.
+        """
         wrapper, _ = self._begun()
+        if not self.affords_another():
+            raise PrivacyError(
+                "the budget does not allow another round",
+                value=self.config.max_epsilon,
+                place="privacy.max-epsilon",
+                remedy=f"{self.spent()['releases']} rounds have cost epsilon {self.spent()['epsilon']:.4g}",
+            )
         return wrapper.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(

@@ -276,6 +276,12 @@ def test_a_budget_that_allows_nothing_ends_the_run_before_any_device_trains():
     assert run.ledger == []
 
 
+def test_the_average_itself_begins_no_round_beyond_the_budget():
+    run = saved(rounds=1, max_epsilon=epsilon_after(1.0, 1, delta=1e-5))
+    with pytest.raises(PrivacyError, match="does not allow another round, got .*; 1 rounds have cost epsilon 4.729"):
+        run.private.configure_train(2, start_arrays(), ConfigRecord(), LocalGrid(make_device(), NUM_DEVICES))
+
+
 # --- a run that goes on ---
 
 
