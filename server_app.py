@@ -65,6 +65,7 @@ from fedpt_flwr.results import (
 )
 from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.secure_sum.session import Rules
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
@@ -158,6 +159,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         wire_dtype=config.wire.dtype,
         expected=server.devices_before() if config.resume else None,
         is_good_enough=server.is_good_enough,
+        secure_sum=Rules.of(config.privacy) if config.privacy.secure_sum else None,
     )
     if config.resume:
         if not server.is_over(last_round):

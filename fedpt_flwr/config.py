@@ -37,6 +37,9 @@ INNER_STRATEGIES = (
 )
 """Flower's strategies that average arrays and can be named in ``strategy.name``."""
 
+NEED_SINGLE_UPDATES = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
+"""Of these, those that compare the devices' arrays with each other; the others see no more than their weighted mean."""
+
 DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 """What ``distillation.mode`` can be."""
 
@@ -322,6 +325,38 @@ class StrategyConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyConfig:
+    """What the server may learn of the devices."""
+
+    secure_sum: bool = _setting(
+        False,
+        "The server learns the sum of the devices' changes and no single one (docs/secure-sum.md). Needs three devices "
+        "and a strategy that makes a mean; losses of single devices are no longer told.",
+    )
+    secure_sum_threshold: float = _setting(
+        0.7,
+        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3; "
+        "with fewer the round fails. The others may drop out.",
+        "must be greater than 0.5 and at most 1",
+        lambda value: 0.5 < value <= 1,
+    )
+    secure_sum_range: float = _setting(
+        1.0,
+        "Largest change of a weight in a round that a secure sum carries; larger ones are cut to it, counted and warned"
+        " about. The rounding error is in proportion to it.",
+        "must be greater than 0 and at most 1000000",
+        lambda value: 0 < value <= 1e6,
+    )
+    secure_sum_bits: int = _setting(
+        32,
+        "Bits of a number in a masked answer. 16 halve what devices send; the mean is then off by at most about the "
+        "number of devices times the range divided by 65536.",
+        "must be one of 16, 32",
+        lambda value: value in (16, 32),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyConfig:
     """How strongly the small LM's change steers the large LM."""
 
@@ -482,6 +517,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     wire: WireConfig = dataclasses.field(default_factory=WireConfig)
     strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     proxy: ProxyConfig = dataclasses.field(default_factory=ProxyConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
@@ -713,6 +749,7 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "set data.choices='test', or a file of the server",
         )
     _check_stop(config, refuse)
+    _check_secure_sum(config, refuse)
     try:
         arguments = config.strategy.parsed_arguments()
     except ConfigError as error:
@@ -726,6 +763,25 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_secure_sum(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    if not config.privacy.secure_sum:
+        return
+    if config.strategy.name in NEED_SINGLE_UPDATES:
+        refuse(
+            "privacy.secure-sum and strategy.name",
+            "this strategy compares the devices' changes with each other, and a secure sum shows none of them",
+            config.strategy.name,
+            "set strategy.name='FedAvg', say, or privacy.secure-sum=false",
+        )
+    if config.min_devices < 3:
+        refuse(
+            "privacy.secure-sum and min-devices",
+            "a secure sum needs three devices: each of two would have the other's change, when it takes off its own",
+            config.min_devices,
+            "set min-devices=3 or more, or privacy.secure-sum=false",
+        )
 
 
 def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:

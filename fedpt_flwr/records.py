@@ -18,7 +18,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -49,6 +49,7 @@ COST_METRICS = (
     "peak-memory-bytes",
     "memory-growth-bytes",
     "memory-estimate-bytes",
+    "mask-seconds",
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 
@@ -106,6 +107,24 @@ def to_reply(arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str, *,
             for name, tensor in arrays.items()
         }
     )
+
+
+def changes_of(
+    arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What a device changed, before anything is made of it for the wire.
+
+    Args:
+        arrays: The tuned arrays, by name.
+        received: What it was sent, checked.
+        dtype: Type on the wire.
+
+    Yields:
+        Names, in their order, and float32 changes.
+    """
+    for name in sorted(arrays):
+        tuned = arrays[name].detach().to("cpu", torch.float32).numpy()
+        yield name, np.asarray(tuned - _widened(received[name], dtype))
 
 
 def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -265,6 +284,45 @@ def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dt
         )
 
 
+def check_words(
+    record: ArrayRecord, sizes: Mapping[str, int], dtypes: Mapping[str, np.dtype[Any]], *, place: str
+) -> dict[str, NDArray[Any]]:
+    """Check arrays of whole numbers that came over the wire.
+
+    Args:
+        record: What arrived.
+        sizes: How many numbers each array must have, in one dimension.
+        dtypes: Of which type they must be.
+        place: Who and when, for the error.
+
+    Returns:
+        Read-only views of what arrived.
+
+    Raises:
+        ReplyError: Names, sizes or types differ, or an array cannot be decoded.
+    """
+    if record.keys() != sizes.keys():
+        raise ReplyError(f"a reply must hold the arrays {', '.join(sizes)}", value=sorted(record)[:5], place=place)
+    found = {}
+    for name, size in sizes.items():
+        where, array, stored = f"{place}: array {name}", record[name], dtypes[name]
+        if tuple(array.shape) != (size,) or array.dtype != stored.name:
+            claimed = (array.dtype, tuple(array.shape))
+            raise ReplyError(f"must be {size} numbers of type {stored.name}", value=claimed, place=where)
+        if len(array.data) > stored.itemsize * size + 4096:
+            raise ReplyError("holds more bytes than its shape needs", value=len(array.data), place=where)
+        try:
+            words = _view(array)
+        except Exception as error:  # a made-up header fails in any way
+            raise ReplyError(f"cannot be decoded ({error})", place=where) from error
+        if words.shape != (size,) or words.dtype != stored:
+            raise ReplyError(
+                f"must hold {size} numbers of type {stored.name}", value=(str(words.dtype), words.shape), place=where
+            )
+        found[name] = words
+    return found
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCard:
     """What a device says of itself before the first round.
@@ -337,7 +395,9 @@ class DeviceCard:
         return cls(device=device, num_examples=num_examples, groups=groups, code_hash=str(config.get("code-hash", "")))
 
 
-def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, place: str) -> dict[str, float]:
+def check_metrics(
+    content: RecordDict, *, server_round: int, card: DeviceCard, place: str, untold: Collection[str] = ()
+) -> dict[str, float]:
     """The numbers of a train reply, after checks.
 
     Args:
@@ -345,6 +405,7 @@ def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, p
         server_round: The round that it must be of.
         card: What the device said of itself before: it cannot be another device, or have more examples.
         place: Who and when, for the error.
+        untold: Metrics that must not be told.
 
     Raises:
         ReplyError: There is not one record of numbers, one is unknown, negative or not finite, or they contradict the
@@ -354,18 +415,20 @@ def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, p
         raise ReplyError("a reply must hold one record of metrics", value=sorted(content.metric_records), place=place)
     metrics: dict[str, float] = {}
     for name, value in content.metric_records[METRICS].items():
-        if name not in REQUIRED_METRICS + COST_METRICS:
+        if name not in REQUIRED_METRICS + COST_METRICS or name in untold:
             raise ReplyError("unknown metric", value=name, place=place)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
             raise ReplyError(f"the metric {name} must be a finite number of at least 0", value=value, place=place)
         metrics[name] = value
-    missing = [name for name in REQUIRED_METRICS if name not in metrics]
+    missing = [name for name in REQUIRED_METRICS if name not in metrics and name not in untold]
     if missing:
         raise ReplyError(f"the metric {missing[0]} must be there", value=sorted(metrics), place=place)
     if metrics["server-round"] != server_round:
         raise ReplyError(f"the reply must be of round {server_round}", value=metrics["server-round"], place=place)
     if metrics["device"] != card.device:
         raise ReplyError(f"the reply must be of device {card.device}", value=metrics["device"], place=place)
+    if "num-examples" in untold:
+        return metrics
     if not _is_count(metrics["num-examples"]) or not 1 <= metrics["num-examples"] <= card.num_examples:
         raise ReplyError(
             f"num-examples must be a whole number from 1 to the {card.num_examples} that the device said it has",
