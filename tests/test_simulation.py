@@ -114,7 +114,7 @@ def test_a_simulation_completes_and_equals_the_same_run_in_one_process(flower, t
 
 
 def test_a_simulation_with_a_secure_sum_equals_the_same_run_in_one_process(flower, tmp_path):
-    """Four questions a round, whose answers Ray's workers give; what a device keeps between them is Flower's to bring."""
+    """Ray's workers answer four questions a round; what a device keeps between them is Flower's to bring."""
     settings = {"privacy.secure-sum": True, "min-devices": 4}
     log, entry = flower.run(4, settings)
     assert entry["status"] == "finished:completed"
