@@ -4,10 +4,12 @@
 
 A real SuperLink with its database, its executor and the app's own ServerApp, each a process; the devices are scripted:
 threads of one process that speak Flower's own protocol to the SuperLink, and answer a train message with the model
-plus a little noise, of one of a few kinds (the SuperLink keeps equal pieces once). One device fetches all that it is
-sent, and its bytes are counted; the others fetch what they need to answer. Where the SuperLink's answer is a server
+plus a little noise, of one of a few kinds (the SuperLink keeps equal pieces once), some at a time, because devices do
+not end their training in the same second. One device fetches all that it is sent, and its bytes are counted; the
+others fetch what they need to answer. Where the SuperLink's answer is a server
 error (its database was locked for five seconds), a SuperNode ends and is started again by its supervisor; a scripted
-device asks again, and the errors are counted.
+device asks again, and the errors are counted. A message that was lost with such an answer is never replied to: the
+round goes on without that device after its timeout, and the replies that it had are counted.
 
 The first federation is of a model of a few hundred kB. Peaks are the largest resident memory that Linux saw (VmHWM);
 they are a multiple of the model and a constant, in which a batch's activations are: two sizes tell the multiple.
@@ -106,12 +108,12 @@ class Devices:
         num_server_errors: How often the SuperLink could not answer.
     """
 
-    def __init__(self, address: str, number: int, kinds: Kinds) -> None:
+    def __init__(self, address: str, number: int, kinds: Kinds, at_once: int) -> None:
         self.down = self.up = self.rounds = self.num_server_errors = 0
         self.errors: list[str] = []
         self._address, self._kinds = address, kinds
         self._code = code_hash(ROOT / "client_app.py")
-        self._stop = threading.Event()
+        self._stop, self._turns = threading.Event(), threading.Semaphore(at_once)
         self._threads = [threading.Thread(target=self._live, args=(device,), daemon=True) for device in range(number)]
         for thread in self._threads:
             thread.start()
@@ -158,8 +160,9 @@ class Devices:
             if get_object_head_values_from_object_content(content)[0] == "ConfigRecord"
         )
         content = self._content(device, config, is_train=is_train)
-        while (up := self._send(device, Message(content, reply_to=message), send, push)) is None:
-            self.num_server_errors += 1
+        with self._turns if is_train else contextlib.nullcontext():
+            while (up := self._send(device, Message(content, reply_to=message), send, push)) is None:
+                self.num_server_errors += 1
         if device == 0 and is_train:
             self.down, self.up, self.rounds = down, up, self.rounds + 1
 
@@ -320,9 +323,9 @@ class Federation:
             # Asking is a process of its own, which takes a second of a core: seldom, until there are results.
             if list(self.folder.glob("fedpt/runs/*/results.json")) or time.monotonic() - asked > 30:
                 asked = time.monotonic()
-                entry = self.flwr("list", "here", "--run-id", run_id)["runs"][0]
-                if entry["status"].startswith("finished"):
-                    return dict(entry)
+                found = self.flwr("list", "here", "--run-id", run_id).get("runs")  # none where it was too busy
+                if found and found[0]["status"].startswith("finished"):
+                    return dict(found[0])
 
     def stop(self) -> None:
         """End every process that was started."""
@@ -342,14 +345,15 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
     kinds = Kinds(str(model), min(arguments.kinds, num_devices), arguments.dtype)
     federation = Federation(folder)
     watcher = Watcher(federation.sessions)
-    devices = Devices(federation.address, num_devices, kinds)
+    devices = Devices(federation.address, num_devices, kinds, arguments.at_once)
     try:
         entry = federation.run(
             {
                 "num-server-rounds": arguments.rounds,
                 "min-devices": num_devices,
-                "min-replies": num_devices,
+                "min-replies": 1,
                 "wait-timeout-s": 300.0,
+                "round-timeout-s": arguments.timeout_s,
                 "model.small": str(model),
                 "wire.dtype": arguments.dtype,
                 "strategy.name": arguments.strategy,
@@ -362,12 +366,12 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
                 "keep-rounds": 1,
             }
         )
-        seconds = [
-            json.loads(line)["seconds"]
+        lines = [
+            json.loads(line)
             for path in (folder / "fedpt" / "runs").glob("*/metrics.jsonl")
             for line in path.read_text().splitlines()
-            if json.loads(line)["phase"] == "train"
         ]
+        rounds = [line for line in lines if line["phase"] == "train"]
     finally:
         devices.stop()
         watcher.stop()
@@ -386,7 +390,8 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
         "serverapp_anonymous_bytes": watcher.anonymous["flwr-serverapp"],
         "superlink_peak_bytes": watcher.peaks["flower-superlink"],
         "database_bytes": database,
-        "seconds_per_round": float(np.median(seconds)),
+        "seconds_per_round": float(np.median([line["seconds"] for line in rounds])),
+        "replies": [line["replies"] for line in rounds],
         "server_errors": devices.num_server_errors,
         "bytes_down": devices.down,
         "bytes_up": devices.up,
@@ -402,13 +407,15 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", type=int, default=4, help="different answers")
+    parser.add_argument("--at-once", type=int, default=4, help="devices that send their reply at the same time")
+    parser.add_argument("--timeout-s", type=float, default=900.0, help="how long a round waits for lost replies")
     parser.add_argument("--dtype", default="float32", help="wire.dtype")
     parser.add_argument("--strategy", default="FedAvg")
     parser.add_argument("--folder", help="where temporary files go")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    smallest = measure("demo:small", min(arguments.devices), arguments)
+    smallest = measure("demo:small", min(4, *arguments.devices), arguments)
     rows = [smallest | {"model_bytes": smallest["arrays_bytes"]}]
     for megabytes in arguments.megabytes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -418,22 +425,24 @@ def main() -> None:
                 rows.append(measure(model, number, arguments) | {"model_bytes": size})
                 print(json.dumps(rows[-1]), flush=True)
     slopes = {number: slope(rows, number) for number in arguments.devices if len(arguments.megabytes) > 1}
-    settings = {"rounds": arguments.rounds, "kinds": arguments.kinds, "dtype": arguments.dtype}
+    settings = {"rounds": arguments.rounds, "kinds": arguments.kinds, "at_once": arguments.at_once}
+    settings["dtype"] = arguments.dtype
     result = {**settings, "strategy": arguments.strategy, "rows": rows, "serverapp_bytes_per_model_byte": slopes}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(
-        "| model MB | devices | ServerApp MB | above the smallest model's | SuperLink MB | database MB | s a round | "
-        "down | up | server errors |"
+        "| model MB | devices | replies | ServerApp MB | above the smallest model's | SuperLink MB | database MB | "
+        "s a round | down | up | server errors |"
     )
-    print("| --- " * 10 + "|")
+    print("| --- " * 11 + "|")
     for row in rows:
         above = (row["serverapp_peak_bytes"] - smallest["serverapp_peak_bytes"]) / row["model_bytes"]
         sizes = [row[key] / MB for key in ("serverapp_peak_bytes", "superlink_peak_bytes", "database_bytes")]
         ratios = [row[key] / row["arrays_bytes"] for key in ("bytes_down", "bytes_up")]
         print(
-            f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {sizes[0]:.0f} | {above:.2f} models | "
-            f"{sizes[1]:.0f} | {sizes[2]:.0f} | {row['seconds_per_round']:.1f} | {ratios[0]:.4f} | {ratios[1]:.4f} | "
+            f"| {row['model_bytes'] / MB:.1f} | {row['devices']} | {row['replies']} | {sizes[0]:.0f} | "
+            f"{above:.2f} models | {sizes[1]:.0f} | {sizes[2]:.0f} | {row['seconds_per_round']:.1f} | "
+            f"{ratios[0]:.4f} | {ratios[1]:.4f} | "
             f"{row['server_errors']} |"
         )
     for number, value in slopes.items():

@@ -100,9 +100,14 @@ VALID = {
     "model.small": SOURCES,
     "model.large": SOURCES,
     "model.large-dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+    "model.large-device-map": st.sampled_from(["", "auto", '{"": "cpu"}']),
+    "model.large-max-memory": st.sampled_from(["", '{"cpu": "1GiB"}']),
+    "model.large-offload-folder": st.sampled_from(["", "/data/offload"]),
+    "model.large-quantization": st.sampled_from(["", '{"load_in_8bit": true}']),
     "model.device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "mps"]),
     "tuning.mode": st.sampled_from(["full", "lora"]),
     "tuning.lora-dropout": st.floats(0, 1, exclude_max=True),
+    "tuning.lora-aggregation": st.sampled_from(["average", "frozen-a"]),  # exact goes with two strategies
     "train.schedule": st.sampled_from(["constant", "linear", "cosine"]),
     "train.learning-rate-end": st.floats(0, 1),
     "train.beta2": st.floats(0, 1, exclude_max=True),
@@ -111,6 +116,8 @@ VALID = {
     "data.validation": SOURCES,
     "data.test": SOURCES,
     "data.public": st.one_of(st.just(""), SOURCES),
+    "data.format": st.sampled_from(["template", "auto", "instruction", "completion", "chat", "text"]),
+    "data.disclose": st.sampled_from(["size", "groups"]),
     "data.partitioner": st.sampled_from(["natural", "dirichlet", "iid", "node-local"]),
     "data.holdout-fraction": st.floats(0, 0.5, exclude_min=True, exclude_max=True),
     "fraction-train": st.floats(0, 1, exclude_min=True),
@@ -131,7 +138,11 @@ VALID = {
     "min-devices": st.integers(2, 100),
     "min-replies": st.integers(1, 2),
     "model.small-dtype": st.just("float32"),
-    "wire.dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+    "wire.dtype": st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+    "model.large-url": st.sampled_from(["", "http://127.0.0.1:8000", "https://api.example.org/v1"]),
+    "remote.api": st.sampled_from(["auto", "full", "echo", "next"]),
+    "remote.hidden": st.sampled_from(["auto", "restrict", "fill"]),
+    "remote.cache": st.sampled_from(["", "off", "/data/remote"]),
     "data.prompts": SOURCES,
     "distillation.mode": st.sampled_from([mode for mode in DISTILLATION_MODES if mode != "paired"]),
     "distillation.direction": st.sampled_from(["forward", "reverse"]),
@@ -359,6 +370,19 @@ def test_all_that_is_wrong_is_reported_at_once():
             {"proxy.alpha": "auto", "proxy.plausibility": 0.1},
             ["proxy.alpha and proxy.plausibility", "the mask is chosen too", "got 0.1", "or give both"],
         ),
+        (
+            {"tuning.mode": "lora", "tuning.lora-aggregation": "exact", "strategy.name": "FedAdam"},
+            [
+                "tuning.lora-aggregation and strategy.name",
+                "in new directions after every round",
+                "got 'FedAdam'",
+                "set strategy.name='FedAvg', or tuning.lora-aggregation='frozen-a'",
+            ],
+        ),
+        (
+            {"tuning.mode": "lora", "tuning.lora-aggregation": "exact", "distillation.mode": "carry"},
+            ["tuning.lora-aggregation and distillation.mode", "got 'carry'", "set distillation.mode='final'"],
+        ),
         ({"stop.target": 0.9}, ["stop.metric", "a target or patience needs a metric", "exact_match"]),
         ({"stop.patience": 2}, ["stop.metric", "a target or patience needs a metric", "loss"]),
         (
@@ -392,6 +416,15 @@ def test_settings_that_contradict_each_other_are_refused(flat, words):
         {"data.prompts": "", "distillation.mode": "carry"},
         {"data.public": "", "distillation.mode": "paper"},
         {"distillation.mode": "carry", "tuning.mode": "lora"},
+        {"tuning.lora-aggregation": "exact", "strategy.name": "FedAdam"},  # no adapter is tuned
+        {"tuning.mode": "lora", "tuning.lora-aggregation": "exact", "strategy.name": "FedProx"},
+        {"tuning.mode": "lora", "tuning.lora-aggregation": "exact", "distillation.mode": "paper"},
+        {
+            "tuning.mode": "lora",
+            "tuning.lora-aggregation": "frozen-a",
+            "strategy.name": "Krum",
+            "distillation.mode": "carry",
+        },
         {"distillation.mode": "paired", "tuning.mode": "full"},
         {"stop.metric": "exact_match", "stop.target": 1.0},
         {"stop.metric": "loss", "stop.target": 1.5},
@@ -444,6 +477,15 @@ def test_a_secure_sum_needs_three_devices_and_a_strategy_that_makes_a_mean():
             "privacy.secure-sum and strategy.name: this strategy compares the devices' changes with each other" in said
         )
         assert f"got '{name}'; set strategy.name='FedAvg', say, or privacy.secure-sum=false" in said
+
+
+def test_what_needs_single_changes_on_the_wire_does_not_go_with_a_secure_sum():
+    secure = {"privacy.secure-sum": True, "min-devices": 3}
+    said = complaint(secure | {"wire.dtype": "int8"})
+    assert said.startswith("privacy.secure-sum and wire.dtype: what 8 bits lose a device adds to its next change")
+    said = complaint(secure | {"tuning.mode": "lora", "tuning.lora-aggregation": "exact"})
+    assert said.startswith("privacy.secure-sum and tuning.lora-aggregation: exact aggregation multiplies")
+    assert parse_run_config(secure | {"tuning.mode": "lora", "tuning.lora-aggregation": "frozen-a"}).privacy.secure_sum
 
 
 @pytest.mark.parametrize(

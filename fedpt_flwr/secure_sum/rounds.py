@@ -176,5 +176,9 @@ def _arrays_of(sent: Mapping[int, Message]) -> ArrayRecord:
     """What all devices are sent to train: the same for each, or their masks would not cancel."""
     records = [message.content.array_records[ARRAYS] for message in sent.values()]
     if any(record is not records[0] and record != records[0] for record in records[1:]):
-        raise RoundError("in a secure sum all devices must be sent the same arrays", place="privacy.secure-sum")
+        raise RoundError(
+            "in a secure sum all devices must be sent the same arrays",
+            place="privacy.secure-sum",
+            remedy="have some of them a lower lora-rank in their node configs? Then all must have that one",
+        )
     return records[0]
