@@ -19,7 +19,7 @@ NUM_DEVICES, NUM_ROUNDS = 5, 3
 GONE = {2: [4], 3: [3, 4]}
 """Who drops out, by round: nobody, one, and as many as may."""
 
-PATIENT = {"wait-timeout-s": 600.0}
+PATIENT = {"wait-timeout-s": 600.0, "min-devices": NUM_DEVICES}
 """Each question is answered by a process that first imports torch: on two cores that others use it takes its time."""
 
 SETTINGS = SECURE | PATIENT
