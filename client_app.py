@@ -1,7 +1,7 @@
 """The device: reads the config and its own data, tunes the small model, answers. Everything else is in ``fedpt_flwr``.
 
-``query`` introduces the device (its number, the size of its shard, the code it runs); ``train`` does one round. A
-device that cannot take part answers with the sentence that says why.
+``query`` introduces the device (its number, the size of its shard, the code it runs); ``train`` does one round; three
+more queries are of a secure sum. A device that cannot take part answers with the sentence that says why.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +50,7 @@ from fedpt_flwr.records import (
     METRICS,
     PRIVATE_METRICS,
     DeviceCard,
+    changes_of,
     check_arrays,
     check_code,
     code_hash,
@@ -60,6 +62,9 @@ from fedpt_flwr.records import (
     to_tensors,
 )
 from fedpt_flwr.residual import Residuals
+from fedpt_flwr.secure_sum.device import Device, Sum, read_secret
+from fedpt_flwr.secure_sum.rounds import SUMMED_METRICS
+from fedpt_flwr.secure_sum.session import KEYS, RECORD, REVEAL, SHARES, Rules
 from fedpt_flwr.sources import device_shard, local_shard, needs_tokenizer
 from fedpt_flwr.training import TaskMemory, device_seed, round_learning_rate, train_locally
 
@@ -163,6 +168,60 @@ def introduce(message: Message, context: Context) -> Message:
     return Message(content=card.to_content(), reply_to=message)
 
 
+@app.query(KEYS.partition(".")[2])
+@declines
+def offer_keys(message: Message, context: Context) -> Message:
+    """Offer two public keys for a round's secure sum."""
+    return Message(content=_summing(context).offer_keys(message.content), reply_to=message)
+
+
+@app.query(SHARES.partition(".")[2])
+@declines
+def share_secrets(message: Message, context: Context) -> Message:
+    """Share what opens this device's masks with the other devices of the round."""
+    return Message(content=_summing(context).share_secrets(message.content), reply_to=message)
+
+
+@app.query(REVEAL.partition(".")[2])
+@declines
+def reveal_shares(message: Message, context: Context) -> Message:
+    """Give the shares that open the sum of those that answered."""
+    return Message(content=_summing(context).reveal(message.content), reply_to=message)
+
+
+def _summing(context: Context) -> Device:
+    """This device's side of a secure sum.
+
+    Raises:
+        DeviceError: The run config has none.
+    """
+    privacy, device = parse_run_config(context.run_config).privacy, device_number(context)
+    if not privacy.secure_sum:
+        raise DeviceError(
+            "the server asks for a secure sum, and this device's run config has none",
+            value=privacy.secure_sum,
+            place=f"device {device}, privacy.secure-sum",
+        )
+    secret = read_secret(context.node_config, place=f"device {device}")
+    return Device(device, Rules.of(privacy), context.state, secret)
+
+
+def _join_sum(config: RunConfig, message: Message, context: Context, place: str) -> Sum | None:
+    """The secure sum in which this round's change goes; None where single changes may be seen.
+
+    Raises:
+        DeviceError: There should be one, and the server asks for the change itself.
+    """
+    if RECORD in message.content.config_records:
+        return _summing(context).join(message.content)
+    if config.privacy.secure_sum:
+        raise DeviceError(
+            "this device's change goes into a secure sum or nowhere, and the server asks for it in the clear",
+            place=f"{place}, privacy.secure-sum",
+        )
+    return None
+
+
 @app.train(mods=[clip_update])
 @declines
 def train(message: Message, context: Context) -> Message:
@@ -173,6 +232,7 @@ def train(message: Message, context: Context) -> Message:
     told = message.content.config_records[CONFIG]
     server_round, device = int(str(told["server-round"])), device_number(context)
     place = f"device {device}, round {server_round}"
+    summed = _join_sum(config, message, context, place)
     fedprox_mu = float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu
     limits = load_limits(config, context)
     rank = limits.rank_of(config.tuning, place=f"device {device}")
@@ -239,7 +299,13 @@ def train(message: Message, context: Context) -> Message:
         metrics["memory-estimate-bytes"] = estimate
     if config.privacy.is_on:  # all else depends on the data and would not be accounted for
         metrics = {name: metrics[name] for name in PRIVATE_METRICS} | {"num-examples": 1}
-    if wire == "int8":
+    if summed is not None:
+        begun = time.perf_counter()
+        changes = changes_of(arrays_of(model), received, sent_as(wire))
+        update = summed.answer(changes, received, num_examples=len(examples), train_loss=result.loss)
+        metrics = {name: value for name, value in metrics.items() if name not in SUMMED_METRICS}
+        metrics["mask-seconds"] = time.perf_counter() - begun
+    elif wire == "int8":
         update = _in_8_bits(model, received, told, server_round, device)
     else:
         update = to_reply(arrays_of(model), received, wire, place=place)

@@ -72,6 +72,7 @@ from fedpt_flwr.results import (
 )
 from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.secure_sum.session import Rules
 from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
@@ -183,6 +184,7 @@ def _federate(
         expected=server.devices_before() if config.resume else None,
         on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
+        secure_sum=Rules.of(config.privacy) if config.privacy.secure_sum else None,
         lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
         lora_aggregation=config.tuning.lora_aggregation,
         taken=server.taken_before(last_round),

@@ -38,6 +38,9 @@ INNER_STRATEGIES = (
 )
 """Flower's strategies that average arrays and can be named in ``strategy.name``."""
 
+NEED_SINGLE_UPDATES = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
+"""Of these, those that compare the devices' arrays with each other; the others see no more than their weighted mean."""
+
 DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 """What ``distillation.mode`` can be."""
 
@@ -471,7 +474,7 @@ class StrategyConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of each device as a whole, see docs/privacy.md."""
+    """What the server may learn of a device (docs/secure-sum.md), and what the result may tell (docs/privacy.md)."""
 
     dp: str = _setting(
         "off",
@@ -515,6 +518,33 @@ class PrivacyConfig:
         "What epsilon may count on about who trains in a round. `no-amplification`: nothing, which always holds. The "
         "others are refused: who trains follows from the seed, which every device knows.",
         *_one_of(*SAMPLINGS),
+    )
+
+    secure_sum: bool = _setting(
+        False,
+        "The server learns the sum of the devices' changes and no single one (docs/secure-sum.md). Needs three devices "
+        "and a strategy that makes a mean; losses of single devices are no longer told.",
+    )
+    secure_sum_threshold: float = _setting(
+        0.7,
+        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3; "
+        "with fewer the round fails. The others may drop out.",
+        "must be greater than 0.5 and at most 1",
+        lambda value: 0.5 < value <= 1,
+    )
+    secure_sum_range: float = _setting(
+        1.0,
+        "Largest change of a weight in a round that a secure sum carries; larger ones are cut to it, counted and warned"
+        " about. The rounding error is in proportion to it.",
+        "must be greater than 0 and at most 1000000",
+        lambda value: 0 < value <= 1e6,
+    )
+    secure_sum_bits: int = _setting(
+        32,
+        "Bits of a number in a masked answer. 16 halve what devices send; the mean is then off by at most about the "
+        "number of devices times the range divided by 65536.",
+        "must be one of 16, 32",
+        lambda value: value in (16, 32),
     )
 
     @property
@@ -945,6 +975,7 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
     _check_stop(config, refuse)
     if config.privacy.is_on:
         _check_privacy(config, refuse)
+    _check_secure_sum(config, refuse)
     try:
         arguments = config.strategy.parsed_arguments()
     except ConfigError as error:
@@ -958,6 +989,54 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_secure_sum(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    if not config.privacy.secure_sum:
+        return
+    if config.strategy.name in NEED_SINGLE_UPDATES:
+        refuse(
+            "privacy.secure-sum and strategy.name",
+            "this strategy compares the devices' changes with each other, and a secure sum shows none of them",
+            config.strategy.name,
+            "set strategy.name='FedAvg', say, or privacy.secure-sum=false",
+        )
+    if config.privacy.is_on:
+        refuse(
+            "privacy.secure-sum and privacy.dp",
+            "noise is accounted for where the server, or Flower's own average, has each device's change, and a secure "
+            "sum shows none of them",
+            config.privacy.dp,
+            "set one of the two",
+        )
+    if config.strategy.max_update_norm > 0:
+        refuse(
+            "privacy.secure-sum and strategy.max-update-norm",
+            "the norm of a single change cannot be seen in a secure sum",
+            config.strategy.max_update_norm,
+            "leave it out; privacy.secure-sum-range bounds each weight's change",
+        )
+    if config.min_devices < 3:
+        refuse(
+            "privacy.secure-sum and min-devices",
+            "a secure sum needs three devices: each of two would have the other's change, when it takes off its own",
+            config.min_devices,
+            "set min-devices=3 or more, or privacy.secure-sum=false",
+        )
+    if config.wire.dtype == "int8":
+        refuse(
+            "privacy.secure-sum and wire.dtype",
+            "what 8 bits lose a device adds to its next change, and in a secure sum changes have bits of their own",
+            config.wire.dtype,
+            "set wire.dtype='float16' and privacy.secure-sum-bits=16",
+        )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        refuse(
+            "privacy.secure-sum and tuning.lora-aggregation",
+            "exact aggregation multiplies the two matrices of each device, and a secure sum shows none of them",
+            config.tuning.lora_aggregation,
+            "set tuning.lora-aggregation='frozen-a', whose mean is exact too",
+        )
 
 
 def _check_exact(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:

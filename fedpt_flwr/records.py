@@ -53,6 +53,7 @@ COST_METRICS = (
     "peak-memory-bytes",
     "memory-growth-bytes",
     "memory-estimate-bytes",
+    "mask-seconds",
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 
@@ -120,6 +121,24 @@ def to_reply(arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str, *,
             for name, tensor in arrays.items()
         }
     )
+
+
+def changes_of(
+    arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What a device changed, before anything is made of it for the wire.
+
+    Args:
+        arrays: The tuned arrays, by name.
+        received: What it was sent, checked.
+        dtype: Type on the wire.
+
+    Yields:
+        Names, in their order, and float32 changes.
+    """
+    for name in sorted(arrays):
+        tuned = arrays[name].detach().to("cpu", torch.float32).numpy()
+        yield name, np.asarray(tuned - _widened(received[name], dtype))
 
 
 def to_int8_reply(
@@ -314,6 +333,45 @@ def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dt
         )
 
 
+def check_words(
+    record: ArrayRecord, sizes: Mapping[str, int], dtypes: Mapping[str, np.dtype[Any]], *, place: str
+) -> dict[str, NDArray[Any]]:
+    """Check arrays of whole numbers that came over the wire.
+
+    Args:
+        record: What arrived.
+        sizes: How many numbers each array must have, in one dimension.
+        dtypes: Of which type they must be.
+        place: Who and when, for the error.
+
+    Returns:
+        Read-only views of what arrived.
+
+    Raises:
+        ReplyError: Names, sizes or types differ, or an array cannot be decoded.
+    """
+    if record.keys() != sizes.keys():
+        raise ReplyError(f"a reply must hold the arrays {', '.join(sizes)}", value=sorted(record)[:5], place=place)
+    found = {}
+    for name, size in sizes.items():
+        where, array, stored = f"{place}: array {name}", record[name], dtypes[name]
+        if tuple(array.shape) != (size,) or array.dtype != stored.name:
+            claimed = (array.dtype, tuple(array.shape))
+            raise ReplyError(f"must be {size} numbers of type {stored.name}", value=claimed, place=where)
+        if len(array.data) > stored.itemsize * size + 4096:
+            raise ReplyError("holds more bytes than its shape needs", value=len(array.data), place=where)
+        try:
+            words = _view(array)
+        except Exception as error:  # a made-up header fails in any way
+            raise ReplyError(f"cannot be decoded ({error})", place=where) from error
+        if words.shape != (size,) or words.dtype != stored:
+            raise ReplyError(
+                f"must hold {size} numbers of type {stored.name}", value=(str(words.dtype), words.shape), place=where
+            )
+        found[name] = words
+    return found
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCard:
     """What a device says of itself before the first round.
@@ -437,6 +495,8 @@ def check_metrics(
         raise ReplyError(f"the reply must be of round {server_round}", value=metrics["server-round"], place=place)
     if metrics["device"] != card.device:
         raise ReplyError(f"the reply must be of device {card.device}", value=metrics["device"], place=place)
+    if "num-examples" not in metrics:
+        return metrics
     if not _is_count(metrics["num-examples"]) or not 1 <= metrics["num-examples"] <= card.num_examples:
         raise ReplyError(
             f"num-examples must be a whole number from 1 to the {card.num_examples} that the device said it has",

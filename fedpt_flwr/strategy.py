@@ -63,6 +63,9 @@ from fedpt_flwr.records import (
     sent_as,
     to_wire,
 )
+from fedpt_flwr.secure_sum.collector import changed
+from fedpt_flwr.secure_sum.rounds import SecureRound
+from fedpt_flwr.secure_sum.session import MIN_DEVICES, Rules
 
 RESUMABLE = INNER_STRATEGIES
 """Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
@@ -339,9 +342,13 @@ class FedPT(Strategy):
             these. None: with any.
         on_devices: Called once with the devices' cards, as soon as enough of them are there for the first round.
         is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
+        secure_sum: The rules by which devices' changes are summed without being seen; None: they are seen.
         lora_rank: Rank of the adapter that is tuned; 0: it is none.
         lora_aggregation: How adapters become one, see :mod:`fedpt_flwr.lora`: ``average``, ``exact``, or ``frozen-a``.
         taken: With ``int8``, for a run that goes on: the last complete round in which each device's answer was taken.
+
+    Raises:
+        ConfigError: The inner strategy must see single updates, and a secure sum shows none.
     """
 
     def __init__(
@@ -362,10 +369,19 @@ class FedPT(Strategy):
         expected: Mapping[int, DeviceCard] | None = None,
         on_devices: Callable[[Sequence[DeviceCard]], None] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
+        secure_sum: Rules | None = None,
         lora_rank: int = 0,
         lora_aggregation: str = "average",
         taken: Mapping[int, int] | None = None,
     ) -> None:
+        if secure_sum is not None and not _is_folded(inner_strategy):
+            raise ConfigError(
+                "a secure sum shows no single update, and this strategy must see them",
+                value=type(inner_strategy).__name__,
+                place="privacy.secure-sum and strategy.name",
+                remedy=f"take one of {', '.join(strategy.__name__ for strategy in FOLDED)} as it is",
+            )
+        self.secure_sum = secure_sum
         self.inner = inner_strategy
         self.private = inner_strategy if isinstance(inner_strategy, PrivateAverage) else None
         self.after_aggregate = after_aggregate
@@ -510,8 +526,11 @@ class FedPT(Strategy):
         """Train for one round; whether it was completed."""
         self.configure_train(server_round, result.arrays, config, grid)
         result.arrays = self._broadcast  # the same, and held once
-        came = answers(grid, self._sent, timeout_s=timeout, what=f"Round {server_round}")
-        arrays, metrics = self._take_in(server_round, came)
+        if self.secure_sum is not None:
+            arrays, metrics = self._sum_on_devices(grid, server_round, self.secure_sum, timeout)
+        else:
+            came = answers(grid, self._sent, timeout_s=timeout, what=f"Round {server_round}")
+            arrays, metrics = self._take_in(server_round, came)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[server_round] = metrics
@@ -519,6 +538,11 @@ class FedPT(Strategy):
             return False
         result.arrays = arrays
         return True
+
+    @property
+    def _num_needed(self) -> int:
+        """Replies without which no round is completed."""
+        return self.min_replies if self.secure_sum is None else max(self.min_replies, MIN_DEVICES)
 
     def _evaluate_on_devices(
         self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
@@ -742,7 +766,7 @@ class FedPT(Strategy):
             node_of = {device: node for device, node in node_of.items() if device in self.private.devices}
         self._cards = {card.device: card for card in present.values()}
         sampled = sample_devices(
-            list(node_of), self.fraction_train, self.min_replies, seed=self.seed, server_round=server_round
+            list(node_of), self.fraction_train, self._num_needed, seed=self.seed, server_round=server_round
         )
         if self.private is not None:
             self.private.begin(list(node_of), len(sampled))
@@ -786,6 +810,12 @@ class FedPT(Strategy):
         Raises:
             RoundError: Too few usable replies, in more rounds in a row than allowed.
         """
+        if self.secure_sum is not None:
+            raise RoundError(
+                "a secure sum asks devices four times a round, which Flower's own loop does not",
+                place="privacy.secure-sum",
+                remedy="call the method start of FedPT",
+            )
         device_of = {message.metadata.message_id: device for device, message in self._sent.items()}
         received: dict[int, Message] = {}
         for reply in replies:
@@ -814,6 +844,45 @@ class FedPT(Strategy):
             del reply  # before the next one is fetched
         self._log_refused(server_round, devices)
         arrays, metrics = self._finish_round(server_round, usable, mean, devices)
+        self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
+        return arrays, metrics
+
+    def _sum_on_devices(
+        self, grid: Grid, server_round: int, rules: Rules, timeout: float
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Have the devices' changes summed unseen; what comes of it is as if one device had sent their mean."""
+        summing = SecureRound(
+            grid=grid,
+            sent=self._sent,
+            cards=self._cards,
+            rules=rules,
+            server_round=server_round,
+            at_least=self._num_needed,
+            read=_content,
+        )
+        arrays, metrics = None, None
+        try:
+            opened = summing.run(timeout_s=timeout, answer_timeout_s=min(timeout, self.wait_timeout_s))
+        except RoundError as error:
+            self._fail(error)
+        else:
+            devices = [
+                DeviceRound(
+                    device=device,
+                    bytes_down=part.bytes_down,
+                    bytes_up=part.bytes_up,
+                    metrics={} if part.refused else part.metrics,
+                    refused=part.refused,
+                    limits=part.limits,
+                )
+                for device, part in summing.parts.items()
+            ]
+            self._log_refused(server_round, devices)
+            mean = WeightedMean(opened.num_examples)
+            mean.add(changed(self._broadcast, opened), opened.num_examples)
+            told = MetricRecord({_WEIGHT: opened.num_examples, "train-loss": opened.train_loss})
+            reply = Message(RecordDict({METRICS: told}), reply_to=self._any_sent())
+            arrays, metrics = self._finish_round(server_round, [reply], mean, devices)
         self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
         return arrays, metrics
 
@@ -947,14 +1016,15 @@ class FedPT(Strategy):
         devices: Sequence[DeviceRound],
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate, and hand the outcome on; or survive a failed round."""
+        num_replies = sum(not part.refused for part in devices)  # of a secure sum one comes in here
         needed = self.min_replies if self.private is None else len(devices)  # its noise is meant for so many
-        if len(usable) < needed:
+        if num_replies < needed:
             reasons = list(dict.fromkeys(part.refused for part in devices if part.refused))
             unspent = "" if self.private is None else "; nothing was spent on this round"
             self._fail(
                 RoundError(
                     f"round {server_round} needs {needed} usable replies of {len(devices)} devices and has "
-                    f"{len(usable)}",
+                    f"{num_replies}",
                     place="min-replies" if self.private is None else "privacy.dp",
                     remedy=f"checkpoints of earlier rounds are kept{unspent}",
                     problems=reasons[:_MAX_REASONS],
@@ -980,7 +1050,7 @@ class FedPT(Strategy):
             left_out=mean.left_out if isinstance(mean, ProductMean) else None,
         )
         following = self.after_aggregate(outcome) if self.after_aggregate else None
-        summary = MetricRecord({"num-replies": len(usable)})
+        summary = MetricRecord({"num-replies": num_replies})
         if train_loss is not None:
             summary["train-loss"] = train_loss
         return (following if following is not None else arrays), summary

@@ -132,16 +132,21 @@ def _signal(pid: int, number: int) -> None:
 
 
 class Deployment:
-    """A federation; the last of its devices may be told to misbehave.
+    """A federation; the last of its devices, or the last few, may be told to misbehave.
 
     Each device reaches the SuperLink through a :class:`relay.Relay`, and has a part of the demo world's data as well as
-    a file of its own. ``node_settings`` are keyword arguments of :meth:`start_node` by device.
+    a file of its own. ``node_settings`` are keyword arguments of :meth:`start_node` by device. What ``num_tampered``
+    devices are told is in a file for each: :meth:`tamper_file_of`.
     """
 
     def __init__(
-        self, folder: Path, data_files: Sequence[Path], node_settings: Mapping[int, dict[str, Any]] | None = None
+        self,
+        folder: Path,
+        data_files: Sequence[Path],
+        node_settings: Mapping[int, dict[str, Any]] | None = None,
+        num_tampered: int = 1,
     ) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.num_tampered = folder, free_port(), num_tampered
         self.certs = make_certs(folder / "certs", num_nodes=len(data_files) + 1).folder
         self.env = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -158,7 +163,7 @@ class Deployment:
         self.nodes: list[Service] = []
         self.app = self._copy_app()
         self.cli_home = self.connection("cli", self.certs / "ca.crt")
-        self.tamper_file = folder / "tamper"
+        self.tamper_file = self.tamper_file_of(len(data_files) - 1)
         self.superlink = self.start_superlink()
         self.executor = self.start_executor()
         for number, data_file in enumerate(data_files):
@@ -179,6 +184,9 @@ class Deployment:
             else:
                 shutil.copy(ROOT / part, target / part)
         return target
+
+    def tamper_file_of(self, number: int) -> Path:
+        return self.folder / f"tamper-{number}"
 
     # --- the processes --------------------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class Deployment:
         limits: str = "",
         max_data_mb: int = 0,
     ) -> Service:
-        """A SuperNode that starts its ClientApps itself. The last of the federation may be told to misbehave.
+        """A SuperNode that starts its ClientApps itself. The last ones of the federation may be told to misbehave.
 
         ``limits`` goes into its node config; ``max_data_mb`` is what the system lets each of its processes allocate.
         """
@@ -239,8 +247,8 @@ class Deployment:
             *(("--root-certificates", self.certs / "ca.crt") if tls is None else tls),
         ]  # fmt: skip
         env = {}
-        if number == num_nodes - 1:
-            env = {"PYTHONPATH": str(ROOT / "tests/tampered"), "TAMPER_FILE": str(self.tamper_file)}
+        if num_nodes - self.num_tampered <= number < num_nodes:
+            env = {"PYTHONPATH": str(ROOT / "tests/tampered"), "TAMPER_FILE": str(self.tamper_file_of(number))}
         return self.start(name or f"node-{number}", command, restart_s, **env)
 
     def stop(self) -> None:

@@ -14,6 +14,7 @@ from fedpt_flwr.config import (
     DISTILLATION_MODES,
     DP_MODES,
     INNER_STRATEGIES,
+    NEED_SINGLE_UPDATES,
     SAMPLINGS,
     SCORED_ROWS,
     RunConfig,
@@ -128,6 +129,10 @@ VALID = {
     "proxy.plausibility": st.floats(0, 1, exclude_max=True),
     "scoring.choice-length": st.sampled_from(CHOICE_LENGTHS),
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
+    "privacy.secure-sum": st.just(False),
+    "privacy.secure-sum-threshold": st.floats(0.5, 1, exclude_min=True),
+    "privacy.secure-sum-range": st.floats(1e-300, 1e6),
+    "privacy.secure-sum-bits": st.sampled_from([16, 32]),
     "strategy.name": st.sampled_from(INNER_STRATEGIES),
     "strategy.above-norm": st.sampled_from(["clip", "refuse"]),
     "privacy.clipped-share": st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -521,3 +526,44 @@ def test_tuning_all_weights_in_16_bits_is_refused_and_an_adapter_on_them_is_not(
 def test_an_answer_pattern_must_compile():
     with pytest.raises(ConfigError, match=r"data\.answer-pattern: must be a valid regular expression, got '\(x'"):
         parse_run_config({"data.answer-pattern": "(x"})
+
+
+def test_a_secure_sum_needs_three_devices_and_a_strategy_that_makes_a_mean():
+    assert parse_run_config({"privacy.secure-sum": True, "min-devices": 3}).privacy.secure_sum
+    said = complaint({"privacy.secure-sum": True})
+    assert said.startswith(
+        "privacy.secure-sum and min-devices: a secure sum needs three devices: each of two would have"
+    )
+    assert "got 2; set min-devices=3 or more" in said
+    for name in INNER_STRATEGIES:
+        config = {"privacy.secure-sum": True, "min-devices": 3, "strategy.name": name}
+        if name not in NEED_SINGLE_UPDATES:
+            assert parse_run_config(config).strategy.name == name
+            continue
+        said = complaint(config)
+        assert (
+            "privacy.secure-sum and strategy.name: this strategy compares the devices' changes with each other" in said
+        )
+        assert f"got '{name}'; set strategy.name='FedAvg', say, or privacy.secure-sum=false" in said
+
+
+def test_what_needs_single_changes_on_the_wire_does_not_go_with_a_secure_sum():
+    secure = {"privacy.secure-sum": True, "min-devices": 3}
+    said = complaint(secure | {"wire.dtype": "int8"})
+    assert said.startswith("privacy.secure-sum and wire.dtype: what 8 bits lose a device adds to its next change")
+    said = complaint(secure | {"tuning.mode": "lora", "tuning.lora-aggregation": "exact"})
+    assert said.startswith("privacy.secure-sum and tuning.lora-aggregation: exact aggregation multiplies")
+    assert parse_run_config(secure | {"tuning.mode": "lora", "tuning.lora-aggregation": "frozen-a"}).privacy.secure_sum
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("threshold", 0.5, "must be greater than 0.5 and at most 1, got 0.5"),
+        ("threshold", 1.01, "must be greater than 0.5 and at most 1, got 1.01"),
+        ("range", 0.0, "must be greater than 0 and at most 1000000, got 0.0"),
+        ("bits", 8, "must be one of 16, 32, got 8"),
+    ],
+)
+def test_what_a_secure_sum_is_told_is_checked(key, value, said):
+    assert complaint({f"privacy.secure-sum-{key}": value}) == f"privacy.secure-sum-{key}: {said}"

@@ -426,3 +426,9 @@ def test_a_model_of_70_billion_weights_is_planned_in_seconds_and_little_memory()
     seconds, peak = map(float, done.stdout.split())
     assert seconds < 60
     assert peak < 1e9
+
+
+@pytest.mark.parametrize(("bits", "size"), [(32, 4), (16, 2)])
+def test_a_masked_answer_is_one_array_of_as_many_bits_as_the_run_says(bits, size):
+    column = counting_of({"privacy.secure-sum": True, "min-devices": 3, "privacy.secure-sum-bits": bits}).column()
+    assert 0 < column.bytes_up - size * column.trainable < 200

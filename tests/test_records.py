@@ -18,6 +18,7 @@ from fedpt_flwr.records import (
     METRICS,
     DeviceCard,
     as_tensors,
+    changes_of,
     check_arrays,
     check_code,
     check_metrics,
@@ -582,3 +583,31 @@ def test_the_same_code_may_work_together_and_other_code_is_told_what_to_do():
     with pytest.raises(DeviceError, match=r"the server has abc, this device def; install the same version") as raised:
         check_code("abc", "def")
     assert raised.value.place == str(Path(records.__file__).parent)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_changes_are_what_tuning_added_to_what_was_received_by_name(dtype):
+    server = to_array_record({"b": torch.linspace(-1, 1, 7), "a": torch.ones(2, 2)})
+    received = to_wire(server, dtype, place=PLACE)
+    tuned = {name: tensor + 0.25 for name, tensor in to_tensors(received, dtype).items()}
+    found = dict(changes_of(tuned, received, dtype))
+    assert list(found) == ["a", "b"]
+    for name, change in found.items():
+        assert change.dtype == np.float32
+        np.testing.assert_allclose(change, np.full(server[name].shape, 0.25), rtol=0, atol=1e-7)
+
+
+def test_metrics_that_must_not_be_told_are_refused_and_not_missed():
+    card = DeviceCard(device=1, num_examples=5, groups={}, code_hash="")
+    told = {"device": 1, "server-round": 2, "seconds": 1.0}
+    names = {"required": ("device", "server-round"), "optional": ("seconds",)}
+    found = check_metrics(RecordDict({"metrics": MetricRecord(told)}), server_round=2, card=card, place=PLACE, **names)
+    assert found == told
+    with pytest.raises(ReplyError, match="unknown metric, got 'train-loss'"):
+        check_metrics(
+            RecordDict({"metrics": MetricRecord({**told, "train-loss": 1.0})}),
+            server_round=2,
+            card=card,
+            place=PLACE,
+            **names,
+        )

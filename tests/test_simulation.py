@@ -113,6 +113,20 @@ def test_a_simulation_completes_and_equals_the_same_run_in_one_process(flower, t
         np.testing.assert_array_equal(values, got[name], err_msg=name)
 
 
+def test_a_simulation_with_a_secure_sum_equals_the_same_run_in_one_process(flower, tmp_path):
+    """Ray's workers answer four questions a round; what a device keeps between them is Flower's to bring."""
+    settings = {"privacy.secure-sum": True, "min-devices": 4}
+    log, entry = flower.run(4, settings)
+    assert entry["status"] == "finished:completed"
+    assert "Round 2: the sum of 4 of 4 devices is open; its means are exact to" in log
+    torch.set_num_threads(1)
+    expected = final_arrays(federate(tmp_path, 4, settings))
+    got = final_arrays(find_run(root=flower.home / "fedpt" / "runs"))
+    assert expected.keys() == got.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(values, got[name], err_msg=name)
+
+
 def test_a_failing_run_says_why_is_marked_and_counts_as_failed(flower):
     log, entry = flower.run(2, {"data.train": "/no/such/file.jsonl"})
     assert entry["status"] == "finished:failed"

@@ -171,6 +171,9 @@ class Counting:
         config, rates = self._config, self._rates
         bytes_down = array_bytes(self._arrays, sent_as(config.wire.dtype))
         bytes_up = array_bytes(self._arrays, config.wire.dtype)
+        if config.privacy.secure_sum:  # one array of whole numbers; keys and shares beside it are left out
+            as_long_as = {16: "float16", 32: "float32"}[config.privacy.secure_sum_bits]
+            bytes_up = array_bytes({"words": (self._trainable,)}, as_long_as)
         tokens = self.device_tokens()
         flops = count_flops(self._tuned, tokens)
         memory = self.device_memory()
