@@ -101,28 +101,49 @@ def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
     Raises:
         DataError: The source cannot be read.
     """
-    _template("data.template", data.template)
-    source, split = getattr(data, which), getattr(data, f"{which}_split")
-    if source:
-        examples, records = load_examples_with_records(
-            source, split=split, template=data.template, answer_field=data.answer_field
-        )
-    else:
-        examples, records = load_examples_with_records(
-            data.train,
-            split=data.train_split,
-            template=data.template,
-            answer_field=data.answer_field,
-            group_field=_group_field(data),
-        )
-        chosen = _split(data, len(examples), seed)[which]
-        examples, records = [examples[index] for index in chosen], [records[index] for index in chosen]
+    examples, records = held_out_records(data, which, seed=seed)
     return Items(
         examples=examples,
         values=_column(records, data.value_field),
         fields=_column(records, data.name_field),
         topics=_column(records, data.cover_field),
     )
+
+
+def held_out_records(data: DataConfig, which: str, *, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
+    """As :func:`held_out_items`, as examples and the records that they are made of."""
+    _template("data.template", data.template)
+    source, split = getattr(data, which), getattr(data, f"{which}_split")
+    if source:
+        return load_examples_with_records(source, split=split, template=data.template, answer_field=data.answer_field)
+    return _train_records(data, which, seed)
+
+
+def training_records(data: DataConfig, *, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Everything in ``data.train`` that is dealt out to devices, as examples with their groups and as records.
+
+    Args:
+        data: Names the source, and what is held out of it.
+        seed: Of the run.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    _template("data.template", data.template)
+    return _train_records(data, "train", seed)
+
+
+def _train_records(data: DataConfig, which: str, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The part of the training data that serves this purpose."""
+    examples, records = load_examples_with_records(
+        data.train,
+        split=data.train_split,
+        template=data.template,
+        answer_field=data.answer_field,
+        group_field=_group_field(data),
+    )
+    chosen = _split(data, len(examples), seed)[which]
+    return [examples[index] for index in chosen], [records[index] for index in chosen]
 
 
 def public_texts(data: DataConfig) -> list[str]:
