@@ -304,7 +304,7 @@ def test_other_seeds_hide_other_secrets_of_which_all_are_as_likely():
 def test_what_is_held_out_of_the_training_data_stays_held_out(tmp_path):
     source = tmp_path / "all.jsonl"
     lines = [{"q": f"q{number}", "a": f"a{number}", "site": f"s{number % 3}"} for number in range(60)]
-    source.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = DataConfig(
         train=str(source),
         validation="",
@@ -322,7 +322,16 @@ def test_what_is_held_out_of_the_training_data_stays_held_out(tmp_path):
     assert all(parts)
     assert sum(map(len, parts)) == len(set().union(*parts))
     assert {example.prompt for example in pool.examples}.isdisjoint({f"{name}\n" for name in parts[1] | parts[2]})
-    assert len({(example.prompt, example.answer) for example in pool.examples}) == len(pool.examples)
+
+
+def test_a_record_that_is_there_twice_is_one_record(tmp_path):
+    source = tmp_path / "all.jsonl"
+    source.write_text("".join(f'{{"q": "q{number % 20}", "answer": "a"}}\n' for number in range(40)))
+    elsewhere = {"validation": "demo:validation", "test": "demo:test"}
+    pool = make_pool(
+        DataConfig(train=str(source), template="{q}", partitioner="iid", **elsewhere), num_devices=2, seed=0
+    )
+    assert sorted(example.prompt for example in pool.examples) == sorted(f"q{number}" for number in range(20))
 
 
 @pytest.mark.parametrize(
@@ -501,7 +510,8 @@ def test_epsilon_and_what_it_allows_stand_beside_what_was_measured(summary):
         is_private = row["setting"] == "train.max-steps=5"
         assert row["epsilon"] == (2.0 if is_private else None)
     private = [row for row in summary["membership"] if row["epsilon"] == 2.0]
-    assert {row["allowed_at_1_percent"] for row in private} == {pytest.approx(0.01 * math.exp(2) + 1e-5)}
+    assert private
+    assert all(row["allowed_at_1_percent"] == pytest.approx(0.01 * math.exp(2) + 1e-5) for row in private)
 
 
 def test_secrets_of_all_federations_count_by_their_copies(summary):

@@ -50,9 +50,9 @@ class Bench:
         self._code_hash = app_hash(self._app)
         self.federations = plan.federations()
         # What is wrong with the data is said before a folder is made; settings may change what it is.
-        pools = {parse_run_config(plan.told(part)).data: part for part in self.federations}
         self._digests = {
-            data: make_pool(data, num_devices=plan.num_devices, seed=plan.seeds[0]).digest for data in pools
+            data: make_pool(data, num_devices=plan.num_devices, seed=plan.seeds[0]).digest
+            for data in {parse_run_config(plan.told(part)).data for part in self.federations}
         }
         refuse_other_plan(plan.to_json(), self.folder / PLAN, what="attack")
         self._lock = lock(self.folder, what="attack")
@@ -129,10 +129,9 @@ class Bench:
             return None
         if not isinstance(result, dict) or not all(isinstance(result.get(part), dict) for part in ("nats", "pool")):
             return None
-        wanted = {
-            "run_config": self.plan.recorded(federation),
-            "code_hash": self._code_hash,
-        }
-        digest = self._digests[parse_run_config(self.plan.told(federation)).data]
-        is_same = all(result.get(key) == value for key, value in wanted.items())
-        return result if is_same and result["pool"].get("digest") == digest else None
+        is_same = (
+            result.get("run_config") == self.plan.recorded(federation)
+            and result.get("code_hash") == self._code_hash
+            and result["pool"].get("digest") == self._digests[parse_run_config(self.plan.told(federation)).data]
+        )
+        return result if is_same else None
