@@ -12,10 +12,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from peft import PeftModel
@@ -24,12 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_config
 from fedpt_flwr.data import TokenizedExample, tokenize_examples
-from fedpt_flwr.errors import DataError, DeviceError, FedPTError, ModelError
+from fedpt_flwr.errors import DataError, DeviceError, FedPTError, ModelError, RunError
 from fedpt_flwr.limits import DeviceLimits, parse_limits
 from fedpt_flwr.memory import UNTOLD_BASE_BYTES, check_fits, give_freed_memory_back, is_out_of_memory
 from fedpt_flwr.models import (
     cpu_threads,
+    cut_adapter,
     fingerprint,
+    frozen_fingerprint,
     hold_frozen_weights_in,
     load_causal_lm,
     load_tokenizer,
@@ -49,11 +51,14 @@ from fedpt_flwr.records import (
     check_code,
     code_hash,
     refusal,
+    sent_as,
     to_array_record,
+    to_int8_reply,
     to_reply,
     to_tensors,
 )
-from fedpt_flwr.sources import device_shard, local_shard
+from fedpt_flwr.residual import Residuals
+from fedpt_flwr.sources import device_shard, local_shard, needs_tokenizer
 from fedpt_flwr.training import TaskMemory, device_seed, round_learning_rate, train_locally
 
 OUT_OF_MEMORY = (
@@ -123,14 +128,16 @@ def introduce(message: Message, context: Context) -> Message:
     task_memory.begin()
     config = parse_run_config(context.run_config)
     _check_code(message)
-    load_limits(config, context)
+    device = device_number(context)
+    rank = load_limits(config, context).rank_of(config.tuning, place=f"device {device}")
     shard = load_shard(config, context)
-    groups = {} if config.data.partitioner == "node-local" else Counter(example.group for example in shard)
+    groups = Counter(example.group for example in shard) if tells_groups(config, context) else {}
     card = DeviceCard(
-        device=device_number(context),
+        device=device,
         num_examples=len(shard),
         groups={name: count for name, count in groups.items() if name},
         code_hash=CODE_HASH,
+        lora_rank=rank,
     )
     return Message(content=card.to_content(), reply_to=message)
 
@@ -147,14 +154,16 @@ def train(message: Message, context: Context) -> Message:
     place = f"device {device}, round {server_round}"
     fedprox_mu = float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu
     limits = load_limits(config, context)
+    rank = limits.rank_of(config.tuning, place=f"device {device}")
     config = dataclasses.replace(config, train=limits.apply(config.train))
     tokenizer = cached_tokenizer(config.model.small)
     examples = _tokenized(config, context, tokenizer)
     estimate = None
     if limits.memory_limit_mb is not None:
         give_freed_memory_back()
+        smaller = dataclasses.replace(config.tuning, lora_rank=rank or config.tuning.lora_rank)
         estimate = check_fits(
-            config,
+            dataclasses.replace(config, tuning=smaller),
             examples,
             dtype=limits.dtype or config.model.small_dtype,
             batch_size=limits.max_batch_size or config.train.batch_size,
@@ -164,14 +173,15 @@ def train(message: Message, context: Context) -> Message:
             place=place,
         )
     with cpu_threads(limits.threads or config.threads.device):
-        model, stored = load_small_model(config.model, config.tuning, config.seed, limits.dtype)
+        model, stored, frozen = load_small_model(config.model, config.tuning, config.seed, limits.dtype, rank)
         _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
+        _check_frozen(str(told.get("frozen-fingerprint", "")), frozen)
         received = message.content.array_records[ARRAYS]
         wire = config.wire.dtype
         expected = to_array_record(arrays_of(model))
-        received = check_arrays(received, expected, place=f"{place}, what the server sent", dtype=wire)
+        received = check_arrays(received, expected, place=f"{place}, what the server sent", dtype=sent_as(wire))
         del expected
-        set_arrays(model, to_tensors(received, wire))
+        set_arrays(model, to_tensors(received, sent_as(wire)))
         peak = task_memory.peak_before_training()
         result = train_locally(
             model,
@@ -206,11 +216,33 @@ def train(message: Message, context: Context) -> Message:
         metrics["memory-growth-bytes"] = growth
     if estimate is not None:
         metrics["memory-estimate-bytes"] = estimate
-    update = to_reply(arrays_of(model), received, wire, place=place)
+    if wire == "int8":
+        update = _in_8_bits(model, received, told, server_round, device)
+    else:
+        update = to_reply(arrays_of(model), received, wire, place=place)
     content = RecordDict({ARRAYS: update, METRICS: MetricRecord(metrics)})
     if limits.to_flat():
         content[LIMITS] = ConfigRecord(limits.to_flat())  # type: ignore[arg-type]
     return Message(content=content, reply_to=message)
+
+
+def _in_8_bits(
+    model: PreTrainedModel | PeftModel, received: ArrayRecord, told: ConfigRecord, server_round: int, device: int
+) -> ArrayRecord:
+    """The answer, with what earlier ones lost if the server says of which round; what this one loses is kept."""
+    used = told.get("residual-of")
+    if not isinstance(used, int):
+        return to_int8_reply(arrays_of(model), received, {})[0]
+    residuals = Residuals(str(told.get("residual-run", "")), device)
+    residual = residuals.read(used, {name: tuple(array.shape) for name, array in received.items()})
+    if used and not residual:
+        log(WARNING, "Device %d has not what its answer of round %d lost, and begins without", device, used)
+    update, lost = to_int8_reply(arrays_of(model), received, residual)
+    try:
+        residuals.write(server_round, lost, keep=used)
+    except RunError as error:
+        log(WARNING, "Device %d: what this answer lost cannot be kept, and will not be sent later: %s", device, error)
+    return update
 
 
 def _tokenized(config: RunConfig, context: Context, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedExample]:
@@ -273,6 +305,7 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
         DataError: They cannot be read.
     """
     device = device_number(context)
+    tokenizer = cached_tokenizer(config.model.small) if needs_tokenizer(config.data) else None
     if config.data.partitioner == "node-local":
         path = context.node_config.get("data-path")
         if not isinstance(path, str) or not path:
@@ -281,7 +314,8 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
                 place=f"device {device}",
                 remedy="start its SuperNode with --node-config 'data-path=\"/absolute/path.jsonl\"'",
             )
-        return local_shard(config.data, path)
+        with_groups = tells_groups(config, context)
+        return local_shard(config.data, path, tokenizer=tokenizer, with_groups=with_groups)
     num_devices = context.node_config.get("num-partitions")
     if not isinstance(num_devices, int) or not device < num_devices:
         raise DeviceError(
@@ -290,23 +324,48 @@ def load_shard(config: RunConfig, context: Context) -> list[Example]:
             place=f"device {device}",
             remedy="start its SuperNode with --node-config 'partition-id=0 num-partitions=8'",
         )
-    return device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed)
+    return device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
+
+
+def tells_groups(config: RunConfig, context: Context) -> bool:
+    """Whether the server learns how many examples of which group this device has.
+
+    Both must allow it: the run (``data.disclose``), and the device (``disclose`` of its node config), which says
+    nothing of data of its own unless its operator wants it to.
+
+    Raises:
+        DeviceError: The node config says something else.
+    """
+    allowed = context.node_config.get("disclose", "size" if _has_own_data(context) else "groups")
+    if allowed not in ("size", "groups"):
+        raise DeviceError(
+            "must be size or groups",
+            value=allowed,
+            place=f"device {device_number(context)}, node config, disclose",
+            remedy='restart its SuperNode with disclose="size" in --node-config, or without',
+        )
+    return config.data.disclose == "groups" and allowed == "groups"
 
 
 @functools.lru_cache(maxsize=1)
 def load_small_model(
-    model: ModelConfig, tuning: TuningConfig, seed: int, dtype: str | None
-) -> tuple[PreTrainedModel | PeftModel, str]:
-    """The small model ready to be tuned, and the fingerprint of what this device has stored.
+    model: ModelConfig, tuning: TuningConfig, seed: int, dtype: str | None, rank: int = 0
+) -> tuple[PreTrainedModel | PeftModel, str, str]:
+    """The small model ready to be tuned, and the fingerprints of what this device has stored and drawn.
 
     One process keeps one: every round overwrites all that tuning changes. It is loaded as the server loads it, to be
-    compared, and then held in the device's own ``dtype`` where its weights are frozen.
+    compared, and then held in the device's own ``dtype`` where its weights are frozen. An adapter is drawn as the
+    server draws it, and then cut to the device's own ``rank``, if that is not 0.
     """
     small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
     stored = fingerprint(small)
     if dtype is not None and tuning.mode == "lora":
         hold_frozen_weights_in(small, dtype)
-    return make_tunable(small, tuning, seed=seed), stored
+    tunable = make_tunable(small, tuning, seed=seed)
+    frozen = frozen_fingerprint(tunable)
+    if rank:
+        cut_adapter(tunable, rank)
+    return tunable, stored, frozen
 
 
 cached_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
@@ -319,6 +378,16 @@ def _check_fingerprint(expected: str, stored: str, config: RunConfig) -> None:
             value=config.model.small,
             place="model.small",
             remedy="copy the server's folder to the device, or name a fixed version",
+        )
+
+
+def _check_frozen(expected: str, drawn: str) -> None:
+    if expected and drawn != expected:
+        raise ModelError(
+            "server and device must draw the same first matrices of the adapter, which are never sent; theirs differ",
+            value=drawn,
+            place="tuning.lora-aggregation",
+            remedy="install the same version of torch on both, or set tuning.lora-aggregation='exact'",
         )
 
 

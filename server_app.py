@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import hashlib
 import math
 import platform
 import time
@@ -36,15 +37,18 @@ from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
-from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller
+from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
+from fedpt_flwr.endpoint import Usage
 from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
     check_context,
-    check_vocabularies,
     fingerprint,
+    frozen_fingerprint,
+    large_placement,
     load_causal_lm,
     load_tokenizer,
     make_tunable,
@@ -54,6 +58,7 @@ from fedpt_flwr.models import (
 )
 from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
 from fedpt_flwr.records import DeviceCard, as_tensors, code_hash, to_array_record
+from fedpt_flwr.remote import RemoteModel, connect
 from fedpt_flwr.results import (
     check_same_run,
     device_cost_row,
@@ -63,11 +68,14 @@ from fedpt_flwr.results import (
     summary_lines,
     worse_by,
 )
-from fedpt_flwr.runs import SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
+from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, find_run_to_resume, read_json, runs_root, write_json
 from fedpt_flwr.scoring import MODELS
+from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
-from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts
+from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy, set_inner_state
+from fedpt_flwr.training import check_packing
+from fedpt_flwr.vocabulary import match_vocabularies, translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,6 +141,16 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
     """Load, tune, score: everything between the first line of the log and the table at its end."""
     inner = make_inner_strategy(config.strategy)
     server = Server.load(config, run, flower_run_id)
+    try:
+        _federate(grid, config, server, inner, started, flower_run_id)
+    finally:
+        server.settle()
+
+
+def _federate(
+    grid: Grid, config: RunConfig, server: Server, inner: Strategy, started: float, flower_run_id: int
+) -> None:
+    run = server.run
     arrays, last_round = server.first_arrays(), 0
     if config.resume:
         arrays, last_round = server.resume(inner, arrays)
@@ -157,7 +175,11 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         code_hash=CODE_HASH,
         wire_dtype=config.wire.dtype,
         expected=server.devices_before() if config.resume else None,
+        on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
+        lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
+        lora_aggregation=config.tuning.lora_aggregation,
+        taken=server.taken_before(last_round),
     )
     if config.resume:
         if not server.is_over(last_round):
@@ -170,7 +192,7 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
         initial_arrays=arrays,
         num_rounds=config.num_server_rounds,
         timeout=config.round_timeout_s,
-        train_config=ConfigRecord({"small-fingerprint": server.small_fingerprint}),
+        train_config=ConfigRecord(server.told_to_devices()),
         first_round=last_round + 1,
     )
     if config.distillation.mode not in IN_ROUNDS:
@@ -186,9 +208,11 @@ class Server:
         config: The run's config.
         run: Its folder.
         tokenizer: Shared by all models.
+        shape: Of the records, which says how prompts are written.
         proxy: Large, tuned and untuned; its small models get new weights every round.
         shapes: Of the small model's tunable weights, by name.
         small_fingerprint: Of the small model as loaded.
+        frozen_fingerprint: Of the adapter's matrices that are drawn and never sent; empty where there are none.
         rounds_scored: Validation items that score rounds.
         validation: All validation items, which choose the shift.
         test: Scores the end.
@@ -206,9 +230,11 @@ class Server:
     config: RunConfig
     run: RunFolder
     tokenizer: PreTrainedTokenizerBase
+    shape: Shape
     proxy: ProxyModel
     shapes: Mapping[str, tuple[int, ...]]
     small_fingerprint: str
+    frozen_fingerprint: str
     rounds_scored: Evaluator | None
     validation: Evaluator
     test: Evaluator
@@ -221,6 +247,8 @@ class Server:
     course: list[float] = dataclasses.field(default_factory=list)
     drifts: list[float] = dataclasses.field(default_factory=list)
     resumed_after: int = 0
+    remote_usage: Usage = dataclasses.field(default_factory=Usage)
+    """What the ledger has of a remote large model."""
 
     @classmethod
     def load(cls, config: RunConfig, run: RunFolder, flower_run_id: int) -> Server:
@@ -229,15 +257,28 @@ class Server:
         with naming("model.small"):
             tokenizer = load_tokenizer(model.small)
             small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
-        with naming("model.large"):
-            large_tokenizer = load_tokenizer(model.large)
-            large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device)
+        large: PreTrainedModel
+        placement = large_placement(model)
+        if model.large_url:  # it has compared vocabularies
+            large, large_tokenizer = connect(model.large_url, tokenizer, config.remote), tokenizer
+        else:
+            with naming("model.large"):
+                large_tokenizer = load_tokenizer(model.large)
+                large = load_causal_lm(model.large, dtype=model.large_dtype, device=model.device, placement=placement)
         small_fingerprint = fingerprint(small)
         sizes = {"large": output_size(large), "small": output_size(small)}
-        vocab_size = check_vocabularies(large_tokenizer, tokenizer, sizes)
+        vocabulary = match_vocabularies(large_tokenizer, tokenizer, sizes)
+        if vocabulary.id_map is not None:
+            log(INFO, "The large model numbers its tokens otherwise: its ids are mapped, one to one")
+            check_translated(config, vocabulary.id_map)
+            translate(large, vocabulary.id_map)
         check_context(small.config, config.train.max_length)
+        if config.train.packing:
+            with naming("train.packing"):
+                check_packing(small)
         tuned = make_tunable(small, config.tuning, seed=config.seed)
         shapes = {name: tuple(weight.shape) for name, weight in tuned.named_parameters() if weight.requires_grad}
+        frozen = frozen_fingerprint(tuned)  # before the proxy freezes everything
         # A LoRA adapter can be switched off; tuning all weights needs a second copy to compare with.
         untuned = None
         if config.tuning.mode == "full":
@@ -249,11 +290,13 @@ class Server:
             untuned,
             alpha=1.0 if isinstance(alpha, str) else alpha,
             plausibility=config.proxy.plausibility,
-            vocab_size=vocab_size,
+            vocab_size=vocabulary.size,
             tokenizer=tokenizer,
         )
-        validation = held_out_items(data, "validation", seed=config.seed)
-        test = held_out_items(data, "test", seed=config.seed).first(config.scoring.num_items)
+        proxy.config.large = placement.to_entry()
+        validation = held_out_items(data, "validation", seed=config.seed, tokenizer=tokenizer)
+        test = held_out_items(data, "test", seed=config.seed, tokenizer=tokenizer).first(config.scoring.num_items)
+        shape = scored_shape(data, tokenizer=tokenizer)
         number = config.scoring.round_items
 
         def evaluator(which: str, items: Items) -> Evaluator:
@@ -261,8 +304,9 @@ class Server:
 
         of_validation, of_test = evaluator("validation", validation), evaluator("test", test)
         mode = config.distillation.mode
-        prompts = public_prompts(data) if mode != "off" else None
-        public = public_texts(data) if config.scoring.few_shot or (mode != "off" and prompts is None) else []
+        prompts = public_prompts(data, tokenizer=tokenizer) if mode != "off" else None
+        needs_public = config.scoring.few_shot or (mode != "off" and prompts is None)
+        public = public_texts(data, tokenizer=tokenizer) if needs_public else []
         distiller = None
         if mode != "off":
             texts = None if prompts is None else prompts.texts
@@ -279,7 +323,13 @@ class Server:
                 },
             },
         )
-        log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
+        log(INFO, "Records of the shape %s; a prompt ends %r", shape.name, validation.examples[0].prompt[-40:])
+        if isinstance(large, RemoteModel):
+            endpoint = large.endpoint
+            asked = (endpoint.model, endpoint.url, endpoint.api, endpoint.shows)
+            log(INFO, "Large model %s at %s: asked by '%s', log-probabilities: %s", *asked)
+        else:
+            log(INFO, "Large model %s: %s parameters, frozen", model.large, f"{large.num_parameters():,}")
         log(
             INFO,
             "Small model %s: %s parameters, of which devices tune and send %s",
@@ -291,9 +341,11 @@ class Server:
             config=config,
             run=run,
             tokenizer=tokenizer,
+            shape=shape,
             proxy=proxy,
             shapes=shapes,
             small_fingerprint=small_fingerprint,
+            frozen_fingerprint=frozen,
             rounds_scored=evaluator("validation", validation.first(number)) if number else None,
             validation=of_validation,
             test=of_test,
@@ -404,6 +456,26 @@ class Server:
         cards = [DeviceCard.from_shard(shard, place=str(path)) for shard in shards]
         return {card.device: card for card in cards}
 
+    def taken_before(self, last_round: int) -> dict[int, int]:
+        """The last round up to this one in which each device's answer was taken, by device."""
+        if not last_round or self.config.wire.dtype != "int8":
+            return {}
+        rows = self.run.read_lines_of_rounds("costs.jsonl", last_round)
+        # Rows of the server itself have its name in place of a number.
+        return {
+            row["device"]: row["round"] for row in rows if isinstance(row["device"], int) and not row.get("refused")
+        }
+
+    def told_to_devices(self) -> dict[str, Any]:
+        """What every train message says besides its round."""
+        told: dict[str, Any] = {"small-fingerprint": self.small_fingerprint}
+        if self.frozen_fingerprint:
+            told["frozen-fingerprint"] = self.frozen_fingerprint
+        if self.config.wire.dtype == "int8":
+            # The same when the run goes on; that the devices of two runs take it for one would need one folder's path.
+            told["residual-run"] = hashlib.sha256(f"{platform.node()}\0{self.run.path}".encode()).hexdigest()[:16]
+        return told
+
     def go_on(self, last_round: int, flower_run_id: int) -> None:
         """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
         self.run.add_flower_run(flower_run_id)  # first, so that a process that is killed while it rewinds is on record
@@ -413,9 +485,15 @@ class Server:
             self._score_untouched(self.rounds_scored, last_round, "resume")
 
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
-        """Write who has how many examples of what; of several nodes with one number, the first counts."""
-        shards = {card.device: card.shard() for card in reversed(cards)}
-        write_json(self.run.path / "shards.json", [shards[device] for device in sorted(shards)])
+        """Write who has how many examples of what, and how unlike all others; of one number's nodes, the first's."""
+        of_device = {card.device: card for card in reversed(cards)}
+        ordered = [of_device[device] for device in sorted(of_device)]
+        found = measure_shards([card.num_examples for card in ordered], [card.groups for card in ordered])
+        shards = [
+            {**card.shard(), "distance": None if distance is None else round(distance, 4)}
+            for card, distance in zip(ordered, found.distances, strict=True)
+        ]
+        write_json(self.run.path / "shards.json", shards)
 
     # --- while devices train ---
 
@@ -504,6 +582,7 @@ class Server:
                 "devices": len(outcome.devices),
                 "replies": sum(not part.refused for part in outcome.devices),
                 "seconds": round(outcome.seconds, 3),
+                **({} if outcome.left_out is None else {"lora_left_out": outcome.left_out}),
             },
         )
 
@@ -513,7 +592,7 @@ class Server:
         self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
         seconds = time.perf_counter() - begun
         self._note(server_round, "shift", self.shift.to_json())
-        self._spend(server_cost_row(server_round, "shift", large_tokens=large_tokens, seconds=seconds))
+        self._account(server_round, "shift", large_tokens=large_tokens, seconds=seconds)
         log(
             INFO,
             "Round %d: alpha %g, plausibility %g by %s of %d validation items",
@@ -532,7 +611,7 @@ class Server:
         self._remember(rows)
         shift = {"alpha": self.proxy.alpha, "plausibility": self.proxy.plausibility}
         self._note(server_round, "validation", {"rows": rows, **shift, "seconds": round(seconds, 3)})
-        self._spend(server_cost_row(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds))
+        self._account(server_round, "validation", large_tokens=scores.large_tokens, seconds=seconds)
         right = ", ".join(f"{name} {100 * rows[name]['exact_match']:.1f} %" for name in _FOLLOWED if name in rows)
         log(
             INFO,
@@ -557,9 +636,7 @@ class Server:
         self.drifts.append(lesson.drift)
         total = sum(self.drifts)
         self._note(server_round, "distillation", {"mode": mode, **lesson.to_json(), "drift_total": total})
-        self._spend(
-            server_cost_row(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
-        )
+        self._account(server_round, "distillation", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         log(
             INFO,
             "Round %d: distilled in %d steps, KL %.3f to %.3f nats a token; drift to large %+.3f, %+.3f in all",
@@ -602,16 +679,37 @@ class Server:
         write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
         self.proxy.save_pretrained(
             folder / "proxy",
-            large_ref=self.config.model.large,
+            large_ref=self.config.model.large_url or self.config.model.large,
             untuned_ref=BUNDLED if mode == "paired" else self.config.model.small,
             tokenizer=self.tokenizer,
         )
+        form = {"format": self.shape.name, "template": self.shape.request.text}
+        write_json(folder / "proxy" / PROMPT_FORM, form)
 
     def _note(self, server_round: int, phase: str, row: Mapping[str, Any]) -> None:
         self.run.append("metrics.jsonl", {"round": server_round, "phase": phase, **row})
 
     def _spend(self, *rows: Mapping[str, Any]) -> None:
         self.run.append("costs.jsonl", *rows)
+
+    def _account(self, server_round: int, phase: str, *, large_tokens: int, seconds: float) -> None:
+        remote = self._remote_costs()
+        self._spend(server_cost_row(server_round, phase, large_tokens=large_tokens, seconds=seconds, remote=remote))
+
+    def _remote_costs(self) -> dict[str, Any]:
+        """What the remote large model has cost since this was asked last; nothing where it is not remote."""
+        large = self.proxy.large
+        if not isinstance(large, RemoteModel):
+            return {}
+        earlier, self.remote_usage = self.remote_usage, large.endpoint.usage.copy()
+        return large.usage_since(earlier)
+
+    def settle(self) -> None:
+        """Write what a remote large model has cost and no phase has accounted for: that of one which failed."""
+        remote = self._remote_costs()
+        if remote.get("remote_requests") or remote.get("remote_retries"):
+            last_round = max(self.run.rounds(), default=0)
+            self._spend(server_cost_row(last_round, "unfinished", large_tokens=0, seconds=0.0, remote=remote))
 
     def _remember(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         if self.config.stop.metric:
@@ -641,7 +739,7 @@ class Server:
             self._score_untouched(self.test, rounds[-1], "test")
         scores = self.test.score(self.proxy, rows=wanted, public_texts=self.public)
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds))
+        self._account(rounds[-1], "test", large_tokens=scores.large_tokens, seconds=seconds)
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
         if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
@@ -678,7 +776,7 @@ class Server:
         examples, large_tokens = self.test.examples(self.proxy, scores, number=_EXAMPLES)
         self.run.append("examples.jsonl", *examples)
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, "examples", large_tokens=large_tokens, seconds=seconds))
+        self._account(last_round, "examples", large_tokens=large_tokens, seconds=seconds)
 
     def _score_untouched(self, evaluator: Evaluator, last_round: int, phase: str) -> None:
         """Measure the row ``untuned`` with the small model of round 0, which ``paired`` changes; it is remembered."""
@@ -689,7 +787,7 @@ class Server:
         model = self.config.model
         evaluator.remember_untuned(load_causal_lm(model.small, dtype=model.small_dtype, device=model.device))
         seconds = time.perf_counter() - begun
-        self._spend(server_cost_row(last_round, phase, large_tokens=0, seconds=seconds))
+        self._account(last_round, phase, large_tokens=0, seconds=seconds)
 
     def _shift(self, last_round: int) -> Shift:
         """The shift that was chosen; where it was given, what others would have given on the validation items."""
@@ -700,7 +798,7 @@ class Server:
             begun = time.perf_counter()
             curve, large_tokens = self.validation.shift_curve(self.proxy)
             seconds = time.perf_counter() - begun
-            self._spend(server_cost_row(last_round, "curve", large_tokens=large_tokens, seconds=seconds))
+            self._account(last_round, "curve", large_tokens=large_tokens, seconds=seconds)
         return Shift(
             alpha=self.proxy.alpha,
             plausibility=self.proxy.plausibility,
@@ -725,7 +823,7 @@ class Server:
         )
         self._note(last_round, "device", taught.to_json())
         self.run.save_folder("device", lambda folder: save_small(copy, folder, self.config.model.small, self.tokenizer))
-        self._spend(server_cost_row(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds))
+        self._account(last_round, "device", large_tokens=lesson.large_tokens, seconds=lesson.seconds)
         topics = frozenset[str]() if self.prompts is None else self.prompts.topics
         rows = self.test.rows_by_topic("device", self.test.measure(copy), topics)
         return {name: row.to_json() for name, row in rows.items()}

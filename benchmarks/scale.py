@@ -4,8 +4,9 @@
 
 A real SuperLink with its database, its executor and the app's own ServerApp, each a process; the devices are scripted:
 threads of one process that speak Flower's own protocol to the SuperLink, and answer a train message with the model
-plus a little noise, of one of a few kinds (the SuperLink keeps equal pieces once). One device fetches all that it is
-sent, and its bytes are counted; the others fetch what they need to answer. Where the SuperLink's answer is a server
+plus a little noise, of one of a few kinds (the SuperLink keeps equal pieces once), some at a time, because devices do
+not end their training in the same second. One device fetches all that it is sent, and its bytes are counted; the
+others fetch what they need to answer. Where the SuperLink's answer is a server
 error (its database was locked for five seconds), a SuperNode ends and is started again by its supervisor; a scripted
 device asks again, and the errors are counted.
 
@@ -106,12 +107,12 @@ class Devices:
         num_server_errors: How often the SuperLink could not answer.
     """
 
-    def __init__(self, address: str, number: int, kinds: Kinds) -> None:
+    def __init__(self, address: str, number: int, kinds: Kinds, at_once: int) -> None:
         self.down = self.up = self.rounds = self.num_server_errors = 0
         self.errors: list[str] = []
         self._address, self._kinds = address, kinds
         self._code = code_hash(ROOT / "client_app.py")
-        self._stop = threading.Event()
+        self._stop, self._turns = threading.Event(), threading.Semaphore(at_once)
         self._threads = [threading.Thread(target=self._live, args=(device,), daemon=True) for device in range(number)]
         for thread in self._threads:
             thread.start()
@@ -158,8 +159,9 @@ class Devices:
             if get_object_head_values_from_object_content(content)[0] == "ConfigRecord"
         )
         content = self._content(device, config, is_train=is_train)
-        while (up := self._send(device, Message(content, reply_to=message), send, push)) is None:
-            self.num_server_errors += 1
+        with self._turns if is_train else contextlib.nullcontext():
+            while (up := self._send(device, Message(content, reply_to=message), send, push)) is None:
+                self.num_server_errors += 1
         if device == 0 and is_train:
             self.down, self.up, self.rounds = down, up, self.rounds + 1
 
@@ -342,7 +344,7 @@ def measure(model: Path | str, num_devices: int, arguments: argparse.Namespace) 
     kinds = Kinds(str(model), min(arguments.kinds, num_devices), arguments.dtype)
     federation = Federation(folder)
     watcher = Watcher(federation.sessions)
-    devices = Devices(federation.address, num_devices, kinds)
+    devices = Devices(federation.address, num_devices, kinds, arguments.at_once)
     try:
         entry = federation.run(
             {
@@ -402,6 +404,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", type=int, default=4, help="different answers")
+    parser.add_argument("--at-once", type=int, default=4, help="devices that send their reply at the same time")
     parser.add_argument("--dtype", default="float32", help="wire.dtype")
     parser.add_argument("--strategy", default="FedAvg")
     parser.add_argument("--folder", help="where temporary files go")
@@ -418,7 +421,8 @@ def main() -> None:
                 rows.append(measure(model, number, arguments) | {"model_bytes": size})
                 print(json.dumps(rows[-1]), flush=True)
     slopes = {number: slope(rows, number) for number in arguments.devices if len(arguments.megabytes) > 1}
-    settings = {"rounds": arguments.rounds, "kinds": arguments.kinds, "dtype": arguments.dtype}
+    settings = {"rounds": arguments.rounds, "kinds": arguments.kinds, "at_once": arguments.at_once}
+    settings["dtype"] = arguments.dtype
     result = {**settings, "strategy": arguments.strategy, "rows": rows, "serverapp_bytes_per_model_byte": slopes}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedpt_flwr.models import input_device
+
 IntArray = npt.NDArray[np.int64]
 
 _MAX_SCORES = 2**24  # that a model returns at once: 64 MiB of float32
@@ -103,7 +105,7 @@ def score_choices(
         reads = []
         for opener in openers:
             with opener() as model:
-                ids = torch.tensor([list(prompt)], device=model.device)
+                ids = torch.tensor([list(prompt)], device=input_device(model))
                 reads.append(model(input_ids=ids, use_cache=True, logits_to_keep=1))
         groups = groups or list(_grouped(choices, pad_id, width=reads[0].logits.shape[-1]))
         for place, (members, targets, counted) in enumerate(groups, 1):
@@ -154,5 +156,5 @@ def _score(model: PreTrainedModel, read: Any, targets: Tensor, *, is_last: bool)
     cache = read.cache if is_last else copy.deepcopy(read.cache)  # what is read is added to it
     cache.batch_repeat_interleave(len(targets))
     # The gaps are behind the tokens, where a causal model does not look, so no mask is needed.
-    rest = model(input_ids=targets[:, :-1].to(model.device), cache=cache, use_cache=True).logits
+    rest = model(input_ids=targets[:, :-1].to(input_device(model)), cache=cache, use_cache=True).logits
     return torch.cat([first, rest], dim=1)

@@ -25,9 +25,10 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedpt_flwr.config import RunConfig
+    from fedpt_flwr.config import DataConfig, RunConfig
     from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.proxy import ProxyModel
+    from fedpt_flwr.remote import RemoteModel
 
 app = typer.Typer(
     name="fedpt",
@@ -56,6 +57,20 @@ Plausibility = Annotated[
     float | None, typer.Option(help="Mask of tokens that the tuned model finds implausible; by default the run's.")
 ]
 Large = Annotated[str | None, typer.Option(help="Where the large model lies now, if not where the run found it.")]
+LargeUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of an OpenAI-compatible service to ask for the large model's log-probabilities, instead of "
+        "loading it; its key is read from FEDPT_LARGE_API_KEY."
+    ),
+]
+LargeName = Annotated[str | None, typer.Option(help="The large model's name there, if there are several.")]
+LargeDeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="How the large model is divided among this machine's devices, such as `auto`, if not as the run says."
+    ),
+]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
 Prepare = Annotated[
     bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
@@ -89,6 +104,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
     large: Large = None,
+    large_url: LargeUrl = None,
+    large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     url: Annotated[str | None, typer.Option(help="Ask the service at this address instead; see `fedpt serve`.")] = None,
@@ -103,9 +121,9 @@ def generate(
     if model not in _MODELS:
         raise ConfigError(f"must be one of {', '.join(_MODELS)}", value=model, place="--model")
     if url is not None:
-        if large is not None or run != "latest":
+        if large is not None or large_url is not None or run != "latest":
             raise ConfigError(
-                "a service has its own run and models", place="--url", remedy="leave --run and --large out"
+                "a service has its own run and models", place="--url", remedy="leave --run, --large and --large-url out"
             )
         settings = {"alpha": alpha, "plausibility": plausibility, "temperature": temperature, "seed": seed}
         _ask_service(url, api_key, prompt, example, _COMPARED if compare else (model,), max_new_tokens, settings)
@@ -115,7 +133,10 @@ def generate(
 
     from fedpt_flwr.models import cpu_threads
 
-    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility, prepare=prepare)
+    found = _find_large(folder, config, large, large_url, large_name)
+    proxy, tokenizer = _load_proxy(
+        folder, found, device, alpha, plausibility, prepare=prepare, large_device_map=large_device_map
+    )
     answer = None
     if example is not None:
         prompt, answer = _test_item(config, example)
@@ -149,14 +170,20 @@ def generate(
             )
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
-    if not compare:
+    if proxy.hides_tokens:
+        done = "share the rest as untuned would" if proxy.large.fills(samples=temperature > 0) else "are ruled out"
+        said = f"Tokens that the service does not show {done}"
+        _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
+    if compare:
+        _print_answers(text, {name: write(name) for name in _COMPARED}, answer)
+    else:
         from transformers import TextStreamer
 
         write(model, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         if answer is not None:
             _err.print(f"right answer: {answer}", markup=False, highlight=False, style="dim")
-        return
-    _print_answers(text, {name: write(name) for name in _COMPARED}, answer)
+    if not isinstance(found, str | None):
+        _remote_spending(found)
 
 
 @app.command()
@@ -168,6 +195,9 @@ def score(
     validation: Annotated[bool, typer.Option("--validation", help="Score the validation items instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     large: Large = None,
+    large_url: LargeUrl = None,
+    large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
@@ -177,11 +207,12 @@ def score(
     from fedpt_flwr.scoring import render_table, results_table, verdict
     from fedpt_flwr.sources import held_out_items, public_texts
 
-    proxy, tokenizer = _load_proxy(folder, large, device, alpha, plausibility)
+    found = _find_large(folder, config, large, large_url, large_name)
+    proxy, tokenizer = _load_proxy(folder, found, device, alpha, plausibility, large_device_map=large_device_map)
     which = "validation" if validation else "test"
     number = config.scoring.num_items if items is None else items
-    chosen = held_out_items(config.data, which, seed=config.seed).first(number)
-    public = public_texts(config.data) if config.scoring.few_shot else []
+    chosen = held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer).first(number)
+    public = public_texts(config.data, tokenizer=tokenizer) if config.scoring.few_shot else []
     evaluator = Evaluator(chosen, tokenizer, config, proxy, place=f"data.{which}")
     untouched = _untouched(folder, config, device)
     if untouched is not None:
@@ -190,9 +221,11 @@ def score(
         scores = evaluator.score(proxy, public_texts=public, on_progress=progress)
     results = scores.to_json()
     if (folder / "device").is_dir():
-        results["rows"] |= _device_rows(folder, config, evaluator, device)
+        results["rows"] |= _device_rows(folder, config, evaluator, device, tokenizer)
     _out.print(render_table(results_table(results)), markup=False, highlight=False, soft_wrap=True)
     _out.print(verdict(results), markup=False, highlight=False, soft_wrap=True)
+    if not isinstance(found, str | None):
+        results["costs"] = _remote_spending(found)
     if json_file is not None:
         write_json(json_file.absolute(), results)
 
@@ -225,6 +258,12 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer that may be asked for, if the models' context allows it.")
     ] = 4096,
+    full_logprobs: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Log-probabilities that a request may ask for at once, where it wants all; 0: no such requests."
+        ),
+    ] = 1 << 22,
     request_timeout_s: Annotated[float, typer.Option(min=0.001, help="Until a request must be done.")] = 600.0,
     grace_s: Annotated[float, typer.Option(min=0.0, help="Time for running requests after SIGTERM.")] = 30.0,
     poll_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks for a new round.")] = 1.0,
@@ -243,6 +282,9 @@ def serve(
     alpha: Alpha = None,
     plausibility: Plausibility = None,
     large: Large = None,
+    large_url: LargeUrl = None,
+    large_name: LargeName = None,
+    large_device_map: LargeDeviceMap = None,
     device: Device = "auto",
     prepare: Prepare = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the run's.")] = None,
@@ -286,6 +328,7 @@ def serve(
         _err.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
     transformers_logging.disable_progress_bar()
     _err.print(f"Loading {folder}", markup=False, highlight=False, soft_wrap=True)
+    found = _find_large(folder, config, large, large_url, large_name)
 
     def on_ready(version: Any, address: str) -> None:
         said = f"Serving {version.name} at {address} (the page) and {address}/v1 (for OpenAI clients); Ctrl-C ends it"
@@ -293,7 +336,14 @@ def serve(
 
     server.serve(
         folder,
-        Loader(large=large, device=device, alpha=alpha, plausibility=plausibility, prepare=prepare),
+        Loader(
+            large=found,
+            device=device,
+            alpha=alpha,
+            plausibility=plausibility,
+            prepare=prepare,
+            large_device_map=large_device_map,
+        ),
         server.ServerConfig(
             host=host,
             port=port,
@@ -308,6 +358,7 @@ def serve(
         ServiceConfig(
             api_keys=tuple(key.strip() for key in api_key or ()),
             max_new_tokens=max_tokens,
+            max_full_logprobs=full_logprobs,
             request_timeout_s=request_timeout_s,
             log_prompts=log_prompts,
             hosts=hosts,
@@ -744,11 +795,10 @@ def split(
     """
     from fedpt_flwr import split as splitting
     from fedpt_flwr.config import parse_run_config
-    from fedpt_flwr.prompts import Template
 
     given = _given_config([str(config)], place="--config") if config else {}
     data = parse_run_config(given).data
-    fields = _listed(key) or (list(Template(data.template).fields) if config else [])
+    fields = _listed(key) or (_prompt_fields(data) if config else [])
     if not fields:
         raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
     files = {"test": test, "validation": validation, "public": public}
@@ -951,14 +1001,56 @@ def _measured_costs(folder: Path) -> tuple[dict[str, float], int]:
     return read_json(folder / "results.json")["costs"], len(read_json(folder / "shards.json"))
 
 
+def _find_large(
+    folder: Path, config: RunConfig, large: str | None, url: str | None, name: str | None
+) -> str | RemoteModel | None:
+    """Where the large model is: here, at a service, or (None) where the run had it."""
+    if large is not None and (url is not None or name is not None):
+        raise ConfigError("the large model is either here or at a service", place="--large and --large-url")
+    address = url or ("" if large is not None else config.model.large_url)
+    if not address:
+        if name is not None:
+            raise ConfigError("names a model of a service", value=name, place="--large-name", remedy="add --large-url")
+        return large
+    from dataclasses import replace
+
+    import fedpt_flwr.proxy  # noqa: F401 (tells transformers about the folder's config)
+    from fedpt_flwr.models import load_tokenizer
+    from fedpt_flwr.remote import connect
+
+    is_other = address != config.model.large_url
+    settings = replace(config.remote, model=name or ("" if is_other else config.remote.model))
+    model = connect(address, load_tokenizer(str((folder / "proxy").resolve())), settings)
+    asked = model.endpoint
+    said = f"Large model {asked.model} at {asked.url}; log-probabilities: {asked.shows}"
+    _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return model
+
+
+def _remote_spending(large: RemoteModel) -> dict[str, Any]:
+    """Say what a remote large model has cost; the same for a file."""
+    from fedpt_flwr.endpoint import Usage
+
+    spent = large.usage_since(Usage())
+    price = f", price {spent['remote_price']:.6f}" if "remote_price" in spent else ""
+    said = (
+        f"Remote large model: {spent['remote_requests']} requests, {spent['remote_retries']} repeated; "
+        f"{spent['remote_tokens_sent']} tokens sent, {spent['remote_tokens_received']} received{price}; "
+        f"{spent['remote_recalled']} answers were known"
+    )
+    _err.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return spent
+
+
 def _load_proxy(
     folder: Path,
-    large: str | None,
+    large: str | RemoteModel | None,
     device: str,
     alpha: float | None,
     plausibility: float | None,
     *,
     prepare: bool = False,
+    large_device_map: str | None = None,
 ) -> tuple[ProxyModel, PreTrainedTokenizerBase]:
     from transformers import logging as transformers_logging
 
@@ -966,7 +1058,13 @@ def _load_proxy(
     from fedpt_flwr.proxy import ProxyModel
 
     transformers_logging.disable_progress_bar()
-    proxy = ProxyModel.from_pretrained(folder, large=large, device=str(pick_device(device)), prepare=prepare)
+    proxy = ProxyModel.from_pretrained(
+        folder,
+        large=large,
+        large_device_map=large_device_map,
+        device=str(pick_device(device)),
+        prepare=prepare,
+    )
     if alpha is not None:
         proxy.alpha = alpha
     if plausibility is not None:
@@ -994,17 +1092,19 @@ def _untouched(folder: Path, config: RunConfig, device: str) -> PreTrainedModel 
     return model
 
 
-def _device_rows(folder: Path, config: RunConfig, evaluator: Evaluator, device: str) -> dict[str, Any]:
+def _device_rows(
+    folder: Path, config: RunConfig, evaluator: Evaluator, device: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """The rows of the devices' copy of the small model."""
     from fedpt_flwr.models import load_adapter, load_causal_lm
     from fedpt_flwr.sources import public_prompts
 
-    copy, settings = folder / "device", {"dtype": config.model.small_dtype, "device": device}
+    copy, dtype = folder / "device", config.model.small_dtype
     is_adapter = (copy / "adapter_config.json").is_file()
-    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), **settings)
+    model = load_causal_lm(config.model.small if is_adapter else str(copy.resolve()), dtype=dtype, device=device)
     if is_adapter:
         model = load_adapter(model, copy)
-    prompts = public_prompts(config.data)
+    prompts = public_prompts(config.data, tokenizer=tokenizer)
     topics = frozenset[str]() if prompts is None else prompts.topics
     rows = evaluator.rows_by_topic("device", evaluator.measure(model), topics)
     return {name: row.to_json() for name, row in rows.items()}
@@ -1068,14 +1168,29 @@ def _table(cells: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+def _prompt_fields(data: DataConfig) -> list[str]:
+    """The fields of a record's prompt; none where its shape does not say them."""
+    from fedpt_flwr.prompts import Template
+    from fedpt_flwr.shapes import AutoShape, ChatShape, make_shape
+
+    if data.format == "chat":
+        return []
+    shape = make_shape(data.format, template=Template(data.template), answer_field=data.answer_field, tokenizer=None)
+    if isinstance(shape, AutoShape | ChatShape):
+        return []
+    return ["text"] if shape.name == "text" else list(shape.request.fields)
+
+
 def _prompt_text(prompt: str) -> str:
     return _standard_input() if prompt == "-" else prompt.replace("\\n", "\n")
 
 
 def _test_item(config: RunConfig, number: int) -> tuple[str, str]:
-    from fedpt_flwr.sources import held_out_items
+    from fedpt_flwr.models import load_tokenizer
+    from fedpt_flwr.sources import held_out_items, needs_tokenizer
 
-    items = held_out_items(config.data, "test", seed=config.seed).examples
+    tokenizer = load_tokenizer(config.model.small) if needs_tokenizer(config.data) else None
+    items = held_out_items(config.data, "test", seed=config.seed, tokenizer=tokenizer).examples
     if number > len(items):
         raise ConfigError(f"the run has {len(items)} test items", value=number, place="--example")
     return items[number - 1].prompt, items[number - 1].answer
@@ -1089,7 +1204,7 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, proxy: ProxyModel
     if not text:
         raise ConfigError("the prompt must not be empty")
     room = (proxy.config.max_position_embeddings or 1 << 30) - limit
-    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.large.device)
+    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.device)
 
 
 def _is_shared(proxy: ProxyModel, name: str) -> bool:
@@ -1215,9 +1330,18 @@ def _tuned_before(
 def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.config import examine_run_config
-    from fedpt_flwr.models import check_vocabularies, load_tokenizer
-    from fedpt_flwr.sources import answer_choices, device_shard, held_out_items, public_prompts, public_texts
+    from fedpt_flwr.distiller import check_translated
+    from fedpt_flwr.models import large_placement, load_tokenizer
+    from fedpt_flwr.sources import (
+        answer_choices,
+        device_shard,
+        held_out_items,
+        needs_tokenizer,
+        public_prompts,
+        public_texts,
+    )
     from fedpt_flwr.strategy import make_inner_strategy
+    from fedpt_flwr.vocabulary import match_vocabularies
 
     config, problems = examine_run_config(flat)
 
@@ -1229,13 +1353,17 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             if str(error) not in map(str, problems):
                 problems.append(error)
 
-    tokenizers = []
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     for key, ref in (("model.large", config.model.large), ("model.small", config.model.small)):
         with collecting(), naming(key):
-            tokenizers.append(load_tokenizer(ref))
+            tokenizers[key] = load_tokenizer(ref)
     if len(tokenizers) == 2:
         with collecting():
-            check_vocabularies(tokenizers[0], tokenizers[1])
+            vocabulary = match_vocabularies(tokenizers["model.large"], tokenizers["model.small"])
+            if vocabulary.id_map is not None:
+                check_translated(config, vocabulary.id_map)
+    with collecting(), naming("model.large"):
+        large_placement(config.model).arguments()
     with collecting():
         make_inner_strategy(config.strategy)
     num_devices = config.min_devices if num_devices is None else num_devices
@@ -1243,19 +1371,22 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         remedy = "start more devices (--num-devices), or lower min-devices"
         rule = f"a run would wait in vain for more than the {num_devices} devices that there are"
         problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
+    tokenizer = tokenizers.get("model.small")
+    if tokenizer is None and needs_tokenizer(config.data):
+        return problems  # without it no record can be written
     if config.data.partitioner != "node-local":
         with collecting():
-            device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed)
+            device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
     for which in ("validation", "test"):
         with collecting():
-            held_out_items(config.data, which, seed=config.seed)
+            held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer)
     with collecting():
-        public_texts(config.data)
+        public_texts(config.data, tokenizer=tokenizer)
     with collecting():
         answer_choices(config.data)
     if config.distillation.mode != "off":
         with collecting():
-            public_prompts(config.data)
+            public_prompts(config.data, tokenizer=tokenizer)
     return problems
 
 

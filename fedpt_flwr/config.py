@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -45,6 +46,14 @@ AUTO = "auto"
 
 SCORED_ROWS = ("large", "untuned", "tuned", "proxy")
 """What ``scoring.rows`` can name."""
+
+DATA_FORMATS = ("template", "auto", "instruction", "completion", "chat", "text", "classification")
+"""What ``data.format`` can be."""
+LORA_AGGREGATIONS = ("average", "exact", "frozen-a")
+"""What ``tuning.lora-aggregation`` can be."""
+
+_WEIGHTED_MEANS = ("FedAvg", "FedProx")
+"""Strategies that make the weighted mean of the devices' weights, and nothing else."""
 
 CHOICE_LENGTHS = ("sum", "tokens", "bytes")
 """What ``scoring.choice-length`` can be."""
@@ -88,6 +97,14 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def _is_json_object(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and bool(found)
+
+
 def _names(text: str) -> list[str]:
     """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -116,6 +133,40 @@ class ModelConfig:
         *_NOT_EMPTY,
         path=True,
     )
+    large_url: str = _setting(
+        "",
+        "Address of an OpenAI-compatible service whose model is the large LM instead, which is then not loaded here; "
+        "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
+        "must begin with http:// or https://, and hold no key",
+        lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
+    )
+    large_device_map: str = _setting(
+        "",
+        "How the large LM is divided where it is larger than one device: `auto`, `balanced`, `balanced_low_0`, "
+        '`sequential`, or a JSON object of modules and devices such as `{"model.layers.0": 0, "": "cpu"}` (numbers '
+        "of GPUs, `cpu`, `disk`). Empty: all of it is on `model.device`.",
+        "must be empty, auto, balanced, balanced_low_0, sequential or a JSON object",
+        lambda value: value in ("", "auto", "balanced", "balanced_low_0", "sequential") or _is_json_object(value),
+    )
+    large_max_memory: str = _setting(
+        "",
+        'What the devices of an automatic map may take: a JSON object such as `{"0": "20GiB", "cpu": "60GiB"}`. '
+        "What is left lies on disk. Empty: all there is.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
+    )
+    large_offload_folder: str = _setting(
+        "",
+        "Absolute path of a folder for weights on disk that are not read from the checkpoint itself.",
+        path=True,
+    )
+    large_quantization: str = _setting(
+        "",
+        'JSON object that is transformers\' `quantization_config` for the large LM, such as `{"load_in_8bit": true}`; '
+        "its package must be installed on the server. Empty: weights as they are stored.",
+        "must be empty or a JSON object",
+        lambda value: not value or _is_json_object(value),
+    )
     small_dtype: str = _setting("float32", "Floating-point type of the small LM's weights.", *_DTYPE)
     large_dtype: str = _setting("float32", "Floating-point type of the large LM's weights.", *_DTYPE)
     device: str = _setting(
@@ -125,6 +176,55 @@ class ModelConfig:
         "must be auto, cpu, cuda, cuda:<number> or mps",
         lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value) is not None,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteConfig:
+    """How a large model behind an API is asked (`model.large-url`)."""
+
+    model: str = _setting(
+        "", "Its name there. Empty: `large` of a service of this project, else the only model that there is."
+    )
+    api: str = _setting(
+        "auto",
+        "What a request gets. `full`: all log-probabilities at any places of a text (a service of this project). "
+        "`echo`: the likeliest tokens at all places of a text. `next`: those of the token that follows. "
+        "`auto`: the best that "
+        "works.",
+        *_one_of("auto", "full", "echo", "next"),
+    )
+    top_logprobs: int = _setting(
+        0, "Tokens whose log-probabilities are used at each place; 0: as many as the service gives.", *_at_least(0)
+    )
+    hidden: str = _setting(
+        "auto",
+        "What becomes of tokens that are not shown. `restrict`: they are ruled out. `fill`: the untuned LM shares out "
+        "what probability is left. `auto`: ruled out where always the likeliest token is taken, filled in where tokens "
+        "are drawn.",
+        *_one_of("auto", "restrict", "fill"),
+    )
+    timeout_s: float = _setting(60.0, "Seconds that a request may take.", *_POSITIVE)
+    retries: int = _setting(
+        4, "How often a request that failed is sent again, each time after a longer wait.", *_at_least(0)
+    )
+    concurrency: int = _setting(8, "Requests at the same time.", *_at_least(1))
+    draft_tokens: int = _setting(
+        3,
+        "Tokens that the tuned model drafts in scoring, to save requests; 0 with `next`, which would save none.",
+        *_at_least(0),
+    )
+    token_budget: int = _setting(
+        0, "Tokens sent and received together, after which nothing more is asked; 0: no limit.", *_at_least(0)
+    )
+    price_sent: float = _setting(0.0, "Price of a million tokens sent, for the ledger.", *_at_least(0))
+    price_received: float = _setting(0.0, "Price of a million tokens received, for the ledger.", *_at_least(0))
+    cache: str = _setting(
+        "",
+        "Absolute path of a folder that keeps what was answered, so that nothing is paid twice; empty: "
+        "`$FEDPT_HOME/remote`, or `~/.fedpt/remote`; `off`: nothing is kept.",
+        path=True,
+    )
+    cache_mb: int = _setting(2048, "Megabytes up to which answers are kept.", *_at_least(1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +243,14 @@ class TuningConfig:
         "all-linear",
         "Modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
         *_NOT_EMPTY,
+    )
+    lora_aggregation: str = _setting(
+        "average",
+        "How adapters become one. `average`: each of their two matrices by itself, which is not the mean of what they "
+        "do. `exact`: the mean of their products, cut to the rank again; what that leaves out is in `metrics.jsonl`. "
+        "`frozen-a`: the first matrix stays as it was drawn, only the second is tuned and sent: half the bytes, and "
+        "the mean is exact.",
+        *_one_of(*LORA_AGGREGATIONS),
     )
 
 
@@ -176,6 +284,11 @@ class TrainConfig:
         "Tokens of prompt and answer together. What is longer loses the beginning of the prompt, down to half of "
         "this, then the end of the answer.",
         *_at_least(2),
+    )
+    packing: bool = _setting(
+        False,
+        "Put short examples of a batch behind one another, into rows as long as the longest, each read as if it were "
+        "alone: the same update without the time for padding. Refused for a model that cannot keep them apart.",
     )
     mixed_precision: str = _setting(
         "no", "Forward and backward passes in a shorter type (accelerate).", *_one_of("no", "bf16", "fp16")
@@ -219,6 +332,13 @@ class DataConfig:
         path=True,
     )
     public_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
+    format: str = _setting(
+        "template",
+        "What a record looks like (docs/data.md). `template`: any fields, written by `data.template`. `instruction`, "
+        "`completion`, `chat`, `text`, `classification`: fields of fixed names, and prompts of a fixed form; "
+        "`data.template` and `data.answer-field` are then unused. `auto`: one of these, by the first record's fields.",
+        *_one_of(*DATA_FORMATS),
+    )
     template: str = _setting(
         "> {request}\n[{unit}]\n",
         "The prompt, with a record's fields in braces; `\\n` is a line break however it is quoted. Empty: no prompt "
@@ -240,7 +360,10 @@ class DataConfig:
         path=True,
     )
     choices_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
-    public_template: str = _setting("{text}", "How a public record becomes a text.", *_NOT_EMPTY)
+    public_template: str = _setting(
+        "{text}",
+        "How a public record becomes a text; empty: as the devices' records do (`data.format`), answer included.",
+    )
     prompts: str = _setting(
         "demo:prompts",
         "Public prompts of the server for distillation: records without answers, written out by `data.template`. "
@@ -269,6 +392,12 @@ class DataConfig:
         *_one_of("natural", "dirichlet", "iid", "node-local"),
     )
     dirichlet_alpha: float = _setting(0.5, "Concentration; smaller means more skewed.", *_POSITIVE)
+    disclose: str = _setting(
+        "groups",
+        "What devices say of their shards before the first round. `size`: the number of examples. `groups`: also how "
+        "many are of which group (`data.group-field`); of `node-local` data only a device whose node config allows it.",
+        *_one_of("size", "groups"),
+    )
     holdout_fraction: float = _setting(
         0.1,
         "Share of `data.train` kept back where there is no validation or test file.",
@@ -286,8 +415,10 @@ class WireConfig:
         "Type of the arrays on the wire. `float16` and `bfloat16` halve the bytes: the server sends its arrays "
         "rounded, a device sends back its change of them, rounded; the server's own arrays and all sums stay float32. "
         "`float16` is the more exact (11 bits, to 65504; changes below 3e-8 are lost), `bfloat16` has the range of "
-        "float32 (8 bits).",
-        *_DTYPE,
+        "float32 (8 bits). `int8`: the server sends `float16`, a device sends its change in 8 bits a value with a "
+        "scale for 256 values each, and adds what that lost to its next change (not with "
+        "`tuning.lora-aggregation='exact'`); what was lost last lies under `FEDPT_HOME` on the device.",
+        *_one_of("float32", "bfloat16", "float16", "int8"),
     )
 
 
@@ -477,6 +608,7 @@ class RunConfig:
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    remote: RemoteConfig = dataclasses.field(default_factory=RemoteConfig)
     tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -698,12 +830,28 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "paired with lora",
             "set distillation.mode='carry', or tuning.mode='full'",
         )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        _check_exact(config, refuse)
     if config.data.choices and config.data.answer_pattern:
         refuse(
             "data.choices and data.answer-pattern",
             "an answer that is chosen counts as a whole",
             config.data.answer_pattern,
             "leave one of them out",
+        )
+    if config.data.format == "classification" and not config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            "a classification needs the labels to choose from",
+            "",
+            "set data.choices='test', or a text file with a label on each line",
+        )
+    if config.data.format in ("chat", "text") and config.data.choices:
+        refuse(
+            "data.choices and data.format",
+            f"the shape {config.data.format} has no labels to choose from",
+            config.data.choices,
+            "leave data.choices out, or set data.format='classification'",
         )
     if config.data.partitioner == "node-local" and "train" in _names(config.data.choices):
         refuse(
@@ -726,6 +874,25 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
                 "give it in one place",
             )
     return found
+
+
+def _check_exact(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    if config.strategy.name not in _WEIGHTED_MEANS:
+        refuse(
+            "tuning.lora-aggregation and strategy.name",
+            "exact aggregation writes the adapter in new directions after every round, so that momentum, medians and "
+            "distances between the old ones mean nothing",
+            config.strategy.name,
+            "set strategy.name='FedAvg', or tuning.lora-aggregation='frozen-a', which goes with every strategy",
+        )
+    if config.distillation.mode == "carry":
+        refuse(
+            "tuning.lora-aggregation and distillation.mode",
+            "carry adds up what the rounds changed, and exact aggregation writes the adapter in new directions after "
+            "every round",
+            config.distillation.mode,
+            "set distillation.mode='final', or tuning.lora-aggregation='frozen-a'",
+        )
 
 
 def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:

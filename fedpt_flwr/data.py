@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedpt_flwr.errors import ConfigError, DataError, ModelError
 from fedpt_flwr.prompts import Example, Template, field_text
+from fedpt_flwr.shapes import AutoShape, Shape, TemplateShape
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -410,20 +411,58 @@ def load_examples_with_records(
     source: str, *, split: str = "train", template: str, answer_field: str, group_field: str = ""
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """As `load_examples`, with the records that the examples were made of, in the same order."""
-    prompt = Template(template)
-    examples, records = [], []
+    shape = TemplateShape(Template(template), answer_field)
+    loaded = load_records(source, shape, split=split, group_field=group_field)
+    return [example for item in loaded for example in item.examples], [item.record for item in loaded]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedRecord:
+    """A record and the examples that it became: several for the turns of a conversation."""
+
+    record: dict[str, Any]
+    examples: tuple[Example, ...]
+
+    @property
+    def group(self) -> str:
+        """The group of all of them."""
+        return self.examples[0].group
+
+
+def load_records(
+    source: str, shape: Shape | AutoShape, *, split: str = "train", group_field: str = "", needs_group: bool = True
+) -> list[LoadedRecord]:
+    """The records of a source with the examples that they become.
+
+    Args:
+        source: As for `read_records`.
+        shape: What a record looks like; :class:`AutoShape` is found out by the first one.
+        split: Split of a hub data set.
+        group_field: The field that holds the group; empty: all examples are of the group ``""``.
+        needs_group: Whether every record must have that field.
+
+    Raises:
+        DataError: The source cannot be read, or a record is of another shape, lacks its group or has an empty answer.
+    """
+    loaded = []
     for place, record in _read(source, split):
-        answer = field_text(record, answer_field, place=place) if answer_field else ""
-        if answer_field and not answer.strip():
-            raise DataError(
-                f"the field {answer_field!r} must hold an answer, got an empty one",
-                place=place,
-                remedy="fill it in, or remove the record",
-            )
-        group = field_text(record, group_field, place=place) if group_field else ""
-        examples.append(Example(prompt.render(record, place=place), answer, group))
-        records.append(record)
-    return examples, records
+        if isinstance(shape, AutoShape):
+            shape = shape.of(record, place=place)
+        has_group = group_field and (needs_group or isinstance(record.get(group_field), str | int))
+        group = field_text(record, group_field, place=place) if has_group else ""
+        examples = shape.examples(record, place=place)
+        loaded.append(LoadedRecord(record, tuple(dataclasses.replace(example, group=group) for example in examples)))
+    return loaded
+
+
+def first_record(source: str, *, split: str = "train") -> tuple[dict[str, Any], str]:
+    """The first record of a source, and where it was found.
+
+    Raises:
+        DataError: The source cannot be read, or has no records.
+    """
+    place, record = _read(source, split)[0]
+    return record, place
 
 
 def split_holdout(num_examples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -460,7 +499,11 @@ def content_hash(items: Iterable[Mapping[str, Any] | Example]) -> str:
     """
     digest = hashlib.sha256()
     for item in items:
-        content = [item.prompt, item.answer, item.group] if isinstance(item, Example) else dict(item)
+        content: Any
+        if isinstance(item, Example):
+            content = [item.prompt, item.answer, item.group, *([item.ending] if item.ending else [])]
+        else:
+            content = dict(item)
         digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -509,10 +552,11 @@ def tokenize_examples(
 
     Prompt and answer are tokenised each by itself, so that the border between them is exact with every tokenizer. No
     special token is added but the end of sequence after the answer, and before the prompt the beginning of sequence if
-    the tokenizer puts one there by default (Llama and Gemma do, GPT-2 and Qwen do not). Special tokens that a template
-    spells out, such as ``<|im_end|>``, become these tokens. A prompt without any token becomes the beginning of
-    sequence, or the end of sequence where the tokenizer has no beginning (the convention of GPT-2), so that an answer's
-    first token always has something that it is predicted from.
+    the tokenizer puts one there by default (Llama and Gemma do, GPT-2 and Qwen do not), unless it is there already, as
+    in what a chat template wrote. Special tokens that a template spells out, such as ``<|im_end|>``, become these
+    tokens. A prompt without any token becomes the beginning of sequence, or the end of sequence where the tokenizer has
+    no beginning (the convention of GPT-2), so that an answer's first token always has something that it is predicted
+    from.
 
     What is longer than ``max_length`` loses the beginning of the prompt first (but never the beginning of sequence),
     until the prompt has ``max_length // 2`` tokens left; then it loses the end of the answer, with the end of sequence.
@@ -535,7 +579,7 @@ def tokenize_examples(
     kept, dropped = [], []
     num_prompts_cut = num_answers_cut = 0
     prompts = tokenize_prompts([example.prompt for example in examples], tokenizer, max_length=None)
-    answers = _tokenize((example.answer for example in examples), tokenizer)
+    answers = _tokenize((example.answer + example.ending for example in examples), tokenizer)
     start = _start_ids(tokenizer)
     for index, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
         if not example.answer.strip() or not answer:
@@ -596,7 +640,8 @@ def tokenize_prompts(
     start = _start_ids(tokenizer)
     tokenized = []
     for number, prompt in enumerate(_tokenize(prompts, tokenizer), start=1):
-        whole = start + prompt or _first_ids(tokenizer, number)
+        # A chat template writes the beginning of sequence itself.
+        whole = (prompt if start and prompt[: len(start)] == start else start + prompt) or _first_ids(tokenizer, number)
         tokenized.append(whole if max_length is None else _cut(whole, start, max_length))
     return tokenized
 
@@ -671,6 +716,49 @@ def collate(batch: Sequence[TokenizedExample], pad_id: int, *, side: str = "righ
     rows = [example.prompt_ids + example.answer_ids for example in batch]
     labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.answer_ids for example in batch]
     return {**_pad(rows, pad_id, side), "labels": _pad(labels, IGNORED_LABEL, side)["input_ids"]}
+
+
+def collate_packed(batch: Sequence[TokenizedExample], pad_id: int) -> dict[str, Tensor]:
+    """Put tokenised examples behind one another, into rows as long as the longest of them.
+
+    Every example's positions begin at 0, by which a model of transformers tells them apart where it is given no mask.
+    What is left of a row looks like one more example. The longest come first, each into the first row with room for it.
+
+    Args:
+        batch: At least one example, none with an empty prompt.
+        pad_id: Id that fills the gaps; any id of the vocabulary will do.
+
+    Returns:
+        ``input_ids``, ``position_ids`` and ``labels``, each ``(rows, longest)``, int64; labels as of `collate`, so that
+        no example is predicted from the one before it, because a prompt has no labels.
+    """
+    rows: list[list[TokenizedExample]] = []
+    lengths: list[int] = []
+    longest = max(_length(example) for example in batch)
+    for example in sorted(batch, key=_length, reverse=True):
+        size = _length(example)
+        row = next((number for number, length in enumerate(lengths) if length + size <= longest), len(rows))
+        if row == len(rows):
+            rows.append([])
+            lengths.append(0)
+        rows[row].append(example)
+        lengths[row] += size
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    positions, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED_LABEL)
+    for number, row_examples in enumerate(rows):
+        begin = 0
+        for example in row_examples:
+            end, answer = begin + _length(example), begin + len(example.prompt_ids)
+            ids[number, begin:end] = torch.tensor(example.prompt_ids + example.answer_ids, dtype=torch.int64)
+            labels[number, answer:end] = torch.tensor(example.answer_ids, dtype=torch.int64)
+            positions[number, begin:end] = torch.arange(end - begin)
+            begin = end
+        positions[number, begin:] = torch.arange(longest - begin)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def _length(example: TokenizedExample) -> int:
+    return len(example.prompt_ids) + len(example.answer_ids)
 
 
 def collate_prompts(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:

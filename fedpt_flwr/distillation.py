@@ -24,6 +24,7 @@ from fedpt_flwr.config import DistillationConfig
 from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, batches, collate
 from fedpt_flwr.errors import RoundError
 from fedpt_flwr.logits import kl_divergence
+from fedpt_flwr.models import input_device
 
 _BETAS = (0.9, 0.99)
 _MAX_GRAD_NORM = 1.0
@@ -147,7 +148,7 @@ def answer_scores(model: PreTrainedModel, batch: dict[str, Tensor], *, vocab_siz
     Returns:
         ``(tokens, vocab_size)``, text by text in the batch's order, float32, on the model's device.
     """
-    device = model.device
+    device = input_device(model)
     counted = batch["labels"][:, 1:] != IGNORED_LABEL
     kept = counted.shape[1] - int(counted.any(0).int().argmax())  # what comes before any answer is not scored
     inputs = {name: batch[name][:, :-1].to(device) for name in ("input_ids", "attention_mask")}

@@ -35,11 +35,12 @@ from fedpt_flwr.distillation import (
     num_answer_tokens,
     remembering,
 )
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.logits import combine_logits, drift_along
 from fedpt_flwr.models import cpu_threads, set_arrays
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.scoring import generate_ids, tokens_read, untuned_of
+from fedpt_flwr.vocabulary import IdMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
 MAX_REMEMBERED_BYTES = 2**30
 """What a teacher has said is kept up to this many bytes; the rest is asked for again and again."""
 
+_WITHOUT_INFINITIES = (("mode", "paper"), ("direction", "reverse"))
 DRIFT_TEXTS = 64
 """Texts of a lesson on which the drift is measured, if that takes no more scores than :data:`MAX_DRIFT_SCORES`."""
 
@@ -63,6 +65,22 @@ MAX_DRIFT_SCORES = 2**26
 """256 MiB of float32, and a few copies of it."""
 
 _FINAL = 0  # stands for the round in seeds of what comes after the last one
+
+
+def check_translated(config: RunConfig, id_map: IdMap) -> None:
+    """Refuse what cannot be taught by a large model that lacks some of the small one's tokens: it scores them -inf.
+
+    Raises:
+        ConfigError: The mode measures a drift along these scores, or the direction asks for their logarithm.
+    """
+    for name, value in _WITHOUT_INFINITIES:
+        if not id_map.is_whole and config.distillation.mode != "off" and getattr(config.distillation, name) == value:
+            raise ConfigError(
+                "needs a large model that has all of the small model's tokens",
+                value=value,
+                place=f"distillation.{name}",
+                remedy="choose another, or another large model",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +330,7 @@ class Distiller:
             tuned = answer_scores(proxy.tuned, batch, vocab_size=self._vocab_size)
             with untuned_of(proxy) as model:
                 untuned = answer_scores(model, batch, vocab_size=self._vocab_size)
+            large = proxy.fill(large, untuned)
             combined = combine_logits(large, tuned, untuned, alpha=proxy.alpha, plausibility=mask)
             home = proxy.tuned.device
             return Targets(proxy=combined.to(home), large=large.to(home))

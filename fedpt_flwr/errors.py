@@ -4,7 +4,8 @@
     ├── ConfigError          one or several keys of a run config are wrong
     ├── DataError            a data source cannot be read or used
     ├── ModelError           a model or tokenizer cannot be loaded or used
-    │   └── VocabularyMismatch
+    │   ├── VocabularyMismatch
+    │   └── RemoteError      a large model behind an API cannot be asked, or does not answer as it must
     ├── DeviceError          a device cannot take part
     ├── ReplyError           a device's reply is refused
     ├── WireError            arrays do not fit the type in which they are to be sent
@@ -95,6 +96,10 @@ class ModelError(FedPTError):
 
 class VocabularyMismatch(ModelError):
     """Models that must share one vocabulary do not."""
+
+
+class RemoteError(ModelError):
+    """A large model behind an API cannot be asked, or does not answer as it must."""
 
 
 class DeviceError(FedPTError):

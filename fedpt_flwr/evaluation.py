@@ -21,7 +21,7 @@ from fedpt_flwr.config import RunConfig
 from fedpt_flwr.data import TokenizedExample, collate, tokenize_answers, tokenize_examples, tokenize_prompts
 from fedpt_flwr.distillation import answer_scores, num_answer_tokens
 from fedpt_flwr.errors import DataError, naming
-from fedpt_flwr.models import cpu_threads, max_positions
+from fedpt_flwr.models import cpu_threads, input_device, max_positions
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.scoring import (
     MODELS,
@@ -285,7 +285,7 @@ class Evaluator:
             number: Items to answer; one more is answered before, to warm up.
         """
         ends, limit = end_token_ids(model, self._tokenizer), self._config.scoring.max_new_tokens
-        prompts = [torch.tensor([prompt], device=model.device) for prompt in self._prompts[: number + 1]]
+        prompts = [torch.tensor([prompt], device=input_device(model)) for prompt in self._prompts[: number + 1]]
         written, started = 0, 0.0
         with cpu_threads(self._config.threads.server), torch.inference_mode():
             for place, ids in enumerate(prompts):

@@ -82,7 +82,17 @@ _OF_ROWS = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCrit
 """Criteria that a row can be asked about without the others."""
 
 _KNOWN_ARGUMENTS = frozenset(
-    {"alpha", "attention_mask", "cache", "logits_to_keep", "plausibility", "position_ids", "tokenizer", "use_cache"}
+    {
+        "alpha",
+        "attention_mask",
+        "cache",
+        "hidden",
+        "logits_to_keep",
+        "plausibility",
+        "position_ids",
+        "tokenizer",
+        "use_cache",
+    }
 )
 
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedpt_flwr.config import TrainConfig
+from fedpt_flwr.config import TrainConfig, TuningConfig
 from fedpt_flwr.errors import DeviceError
 
-OTHER_KEYS = ("partition-id", "num-partitions", "device-id", "data-path")
-"""Keys of a node config that say who a device is and where its data lies."""
+OTHER_KEYS = ("partition-id", "num-partitions", "device-id", "data-path", "disclose")
+"""Keys of a node config that say who a device is and where its data lies, and what it may say of them."""
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -65,6 +65,13 @@ class DeviceLimits:
         "must be one of float32, bfloat16, float16",
         lambda value: isinstance(value, str) and value in _PRECISIONS,
     )
+    lora_rank: int | None = _limit(
+        None,
+        "Rank of this device's adapter, at most `tuning.lora-rank`: it gets and sends the leading directions only, and "
+        "the others stay for it as they are. With `tuning.lora-aggregation` `exact` or `frozen-a`.",
+        "must be a whole number of at least 1",
+        _is_whole,
+    )
     threads: int | None = _limit(
         None,
         "CPU threads, in place of `threads.device`.",
@@ -81,10 +88,50 @@ class DeviceLimits:
             changes["mixed_precision"] = _PRECISIONS[self.dtype]
         return dataclasses.replace(train, **changes)
 
+    def rank_of(self, tuning: TuningConfig, *, place: str) -> int:
+        """Rank of this device's adapter where that is not the run's; else 0.
+
+        Args:
+            tuning: Of the run.
+            place: Which device's, for the error.
+
+        Raises:
+            DeviceError: The run cannot have devices of other ranks, or not of this one.
+        """
+        if self.lora_rank is None or (tuning.mode == "lora" and self.lora_rank == tuning.lora_rank):
+            return 0
+        rule, remedy = other_rank(
+            self.lora_rank, tuning.lora_rank if tuning.mode == "lora" else 0, tuning.lora_aggregation
+        )
+        if rule:
+            raise DeviceError(rule, value=self.lora_rank, place=f"{place}, node config, lora-rank", remedy=remedy)
+        return self.lora_rank
+
     def to_flat(self) -> dict[str, int | float | str]:
         """What is set, by the keys of the node config."""
         values = {_key(field.name): getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: value for key, value in values.items() if value is not None}
+
+
+def other_rank(rank: int, run_rank: int, aggregation: str) -> tuple[str, str]:
+    """Why a device's adapter cannot have this rank, and what to do; nothing if it can.
+
+    Args:
+        rank: Of the device's adapter, not ``run_rank``.
+        run_rank: Of the server's; 0 if the run tunes no adapter.
+        aggregation: The run's ``tuning.lora-aggregation``.
+    """
+    if not run_rank:
+        return "this run tunes no adapter (tuning.mode='full')", "leave lora-rank out"
+    if rank > run_rank:
+        return f"must be at most the run's tuning.lora-rank of {run_rank}", "lower it, or leave it out"
+    if aggregation == "average":
+        return (
+            "with tuning.lora-aggregation='average' all adapters must have one rank: the error of averaging their "
+            "matrices apart grows with how differently the devices moved the directions that they share",
+            "leave lora-rank out, or set tuning.lora-aggregation='exact' or 'frozen-a'",
+        )
+    return "", ""
 
 
 def parse_limits(node_config: Mapping[str, Any], *, place: str) -> DeviceLimits:

@@ -99,6 +99,59 @@ def mask_implausible(scores: Tensor, tuned: Tensor, *, plausibility: float | Ten
         scores[..., :vocab_size].masked_fill_(~kept.to(scores.device), -math.inf)
 
 
+def fill_hidden(large: Tensor, untuned: Tensor, *, vocab_size: int) -> Tensor:
+    """Share out the probability that a large model leaves to the tokens which it does not show, as the untuned would.
+
+    Args:
+        large: Log-probabilities, ``(batch, ..., width)``, -inf where a token is not shown.
+        untuned: Scores of the small model before tuning, the same shape up to padding.
+        vocab_size: Number of ids that are real tokens.
+
+    Returns:
+        Log-probabilities, float32, new memory; what was shown is as it was, and rows that hide nothing too.
+    """
+    filled = large.to(torch.float32, copy=True)
+    real = filled[..., :vocab_size]
+    hidden = real == -math.inf
+    guess = untuned[..., :vocab_size].to(real.device, torch.float32).masked_fill(~hidden, -math.inf)
+    shares = guess - guess.logsumexp(-1, keepdim=True)
+    real[hidden] = (shares + _hidden_mass(real))[hidden]
+    return filled
+
+
+def bound_hidden(large: Tensor, tuned: Tensor, untuned: Tensor, *, alpha: float, vocab_size: int) -> Tensor:
+    """The worst that the hidden part of a large model's distribution can do to the loss of tokens that are shown.
+
+    All of its probability on the hidden token that the shift favours most makes the sum of the shifted probabilities as
+    large as it can be, and so every shown token's as small.
+
+    Args:
+        large: Log-probabilities, ``(batch, ..., width)``, -inf where a token is not shown.
+        tuned: Scores of the tuned small model, the same shape up to padding.
+        untuned: Scores of the small model before tuning.
+        alpha: Strength of the shift.
+        vocab_size: Number of ids that are real tokens.
+
+    Returns:
+        Log-probabilities, float32, new memory; the scores that :func:`combine_logits` makes of them give an upper bound
+        of the loss of every token that is shown.
+    """
+    bound = large.to(torch.float32, copy=True)
+    real = bound[..., :vocab_size]
+    hidden = real == -math.inf
+    log_ratio = [part[..., :vocab_size].to(real.device, torch.float32).log_softmax(-1) for part in (tuned, untuned)]
+    shift = (alpha * (log_ratio[0] - log_ratio[1])).masked_fill(~hidden, -math.inf)
+    worst = shift.argmax(-1, keepdim=True)
+    mass = _hidden_mass(real).masked_fill(~hidden.any(-1, keepdim=True), -math.inf)
+    real.scatter_(-1, worst, torch.where(hidden.gather(-1, worst), mass, real.gather(-1, worst)))
+    return bound
+
+
+def _hidden_mass(real: Tensor) -> Tensor:
+    """Logarithm of what the shown probabilities leave, ``(batch, ..., 1)``."""
+    return (1 - real.double().exp().sum(-1, keepdim=True)).clamp_min(0).log().float()
+
+
 def plausible_tokens(tuned: Tensor, *, plausibility: float | Tensor) -> Tensor:
     """The tokens whose probability is at least ``plausibility`` times that of the tuned model's best token.
 

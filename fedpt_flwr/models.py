@@ -1,4 +1,4 @@
-"""Language models and tokenizers: find, load, place, compare; and the weights that tuning changes.
+"""Language models and tokenizers: find, load, place; and the weights that tuning changes.
 
 A model is named by a reference: ``demo:small`` and ``demo:large`` are the checkpoints that the project carries,
 anything else is a hub id or the absolute path of a folder in the hub's layout. Nothing here knows rounds, devices or
@@ -20,9 +20,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.accelerate import load_offloaded_parameter
 
-from fedpt_flwr.config import TuningConfig
-from fedpt_flwr.errors import ConfigError, ModelError, VocabularyMismatch
+from fedpt_flwr.config import ModelConfig, TuningConfig
+from fedpt_flwr.errors import ConfigError, ModelError
+from fedpt_flwr.lora import is_right
+from fedpt_flwr.placement import Placement
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +36,16 @@ _SAMPLES_PER_TENSOR = 512
 
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
+
+
+def large_placement(config: ModelConfig) -> Placement:
+    """Where and in which form a run loads its large model."""
+    return Placement(
+        device_map=config.large_device_map,
+        max_memory=config.large_max_memory,
+        offload_folder=config.large_offload_folder,
+        quantization=config.large_quantization,
+    )
 
 
 def resolve_model(ref: str) -> str:
@@ -90,23 +103,39 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_causal_lm(
+    ref: str, *, dtype: str = "float32", device: str = "cpu", placement: Placement | None = None
+) -> PreTrainedModel:
     """Load a causal LM, frozen and in evaluation mode.
 
     Args:
         ref: See :func:`resolve_model`.
-        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: Torch device, or ``auto``.
+        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``; with a quantisation, of those that stay.
+        device: Torch device, or ``auto``; unused where ``placement`` divides the model.
+        placement: Where the weights lie and in which form; None: all on ``device``, as they are stored.
 
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: It cannot be loaded, or not placed so.
     """
     source = resolve_model(ref)
+    placement = Placement() if placement is None else placement
+    arguments = placement.arguments()
+    if isinstance(arguments.get("device_map"), dict):
+        arguments["device_map"] = _whole_device_map(arguments["device_map"], ref)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except ImportError as error:
+        raise ModelError(
+            f"a package that this quantisation needs is not there ({_first_line(error)})",
+            value=placement.quantization,
+            place="model.large-quantization",
+            remedy="install it where the large model is loaded, or leave the key empty",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        if arguments:
+            raise _cannot_place(ref, placement, error) from error
         raise _cannot_load("model", ref, error) from error
     if report["missing_keys"]:  # transformers would fill them with random numbers and go on
         raise ModelError(
@@ -116,8 +145,11 @@ def load_causal_lm(ref: str, *, dtype: str = "float32", device: str = "cpu") -> 
             remedy="get the model's files again",
         )
     model.requires_grad_(False)
-    loaded: PreTrainedModel = model.eval().to(pick_device(device))
-    return loaded
+    loaded: PreTrainedModel = model.eval()
+    if placement.is_divided():
+        return loaded
+    target = pick_device(device)
+    return loaded if loaded.device == target else loaded.to(target)
 
 
 def model_without_weights(ref: str) -> PreTrainedModel:
@@ -208,46 +240,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_vocabularies(
-    large: PreTrainedTokenizerBase, small: PreTrainedTokenizerBase, sizes: Mapping[str, int] | None = None
-) -> int:
-    """Make sure that one token id means the same text to both models.
-
-    Args:
-        large: The large model's tokenizer.
-        small: The small model's tokenizer.
-        sizes: Rows of each model's output layer, by name. More than the vocabulary's is padding, and fine.
-
-    Returns:
-        The number of ids that are real tokens.
-
-    Raises:
-        VocabularyMismatch: Says how many entries differ and shows the first ones.
-    """
-    ours, theirs = large.get_vocab(), small.get_vocab()
-    if ours != theirs:
-        differing = sorted(
-            (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
-            key=lambda token: (min(ours.get(token, 1 << 60), theirs.get(token, 1 << 60)), token),
-        )
-        shown = ", ".join(f"{token!r} ({ours.get(token)} / {theirs.get(token)})" for token in differing[:3])
-        raise VocabularyMismatch(
-            f"large and small model must share one vocabulary; {len(differing)} of {len(ours)} / {len(theirs)} entries "
-            f"differ, the first as (id in large / in small): {shown}",
-            place="model.large and model.small",
-            remedy="choose two models of one family",
-        )
-    vocab_size: int = max(ours.values()) + 1
-    for name, size in (sizes or {}).items():
-        if size < vocab_size:
-            raise VocabularyMismatch(
-                f"the {name} model scores {size} ids, fewer than the tokenizer's {vocab_size}",
-                place=f"model.{name}",
-                remedy="use the tokenizer that belongs to the model",
-            )
-    return vocab_size
-
-
 def check_plain(model: torch.nn.Module) -> None:
     """Make sure that a model's weights can be read and written: those packed for decoding cannot.
 
@@ -264,13 +256,36 @@ def check_plain(model: torch.nn.Module) -> None:
 
 
 def output_size(model: PreTrainedModel) -> int:
-    """Rows of the model's output layer: the vocabulary with its padding."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    """How many ids the model scores: the vocabulary with its padding, or what it was translated to."""
+    head = model.get_output_embeddings()
+    if head is None:  # a model that is not here has none
+        return int(model.config.vocab_size)
+    id_map = getattr(head, "id_map", None)  # of vocabulary.py
+    return int(head.out_features if id_map is None else len(id_map.large_ids))
+
+
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Where a model takes its inputs: where its first layer computes, wherever its weights lie."""
+    if getattr(model, "hf_device_map", None) is None:  # of accelerate, where that divides a model
+        return torch.device(model.device)
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)  # moves weights to where they are used
+    device: int | str | torch.device | None = getattr(hook, "execution_device", None)
+    return torch.device(model.device if device is None else device)
+
+
+def is_remote(model: torch.nn.Module) -> bool:
+    """Whether a model is a service's, so that every position which is looked at costs something."""
+    return bool(getattr(model, "is_remote", False))
+
+
+def hides_tokens(model: torch.nn.Module) -> bool:
+    """Whether a model shows the log-probabilities of its likeliest tokens only; the others stand at -inf."""
+    return bool(getattr(model, "hides_tokens", False))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest text in tokens that the model was made for, or None where its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def check_context(config: PretrainedConfig, max_length: int) -> None:
@@ -283,7 +298,7 @@ def check_context(config: PretrainedConfig, max_length: int) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise ConfigError(
             f"must not exceed the {context} tokens that the small model can read",
@@ -321,7 +336,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
     with torch.random.fork_rng(devices=[]), _by_an_old_name():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 LoraConfig(
                     r=config.lora_rank,
@@ -334,6 +349,41 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
             )
         except ValueError as error:
             raise _wrong_targets(model, config.lora_targets) from error
+    if config.lora_aggregation == "frozen-a":
+        for weight in _first_factors(adapted).values():
+            weight.requires_grad_(False)
+    return adapted
+
+
+def _first_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if is_right(name)}
+
+
+def frozen_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """A hash of an adapter's first matrices where they are drawn and never sent; else empty."""
+    frozen = {name: weight for name, weight in _first_factors(model).items() if not weight.requires_grad}
+    digest = hashlib.sha256()
+    for name, weight in frozen.items():
+        digest.update(name.encode() + b"\0" + weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16] if frozen else ""
+
+
+@torch.no_grad()
+def cut_adapter(model: PreTrainedModel | PeftModel, rank: int) -> None:
+    """Leave an adapter its first directions, in place; the scale of their product stays.
+
+    Args:
+        model: What :func:`make_tunable` made.
+        rank: At most the adapter's.
+    """
+    for module in model.modules():
+        if not hasattr(module, "lora_A") or not hasattr(module, "scaling"):
+            continue
+        for adapter in module.r:
+            first, second = module.lora_A[adapter], module.lora_B[adapter]
+            for part, kept in ((first, first.weight[:rank]), (second, second.weight[:, :rank])):
+                part.weight = torch.nn.Parameter(kept.clone(), requires_grad=part.weight.requires_grad)
+            first.out_features = second.in_features = module.r[adapter] = rank
 
 
 @contextmanager
@@ -439,8 +489,9 @@ def fingerprint(model: torch.nn.Module) -> str:
         ModelError: The model is prepared for decoding.
     """
     check_plain(model)
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    digest = hashlib.sha256(getattr(model, "identity", "").encode())  # of a model without weights
+    for name, stored in model.named_parameters():
+        weight = load_offloaded_parameter(model, name) if stored.is_meta else stored  # on disk, or in memory elsewhere
         flat = weight.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
         values = flat[::step].to("cpu", torch.float32).contiguous()
@@ -464,10 +515,70 @@ def _demo_folder(ref: str) -> Path:
     return root / name
 
 
-def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
-    reason = str(error).strip().split("\n")[0][:300]
+def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, int | str]:
+    """A device map in which no module lies within another and every weight has its place, as accelerate wants it.
+
+    Raises:
+        ModelError: A module or a device is not there, or a weight is left out; found before any weight is read.
+    """
+    place = "model.large-device-map"
+    model = model_without_weights(ref)
+    names = [name for name, _ in model.named_parameters()]
+    for module, device in devices.items():
+        if not any(_is_in(name, module) for name in names):
+            raise ModelError("a device map must name modules of the large model", value=module, place=place)
+        if device not in ("cpu", "disk"):
+            try:
+                pick_device(f"cuda:{device}" if isinstance(device, int) else device)
+            except ModelError as error:
+                remedy = "name devices of this machine, cpu or disk"
+                raise ModelError(error.rule, value=device, place=place, remedy=remedy) from error
+    nearest = {name: max((part for part in devices if _is_in(name, part)), key=len, default=None) for name in names}
+    left = [name for name, module in nearest.items() if module is None]
+    if left:
+        raise ModelError(
+            f"a device map must place all weights; {len(left)} are left out, the first {left[0]}",
+            value=dict(devices),
+            place=place,
+            remedy="name its module too, or set auto",
+        )
+    device_of = {name: devices[module] for name, module in nearest.items() if module is not None}
+
+    def divided(name: str, module: torch.nn.Module) -> dict[str, int | str]:
+        inside = {device for weight, device in device_of.items() if _is_in(weight, name)}
+        children = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
+        # A list of layers is never called, so nothing would be moved for it.
+        if len(inside) == 1 and not isinstance(module, torch.nn.ModuleList):
+            return dict.fromkeys([name], inside.pop())
+        own = [f"{name}.{weight}".lstrip(".") for weight, _ in module.named_parameters(recurse=False)]
+        found = {weight: device_of[weight] for weight in own if weight in device_of}
+        for child, part in children:
+            found |= divided(child, part)
+        return found
+
+    return divided("", model)
+
+
+def _is_in(weight: str, module: str) -> bool:
+    return not module or weight == module or weight.startswith(f"{module}.")
+
+
+def _cannot_place(ref: str, placement: Placement, error: Exception) -> ModelError:
+    keys = ", ".join(f"model.large-{name.replace('_', '-')}" for name in placement.to_entry())
     return ModelError(
-        f"the {what} cannot be loaded ({type(error).__name__}: {reason})",
+        f"the model cannot be loaded in this way ({type(error).__name__}: {_first_line(error)})",
+        value=ref,
+        remedy=f"change {keys}",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the {what} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
         value=ref,
         remedy="give an absolute folder with config.json, *.safetensors and tokenizer files, or a hub id that this "
         "machine can reach; weights in another format (.bin) are not loaded, save them again with save_pretrained",

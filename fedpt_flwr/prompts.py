@@ -38,6 +38,9 @@ class Example:
     group: str = ""
     """What the example belongs to (a user, a site, a label): partitions are made by it."""
 
+    ending: str = ""
+    """What is said between the answer and the end of sequence, such as a chat template's end of a turn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Template:

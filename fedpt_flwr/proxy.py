@@ -53,12 +53,28 @@ from fedpt_flwr.logits import (
     check_plausibility,
     combine_logits,
     common_vocab_size,
+    fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import check_plain, fingerprint, load_adapter, load_causal_lm, output_size, resolve_model
+from fedpt_flwr.models import (
+    check_plain,
+    fingerprint,
+    hides_tokens,
+    input_device,
+    is_remote,
+    load_adapter,
+    load_causal_lm,
+    load_tokenizer,
+    max_positions,
+    output_size,
+    resolve_model,
+)
+from fedpt_flwr.placement import Placement
 from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.remote import connect_again, is_address
 from fedpt_flwr.sampling import Seeded, sample
 from fedpt_flwr.speculative import PARTS, Speculation
+from fedpt_flwr.vocabulary import IdMap, match_vocabularies, translate, translation_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,9 +85,13 @@ _log = logging.getLogger(__name__)
 _TUNED_FOLDER = "tuned"
 _UNTUNED_FOLDER = "untuned"
 
+FILL, RESTRICT = "fill", "restrict"
+"""What can become of tokens that a remote large model does not show."""
+
 BUNDLED = "bundled:untuned"
 """The reference of an untuned model that lies in the proxy's own folder, because it is nowhere else."""
 
+_OF_LARGE = ("ref", "fingerprint", "dtype", "ids")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What AutoModelForCausalLM hands on from its own work, or what only matters for files on a hub.
 _AUTO_ARGUMENTS = frozenset(
@@ -103,7 +123,8 @@ class ProxyConfig(PreTrainedConfig):
     plausibility: float = 0.0
     """Mask threshold in [0, 1); 0 is off."""
     large: dict[str, str] = field(default_factory=dict)
-    """The large model's ``ref``, ``fingerprint`` and ``dtype``; empty until saved."""
+    """The large model's ``ref``, ``fingerprint`` and ``dtype``; empty until saved. With ``ids`` (a hash of the map in
+    the folder) it is translated to the small model's ids; with the names of a ``Placement`` it is loaded so."""
     untuned: dict[str, str] = field(default_factory=dict)
     """The same of the small model before tuning."""
     tuned: dict[str, str] = field(default_factory=dict)
@@ -155,6 +176,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             three models score the same number of ids.
         tokenizer: The tokenizer of all three: its end-of-text and padding ids are used by ``generate()`` next to those
             of the large model's generation config.
+        large_tokenizer: The large model's own, where it numbers tokens otherwise than ``tokenizer``: **the large model
+            is translated in place** (``vocabulary.py``). None where both number them alike.
 
     Attributes:
         large: The large model.
@@ -162,7 +185,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         untuned: The small model before tuning, or None where ``tuned`` without its adapter is that model.
 
     Raises:
-        VocabularyMismatch: The models score different numbers of ids and nothing says how many are real.
+        VocabularyMismatch: The models score different numbers of ids and nothing says how many are real, or there is no
+            exact map between two tokenizers.
         ModelError: ``alpha`` or ``plausibility`` is out of range, or the pair of small models makes no sense.
     """
 
@@ -179,9 +203,14 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         *,
         vocab_size: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        large_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_alpha(alpha)
         check_plausibility(plausibility)
+        if large_tokenizer is not None and tokenizer is not None:
+            id_map = match_vocabularies(large_tokenizer, tokenizer).id_map
+            if id_map is not None:
+                translate(large, id_map)
         if untuned is not None and untuned is _base_model(tuned) and _is_adapted(tuned):
             untuned = None
         _check_pair(tuned, untuned)
@@ -191,13 +220,14 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         tuned_width = output_size(tuned)
         untuned_width = tuned_width if untuned is None else output_size(untuned)
         models = [model for model in (large, tuned, untuned) if model is not None]
-        generation_config = _generation_config(large, tokenizer)
+        real_vocab_size = common_vocab_size(width, tuned_width, untuned_width, vocab_size=vocab_size)
+        generation_config = _generation_config(large, tokenizer, real_vocab_size)
         super().__init__(
             ProxyConfig(
                 alpha=float(alpha),
                 plausibility=float(plausibility),
                 vocab_size=width,
-                real_vocab_size=common_vocab_size(width, tuned_width, untuned_width, vocab_size=vocab_size),
+                real_vocab_size=real_vocab_size,
                 max_position_embeddings=_shortest_context(models),
                 bos_token_id=generation_config.bos_token_id,
                 eos_token_id=generation_config.eos_token_id,
@@ -218,6 +248,11 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if _is_adapter(part)]
         self._speculation: Speculation | None = None
         self._accepted = [frozenset(inspect.signature(_base_model(model).forward).parameters) for model in models]
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts are put: where the large model takes its inputs."""
+        return input_device(self.large)
 
     @property
     def alpha(self) -> float:
@@ -251,6 +286,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         alpha: float | Tensor | None = None,
         plausibility: float | Tensor | None = None,
+        hidden: str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -267,6 +303,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
             alpha: Strength for this call; None takes :attr:`alpha`.
             plausibility: Mask threshold for this call; None takes :attr:`plausibility`.
+            hidden: What becomes of tokens that a remote large model does not show: ``fill`` shares out their
+                probability as the untuned model would, ``restrict`` rules them out. None is ``fill``;
+                :meth:`generate` goes by ``remote.hidden``.
             return_dict: False returns a tuple.
             **kwargs: Other arguments of transformers models; refused, unless None or False.
 
@@ -307,6 +346,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         )
 
         vocab_size = self.config.real_vocab_size
+        if hidden != RESTRICT:
+            large = self.fill(large, untuned)
         scores = combine_logits(large, tuned, untuned, alpha=alpha, vocab_size=vocab_size)
         loss = None
         if labels is not None:
@@ -354,9 +395,25 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         carried: list[Any] = [] if seed is None else [Seeded(seed)]
         if draft_tokens != AUTO:
             carried.append(Drafts(draft_tokens))
+        if self.hides_tokens and "hidden" not in kwargs:
+            config = self.generation_config if generation_config is None else generation_config
+            samples = kwargs.get("do_sample")
+            samples = config.do_sample if samples is None else samples
+            kwargs["hidden"] = FILL if self.large.fills(samples=bool(samples)) else RESTRICT
         if carried:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *carried])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether the large model shows the log-probabilities of its likeliest tokens only."""
+        return hides_tokens(self.large)
+
+    def fill(self, large: Tensor, untuned: Tensor) -> Tensor:
+        """The large model's scores, with an estimate for tokens that it does not show; see ``logits.fill_hidden``."""
+        if not self.hides_tokens:
+            return large
+        return fill_hidden(large, untuned, vocab_size=self.config.real_vocab_size)
 
     def new_cache(self) -> ProxyCache:
         """An empty cache for this proxy's three models."""
@@ -487,7 +544,15 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             small.save_pretrained(folder / _UNTUNED_FOLDER)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        config.large = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
+        # What else the entry says stays: how the large model is loaded.
+        entry = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
+        if is_remote(self.large):
+            entry |= self.large.reference()
+        id_map = translation_of(self.large)
+        if id_map is not None:
+            id_map.save(folder)
+            entry["ids"] = id_map.digest()
+        config.large = Placement.from_entry(config.large).to_entry() | entry
         config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
         config.tuned = {"form": "adapter" if _is_adapted(self.tuned) else "full", "dtype": _dtype_name(self.tuned)}
         config.architectures = [type(self).__name__]
@@ -499,6 +564,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         large: str | Path | PreTrainedModel | None = None,
+        large_device_map: str | None = None,
+        large_max_memory: str | None = None,
+        large_offload_folder: str | None = None,
         like: ProxyModel | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -511,6 +579,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: The folder of a run, or the proxy folder in it.
             large: Where the large model is on this machine, or the model itself, if not where the folder says.
+            large_device_map: How the large model is divided among devices, instead of as it was when the proxy was
+                saved; see :class:`~fedpt_flwr.placement.Placement`. Empty: it is not.
+            large_max_memory: The same of what devices may take.
+            large_offload_folder: The same of where weights are put that go to disk.
             like: A proxy that is loaded already. Its large and its untuned model are used again where they are the
                 ones that the folder refers to.
             device: Torch device of the models that are loaded, or ``auto``; None is that of ``large`` if it is loaded
@@ -528,7 +600,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         """
         device_map = kwargs.pop("device_map", None)
         if device is None and device_map is None and isinstance(large, nn.Module):
-            device = str(large.device)
+            device = str(input_device(large))
         device = _one_device(device, device_map)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         convert_to = None if dtype in (None, "auto") else getattr(torch, _known_dtype(dtype, place="dtype"))
@@ -536,18 +608,39 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         folder = _proxy_folder(Path(pretrained_model_name_or_path))
         config = _checked(_read_config(folder) if config is None else config, folder)
 
+        placement = Placement.from_entry(config.large)
+        placement = placement.elsewhere(large_device_map, large_max_memory, large_offload_folder)
+        if convert_to is not None and placement.to_entry():
+            raise ModelError(
+                "a proxy whose large model is divided or quantised cannot be converted",
+                value=str(dtype),
+                place="dtype",
+                remedy="load the models as you like and call ProxyModel(large, tuned, untuned)",
+            )
         if like is not None and _is_same(config.large, like.config.large):
             large_model = like.large
         elif isinstance(large, nn.Module):
             large_model = large
-            if _dtype_name(large_model) != config.large["dtype"]:
+            if is_remote(large_model):  # its vocabulary was compared, and its weights are nobody's business
+                pass
+            elif _dtype_name(large_model) != config.large["dtype"]:
                 _log.warning("the large model is not compared with the proxy's: it has another dtype")
             else:
                 _check_fingerprint("large", large_model, config.large, folder)
         else:
             if large is not None:
                 config.large = {**config.large, "ref": _absolute(str(large))}
-            large_model = _load("large", config.large, device, folder)
+            large_model = _load("large", config.large, device, folder, placement)
+        placed = placement.to_entry()
+        config.large = {name: value for name, value in config.large.items() if name in _OF_LARGE} | placed
+        if "ids" in config.large:
+            translate(large_model, IdMap.load(folder, config.large["ids"]))
+        elif translation_of(large_model) is not None:
+            raise ModelError(
+                "the large model is translated to another small model's ids",
+                place=str(folder),
+                remedy="load it once more for this proxy",
+            )
         untuned: PreTrainedModel | None
         if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
             # Not under an adapter, which would be put into the very weights that the other proxy uses.
@@ -644,6 +737,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         streamer: Any = None,
         alpha: float | Tensor | None = None,
         plausibility: float | Tensor | None = None,
+        hidden: str | None = None,
         **_kwargs: Any,
     ) -> Generation:
         """The arguments of ``_sample`` and this proxy's formula, as rules for speculation."""
@@ -659,7 +753,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         def combine(large: Tensor, tuned: Tensor, untuned: Tensor, rows: Tensor) -> Tensor:
             return combine_logits(
-                large,
+                large if hidden == RESTRICT else self.fill(large, untuned),
                 tuned,
                 untuned,
                 alpha=of_rows(alpha, rows),
@@ -713,7 +807,7 @@ def _score(
     use_cache: bool,
 ) -> Tensor:
     """One model's scores, ``(batch, kept, width)``, in its own dtype and on its own device."""
-    device = part.model.device
+    device = input_device(part.model)
     arguments: dict[str, Any] = {
         name: value.to(device) for name, value in inputs.items() if value is not None and name in part.accepted
     }
@@ -750,7 +844,9 @@ def _check_pair(tuned: PreTrainedModel | PeftModel, untuned: PreTrainedModel | N
             )
 
 
-def _generation_config(large: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+def _generation_config(
+    large: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> GenerationConfig:
     """The large model's defaults; decoding also ends where the tokenizer says that a text does."""
     config = copy.deepcopy(large.generation_config)
     config.cache_implementation = None
@@ -761,6 +857,8 @@ def _generation_config(large: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             ends.append(tokenizer.eos_token_id)
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
+        config.pad_token_id = None  # the small models could not read it
     if ends:
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
         if config.pad_token_id is None:
@@ -769,7 +867,7 @@ def _generation_config(large: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _shortest_context(models: Sequence[PreTrainedModel | PeftModel]) -> int | None:
-    lengths = [getattr(_base_model(model).config, "max_position_embeddings", None) for model in models]
+    lengths = [max_positions(_base_model(model)) for model in models]
     return min((length for length in lengths if length is not None), default=None)
 
 
@@ -859,7 +957,7 @@ def _reference(role: str, given: str | None, stored: Mapping[str, str], model: P
 
 def _absolute(ref: str) -> str:
     """A reference that means the same in every working directory."""
-    if ref.startswith("demo:") or ref == BUNDLED:
+    if ref.startswith("demo:") or ref == BUNDLED or is_address(ref):
         return ref
     path = Path(ref).expanduser()
     return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
@@ -948,12 +1046,16 @@ def _checked(config: ProxyConfig, folder: Path) -> ProxyConfig:
     return config
 
 
-def _load(role: str, entry: Mapping[str, str], device: str, folder: Path) -> PreTrainedModel:
+def _load(
+    role: str, entry: Mapping[str, str], device: str, folder: Path, placement: Placement | None = None
+) -> PreTrainedModel:
     """Load a model that the proxy refers to, and make sure that it is the one."""
     remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
     try:
+        if role == "large" and is_address(entry["ref"]):
+            return connect_again(entry, load_tokenizer(str(folder)))
         ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
-        model = load_causal_lm(ref, dtype=entry["dtype"], device=device)
+        model = load_causal_lm(ref, dtype=entry["dtype"], device=device, placement=placement)
     except (ModelError, SafetensorError) as error:
         raise ModelError(
             f"the {role} model of the proxy cannot be loaded: {error}", place=str(folder), remedy=remedy
@@ -1024,7 +1126,7 @@ def _one_device(device: str | torch.device | None, device_map: Any) -> str:
 
 def _is_same(entry: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether two entries of proxy configs mean one model, wherever it lies."""
-    return all(entry[key] == other.get(key) for key in ("fingerprint", "dtype"))
+    return all(entry.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
 
 
 def _dtype_name(model: nn.Module) -> str:

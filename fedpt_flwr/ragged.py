@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.models import input_device, is_remote
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,10 +64,12 @@ class _RaggedLayer(CacheLayerMixin):
         place = self._place
         self.make_room(place.num_rows, place.width)
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if place.start is not None:
+            if place.rows is None or place.columns is None or place.start is not None:
                 stored[: place.num_rows, :, place.start : place.width] = new
             else:
-                stored[place.rows, :, place.columns] = new.transpose(1, 2)
+                # Layers of one model may lie on different devices.
+                rows, columns = place.rows.to(stored.device), place.columns.to(stored.device)
+                stored[rows, :, columns] = new.transpose(1, 2)
         return self.in_use()
 
     def in_use(self) -> tuple[Tensor, Tensor]:
@@ -277,12 +280,20 @@ class Stepper:
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        device: torch.device = self.model.device
-        return device
+        return input_device(self.model)
 
     def new_cache(self) -> RaggedCache:
         """A cache without rows."""
         return RaggedCache(self._base)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether every position that is looked at costs something."""
+        return is_remote(self._base)
+
+    def read(self, cache: RaggedCache, ids: Tensor) -> None:
+        """Append tokens to every row of a cache, whatever comes next."""
+        self(cache, ids, keep=torch.empty(0, dtype=torch.int64) if self.is_remote else 1)
 
     def __call__(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Tensor:
         """Append tokens to every row of a cache, each at its own length, and score what comes next.

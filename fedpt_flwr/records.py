@@ -8,6 +8,9 @@ type, all of them finite.
 With a type of half the bytes, the server sends its arrays rounded to it and a device sends back what it changed,
 rounded to it: a change is small beside the array it is a change of, and so is its error. The server adds changes to
 the arrays that it did not round, in float32, so that no error is carried from round to round.
+
+With ``int8`` a change is sent in 8 bits a value (:mod:`fedpt_flwr.quantise`), and what that loses can be added to the
+device's next change. The server's arrays themselves have no such slack: they go out as float16.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpt_flwr.errors import DeviceError, ReplyError, RunError, WireError
+from fedpt_flwr.quantise import check_packed, packed_size, quantised_with_feedback, restored
 
 ARRAYS, CONFIG, METRICS, REFUSAL, LIMITS = "arrays", "config", "metrics", "refusal", "limits"
 """Names of the records in a message."""
@@ -52,9 +56,15 @@ COST_METRICS = (
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 
-_STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # NumPy has no bfloat16: its bits
+# NumPy has no bfloat16: its bits.
+_STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38}
 _MAX_GROUPS = 1000
+
+
+def sent_as(wire_dtype: str) -> str:
+    """Type of what the server sends where ``wire.dtype`` is this: the same, but for ``int8``."""
+    return "float16" if wire_dtype == "int8" else wire_dtype
 
 
 def to_array_record(arrays: Mapping[str, Tensor], dtype: str = "float32", *, place: str = "") -> ArrayRecord:
@@ -92,7 +102,7 @@ def to_reply(arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str, *,
     Args:
         arrays: The tuned arrays, by name.
         received: What it was sent, checked.
-        dtype: Type on the wire.
+        dtype: Type on the wire, not ``int8``: see :func:`to_int8_reply`.
         place: Who and when, for the error.
 
     Raises:
@@ -108,6 +118,28 @@ def to_reply(arrays: Mapping[str, Tensor], received: ArrayRecord, dtype: str, *,
     )
 
 
+def to_int8_reply(
+    arrays: Mapping[str, Tensor], received: ArrayRecord, residual: Mapping[str, NDArray[np.float32]]
+) -> tuple[ArrayRecord, dict[str, NDArray[np.float32]]]:
+    """What a device sends back with ``int8``: what it changed and what earlier rounds lost of that, in 8 bits a value.
+
+    Args:
+        arrays: The tuned arrays, by name.
+        received: What it was sent, checked.
+        residual: What earlier rounds lost, by name; empty: nothing.
+
+    Returns:
+        What is sent, and what is lost now.
+    """
+    sent: dict[str, Array] = {}
+    lost: dict[str, NDArray[np.float32]] = {}
+    for name, tensor in arrays.items():
+        change = np.asarray(tensor.numpy() - _widened(received[name], sent_as("int8")))
+        packed, lost[name] = quantised_with_feedback(change, residual.get(name))
+        sent[name] = Array(packed)
+    return ArrayRecord(sent), lost
+
+
 def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """A device's arrays, out of a reply that has been checked, one after the other.
 
@@ -120,8 +152,9 @@ def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[t
         Names and float32 values, perhaps read-only views of the reply.
     """
     for name, array in record.items():
-        values = _widened(array, dtype)
-        yield name, values if dtype == "float32" else np.asarray(_view(sent[name]) + values)
+        own = _view(sent[name])
+        values = restored(_view(array), own.shape) if dtype == "int8" else _widened(array, dtype)
+        yield name, values if dtype == "float32" else np.asarray(own + values)
 
 
 def to_tensors(record: ArrayRecord, dtype: str = "float32") -> dict[str, Tensor]:
@@ -153,7 +186,7 @@ def _packed(name: str, tensor: Tensor, dtype: str, place: str) -> Array:
 
 
 def _widened(array: Array, dtype: str) -> NDArray[np.float32]:
-    """An array that has been checked, as float32: where it is that already, a read-only view."""
+    """An array that has been checked, not of ``int8``, as float32: where it is that already, a read-only view."""
     values = _view(array)
     if dtype == "bfloat16":
         return np.asarray(values.astype(np.uint32) << 16).view(np.float32)
@@ -196,10 +229,16 @@ def array_bytes(shapes: Mapping[str, Sequence[int]], dtype: str) -> int:
     total = 0
     for name, shape in shapes.items():
         header = io.BytesIO()
-        described = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": tuple(shape)}
+        lies_as = _stored_shape(tuple(shape), dtype)
+        described = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": lies_as}
         np.lib.format.write_array_header_1_0(header, described)
-        total += len(name) + header.tell() + stored.itemsize * math.prod(shape)
+        total += len(name) + header.tell() + stored.itemsize * math.prod(lies_as)
     return total
+
+
+def _stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """How an array of this shape lies on the wire."""
+    return (packed_size(math.prod(shape)),) if dtype == "int8" else shape
 
 
 def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str, dtype: str = "float32") -> ArrayRecord:
@@ -232,7 +271,8 @@ def check_arrays(record: ArrayRecord, sent: ArrayRecord, *, place: str, dtype: s
 
 def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dtype: str) -> None:
     where = f"{place}: array {name}"
-    stored = np.dtype(_STORED_AS[dtype])
+    stored, num_values = np.dtype(_STORED_AS[dtype]), math.prod(shape)
+    shape = _stored_shape(shape, dtype)
     # The record's own claims first: decoding must not be asked to build an array of another size.
     if tuple(array.shape) != shape:
         raise ReplyError(
@@ -256,6 +296,11 @@ def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dt
         raise ReplyError(
             f"must hold {stored.name} of shape {shape}", value=(str(values.dtype), values.shape), place=where
         )
+    if dtype == "int8":
+        wrong = check_packed(values, num_values)
+        if wrong:
+            raise ReplyError(wrong, place=where, remedy="lower train.learning-rate on this device, or look at its data")
+        return
     finite = np.isfinite(_widened(array, dtype))
     if not finite.all():
         raise ReplyError(
@@ -274,12 +319,14 @@ class DeviceCard:
         num_examples: Size of its shard; 0 means it is left out.
         groups: Examples per group, empty where the data is the device's own.
         code_hash: Hash of the code that it runs.
+        lora_rank: Rank of its adapter where that is not the run's; else 0.
     """
 
     device: int
     num_examples: int
     groups: Mapping[str, int]
     code_hash: str
+    lora_rank: int = 0
 
     def to_content(self) -> RecordDict:
         """As the content of a reply."""
@@ -291,6 +338,7 @@ class DeviceCard:
                         "num-examples": self.num_examples,
                         "groups": json.dumps(dict(self.groups)),
                         "code-hash": self.code_hash,
+                        "lora-rank": self.lora_rank,
                     }
                 )
             }
@@ -298,7 +346,8 @@ class DeviceCard:
 
     def shard(self) -> dict[str, Any]:
         """Who holds how much of what: an entry of a run's ``shards.json``."""
-        return {"device": self.device, "num_examples": self.num_examples, "groups": dict(self.groups)}
+        shard = {"device": self.device, "num_examples": self.num_examples, "groups": dict(self.groups)}
+        return shard | ({"lora_rank": self.lora_rank} if self.lora_rank else {})
 
     @classmethod
     def from_shard(cls, shard: Any, *, place: str) -> DeviceCard:
@@ -312,11 +361,18 @@ class DeviceCard:
         counts = [
             found.get("device"),
             found.get("num_examples"),
+            found.get("lora_rank", 0),
             *(groups.values() if isinstance(groups, dict) else []),
         ]
         if not isinstance(groups, dict) or not all(map(_is_count, counts)):
             raise RunError("must say device, num_examples and groups of every device", value=shard, place=place)
-        return cls(device=found["device"], num_examples=found["num_examples"], groups=groups, code_hash="")
+        return cls(
+            device=found["device"],
+            num_examples=found["num_examples"],
+            groups=groups,
+            code_hash="",
+            lora_rank=found.get("lora_rank", 0),
+        )
 
     @classmethod
     def from_content(cls, content: RecordDict, *, place: str) -> DeviceCard:
@@ -326,15 +382,16 @@ class DeviceCard:
             ReplyError: Something is missing or has another type.
         """
         config = content.config_records.get(CONFIG, ConfigRecord())
-        device, num_examples = config.get("device"), config.get("num-examples")
-        if not _is_count(device) or not _is_count(num_examples):
+        device, num_examples, rank = config.get("device"), config.get("num-examples"), config.get("lora-rank", 0)
+        if not _is_count(device) or not _is_count(num_examples) or not _is_count(rank):
             raise ReplyError("a device must say its number and its number of examples", value=dict(config), place=place)
         try:
             groups = json.loads(str(config.get("groups", "{}")))
             groups = {str(name): int(count) for name, count in list(groups.items())[:_MAX_GROUPS]}
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             groups = {}
-        return cls(device=device, num_examples=num_examples, groups=groups, code_hash=str(config.get("code-hash", "")))
+        code = str(config.get("code-hash", ""))
+        return cls(device=device, num_examples=num_examples, groups=groups, code_hash=code, lora_rank=rank)
 
 
 def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, place: str) -> dict[str, float]:

@@ -16,6 +16,11 @@ _log = logging.getLogger(__name__)
 
 _MEGABYTE = 1e6
 
+_FREE_KEYS = frozenset(
+    {"resume", "output-dir", "remote.timeout-s", "remote.retries", "remote.concurrency", "remote.token-budget"}
+) | {"remote.price-sent", "remote.price-received", "remote.cache", "remote.cache-mb"}
+"""Keys that may change when a run goes on: its results do not depend on them."""
+
 
 def device_cost_row(
     server_round: int,
@@ -47,14 +52,25 @@ def device_cost_row(
     return reported | row
 
 
-def server_cost_row(server_round: int, phase: str, *, large_tokens: int, seconds: float) -> dict[str, Any]:
-    """The server's line of ``costs.jsonl``: tokens that went through the large model, and the time it took."""
+def server_cost_row(
+    server_round: int, phase: str, *, large_tokens: int, seconds: float, remote: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The server's line of ``costs.jsonl``: tokens that went through the large model, and the time it took.
+
+    Args:
+        server_round: From 1.
+        phase: What was done.
+        large_tokens: Tokens that would have gone through a large model that is here.
+        seconds: How long it took.
+        remote: What a remote large model has cost.
+    """
     return {
         "round": server_round,
         "device": "server",
         "phase": phase,
         "large_tokens": large_tokens,
         "seconds": round(seconds, 3),
+        **(remote or {}),
     }
 
 
@@ -127,7 +143,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: 
         if not isinstance(was, dict):
             remedy = "put back the file as the run wrote it"
             raise RunError(f"its config.json must hold an object {part}", value=was, place=place, remedy=remedy)
-        differing = sorted(name for name in {*was, *new} - {"resume", "output-dir"} if was.get(name) != new.get(name))
+        differing = sorted(name for name in {*was, *new} - _FREE_KEYS if was.get(name) != new.get(name))
         if differing:
             shown = ", ".join(f"{name} (was {was.get(name)!r}, is {new.get(name)!r})" for name in differing[:10])
             raise ConfigError(
@@ -146,6 +162,8 @@ def _summed_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     costs: dict[str, float] = {"server_large_tokens": sum(row["large_tokens"] for row in server)}
     for phase in dict.fromkeys(row["phase"] for row in server):
         costs[f"server_large_tokens_{phase}"] = sum(row["large_tokens"] for row in server if row["phase"] == phase)
+    for name in dict.fromkeys(name for row in server for name in row if name.startswith("remote_")):
+        costs[name] = sum(row.get(name, 0) for row in server)
     means = {
         "bytes_up": "bytes_up_per_device_and_round",
         "bytes_down": "bytes_down_per_device_and_round",
@@ -189,6 +207,13 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
         f"Tokens through the large model: {costs['server_large_tokens']:,}, of which {taught:,} to distil and the rest "
         "to score"
     )
+    if "remote_requests" in costs:
+        price = f", at a price of {costs['remote_price']:.4f}" if "remote_price" in costs else ""
+        lines.append(
+            f"The remote large model: {costs['remote_requests']:,} requests, {costs['remote_retries']:,} repeated, "
+            f"{costs['remote_tokens_sent']:,} tokens sent and {costs['remote_tokens_received']:,} received{price}; "
+            f"{costs['remote_recalled']:,} answers were known already"
+        )
     after = costs.get("seconds_after_round")
     part = f"After round {after}, where it was resumed, the run" if after else "The run"
     return [*lines, f"{part} took {costs['seconds']:.0f} s; its folder is {folder}"]

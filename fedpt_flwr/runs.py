@@ -32,6 +32,7 @@ except ImportError:  # Windows; there nothing keeps a second writer out
     fcntl = None  # type: ignore[assignment]
 
 LATEST = "latest"
+PROMPT_FORM = "prompt.json"  # in a proxy's folder: how the prompts that it has learnt are written
 _ROUND_DIGITS = 4
 _LOCK = ".lock"
 _LINES_OF_ROUNDS = ("metrics.jsonl", "costs.jsonl")

@@ -37,8 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedpt_flwr.choices import Choices, score_choices
 from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, collate, collate_prompts, first_token
 from fedpt_flwr.errors import DataError, ModelError
-from fedpt_flwr.logits import combine_logits
-from fedpt_flwr.models import max_positions
+from fedpt_flwr.logits import bound_hidden, combine_logits
+from fedpt_flwr.models import hides_tokens, input_device, is_remote, max_positions
 from fedpt_flwr.prompts import Example, extract_answer
 from fedpt_flwr.proxy import ProxyModel
 
@@ -82,25 +82,28 @@ class AnswerLosses:
         nats: Sum over the answer's tokens of minus the natural logarithm of their probability, ``(items,)``.
         tokens: Number of those tokens, ``(items,)``. The first token of an item without prompt has nothing to be
             predicted from and is not counted.
+        is_bound: Whether ``nats`` are an upper bound, because a remote large model does not show all it knows.
     """
 
     nats: FloatArray
     tokens: IntArray
+    is_bound: bool = False
 
     @classmethod
-    def none_yet(cls, items: int) -> AnswerLosses:
+    def none_yet(cls, items: int, *, is_bound: bool = False) -> AnswerLosses:
         """Zeros, to add to."""
-        return cls(np.zeros(items), np.zeros(items, dtype=np.int64))
+        return cls(np.zeros(items), np.zeros(items, dtype=np.int64), is_bound)
 
-    def add_scores(self, items: IntArray, scores: Tensor, targets: Tensor) -> None:
+    def add_scores(self, items: IntArray, scores: Tensor, targets: Tensor, *, are_logprobs: bool = False) -> None:
         """Adds the losses of some tokens to the items that they belong to, in place.
 
         Args:
             items: Index of each token's item, ``(tokens,)``.
             scores: A model's scores, ``(tokens, vocab)``.
             targets: The right tokens, ``(tokens,)``.
+            are_logprobs: The scores are log-probabilities, of which some may be missing (-inf): those lose the item.
         """
-        np.add.at(self.nats, items, _nats(scores, targets))
+        np.add.at(self.nats, items, _nats(scores, targets, are_logprobs=are_logprobs))
         np.add.at(self.tokens, items, 1)
 
     @property
@@ -142,7 +145,7 @@ def answer_losses(
         on_progress=on_progress,
     )
     for items, targets, (scores,) in batches:
-        losses.add_scores(items, scores, targets)
+        losses.add_scores(items, scores, targets, are_logprobs=_shows_a_part(model))
     return losses
 
 
@@ -253,16 +256,22 @@ def proxy_losses(
         Losses by the names of :data:`MODELS`, each in the order of ``examples``.
     """
     batches = model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size, on_progress=on_progress)
-    return _losses_of_all(batches, alpha=alpha, items=len(examples))
+    return _losses_of_all(proxy, batches, alpha=alpha, items=len(examples))
 
 
 def _losses_of_all(
-    batches: Iterable[tuple[IntArray, Tensor, list[Tensor]]], *, alpha: float, items: int
+    proxy: ProxyModel, batches: Iterable[tuple[IntArray, Tensor, list[Tensor]]], *, alpha: float, items: int
 ) -> dict[str, AnswerLosses]:
-    """The losses of all four rows from the scores of three models."""
-    losses = {name: AnswerLosses.none_yet(items) for name in MODELS}
+    """The losses of all four rows from the scores of three models; the proxy's may be a bound."""
+    is_partial, vocab_size = hides_tokens(proxy.large), proxy.config.real_vocab_size
+    losses = {name: AnswerLosses.none_yet(items, is_bound=is_partial and name == "proxy") for name in MODELS}
     for owners, targets, (large, tuned, untuned) in batches:
-        losses["large"].add_scores(owners, large, targets)
+        losses["large"].add_scores(owners, large, targets, are_logprobs=is_partial)
+        if is_partial:
+            bound = bound_hidden(large, tuned, untuned, alpha=alpha, vocab_size=vocab_size)
+            # A target that is not shown may have any probability down to 0.
+            is_shown = large.gather(-1, targets[:, None]) > -torch.inf
+            large = bound.scatter(-1, targets[:, None], bound.gather(-1, targets[:, None]).where(is_shown, -torch.inf))
         losses["tuned"].add_scores(owners, tuned, targets)
         losses["untuned"].add_scores(owners, untuned, targets)
         losses["proxy"].add_scores(owners, combine_logits(large, tuned, untuned, alpha=alpha), targets)
@@ -301,7 +310,7 @@ def choose_answers(
         on_progress=on_progress,
     )
     for owners, targets, (scores,) in batches:
-        losses.add_scores(owners, scores, targets)
+        losses.add_scores(owners, scores, targets, are_logprobs=_shows_a_part(model))
     return losses
 
 
@@ -371,6 +380,11 @@ def model_scores(
         vocab_size=proxy.config.real_vocab_size,
         on_progress=on_progress,
     )
+
+
+def _shows_a_part(model: PreTrainedModel) -> bool:
+    """Whether a model's scores are log-probabilities of which some are missing; a proxy has filled them in."""
+    return hides_tokens(model) and not isinstance(model, ProxyModel)
 
 
 def answer_scores(
@@ -508,16 +522,23 @@ def _first_scored(example: TokenizedExample) -> int:
 
 def _last_scores(model: PreTrainedModel, padded: Mapping[str, Tensor], *, positions: int) -> Tensor:
     """Scores at the last positions of a batch but the very last, ``(batch, positions, vocab)``."""
-    inputs = {name: padded[name][:, :-1].to(model.device) for name in ("input_ids", "attention_mask")}
+    if _shows_a_part(model):  # some services say how likely a text's own tokens are, if those are there
+        before = torch.arange(padded["input_ids"].shape[1] - 1)[-positions:]
+        shown = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        logprobs: Tensor = model(**shown, logits_to_keep=before, shows_next=True, use_cache=False).logits
+        return logprobs
+    inputs = {name: padded[name][:, :-1].to(input_device(model)) for name in ("input_ids", "attention_mask")}
     # Decoder-only LMs of transformers 5 take `logits_to_keep`; one of another origin may ignore it, hence the slice.
     scores: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     return scores[:, -positions:]
 
 
-def _nats(scores: Tensor, targets: Tensor) -> FloatArray:
+def _nats(scores: Tensor, targets: Tensor, *, are_logprobs: bool = False) -> FloatArray:
     """Minus the logarithm of the targets' probabilities, ``(tokens,)``."""
     scores = scores.float()
-    nats = scores.logsumexp(-1) - scores.gather(-1, targets[:, None])[:, 0]
+    nats = -scores.gather(-1, targets[:, None])[:, 0]
+    if not are_logprobs:
+        nats = nats + scores.logsumexp(-1)
     return nats.double().cpu().numpy()
 
 
@@ -572,13 +593,16 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     # How many tokens are drafted depends on timings, and so do the ties that rounding decides. A score must not.
-    one_by_one = {"draft_tokens": None} if isinstance(model, ProxyModel) else {}
+    # Where every token would be a request, as many are drafted as the run config says.
+    one_by_one: dict[str, Any] = {"draft_tokens": None} if isinstance(model, ProxyModel) else {}
+    if isinstance(model, ProxyModel) and is_remote(model.large):
+        one_by_one = {"draft_tokens": model.large.draft_tokens}
     with _opened(lambda: contextlib.nullcontext(model)):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             padded = collate_prompts([list(prompts[index]) for index in batch], pad_id)
             sequences = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in padded.items()},
+                **{name: tensor.to(input_device(model)) for name, tensor in padded.items()},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -868,7 +892,8 @@ class Measurement:
         """The same of some of the items."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Measurement(
-            losses=self.losses and AnswerLosses(self.losses.nats[chosen], self.losses.tokens[chosen]),
+            losses=self.losses
+            and AnswerLosses(self.losses.nats[chosen], self.losses.tokens[chosen], self.losses.is_bound),
             answers=self.answers and [self.answers[index] for index in indices],
             written=self.written and [self.written[index] for index in indices],
             judged={name: marks[chosen] for name, marks in self.judged.items()},
@@ -883,6 +908,7 @@ class Row:
     Attributes:
         n: Items.
         loss: Nats per answer token.
+        loss_upper_bound: What ``loss`` is at most, where a remote large model does not show enough to know it.
         perplexity: ``exp(loss)``.
         exact_match: Share of answers that are right.
         contains_value: Share of answers that hold the right value, whatever else they hold.
@@ -896,6 +922,7 @@ class Row:
 
     n: int
     loss: float | None = None
+    loss_upper_bound: float | None = None
     perplexity: float | None = None
     exact_match: float | None = None
     contains_value: float | None = None
@@ -908,7 +935,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row for ``results.json``; holds neither null, NaN nor infinity."""
-        names = ("loss", "perplexity", *SHARES, ROUGE_L, "num_invalid", "shots")
+        names = ("loss", "loss_upper_bound", "perplexity", *SHARES, ROUGE_L, "num_invalid", "shots")
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
         return values | {"n": self.n, "ci95": {name: list(interval) for name, interval in self.ci95.items()}}
 
@@ -928,7 +955,9 @@ def make_row(measurement: Measurement, *, n: int, seed: int) -> Row:
     ci95: dict[str, Interval] = {}
     losses = measurement.losses
     if losses is not None and losses.tokens.any():
-        if np.isfinite(losses.nats).all():
+        if losses.is_bound and np.isfinite(losses.nats).all():
+            values["loss_upper_bound"] = losses.mean
+        elif np.isfinite(losses.nats).all():
             values["loss"] = losses.mean
             ci95["loss"] = bootstrap_ratio(losses.nats, losses.tokens.astype(np.float64), seed=seed)
             if max(values["loss"], *ci95["loss"]) < math.log(np.finfo(np.float64).max):
@@ -1110,7 +1139,7 @@ def score_models(
             measurements |= {name: measure(name, openers[name], prompts, losses[name]) for name in missing}
         else:
             scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
-            costs = _losses_of_all(scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
+            costs = _losses_of_all(proxy, scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
             large_tokens += choices.tokens_read(prompts)
             measurements |= {
                 name: judge([choices.text_of(index) for index in chosen(costs[name], choices)], losses[name])
@@ -1299,7 +1328,7 @@ def compare_measurements(
             if metric in proxy.judged and metric in rival.judged:
                 found[name] = paired_bootstrap(proxy.judged[metric], rival.judged[metric], seed)
         ours, theirs = proxy.losses, rival.losses
-        if ours is None or theirs is None or not ours.tokens.any():
+        if ours is None or theirs is None or not ours.tokens.any() or ours.is_bound or theirs.is_bound:
             continue
         if np.isfinite(ours.nats).all() and np.isfinite(theirs.nats).all():
             found[f"proxy_minus_{other}_loss"] = paired_bootstrap(ours.nats, theirs.nats, seed, tokens=ours.tokens)
@@ -1326,7 +1355,8 @@ def make_records(examples: Sequence[Example], measurements: Mapping[str, Measure
                 seen["invalid" if metric == "invalid_rate" else metric] = marks[index].item()
             losses = measurement.losses
             if losses is not None and losses.tokens[index] and math.isfinite(losses.nats[index]):
-                seen["loss"] = float(losses.nats[index]) / int(losses.tokens[index])
+                name_of_loss = "loss_upper_bound" if losses.is_bound else "loss"
+                seen[name_of_loss] = float(losses.nats[index]) / int(losses.tokens[index])
         counted = {"answer_tokens": int(of_tokens[0][index])} if of_tokens else {}
         head = {"prompt": example.prompt, "reference": example.answer, "group": example.group}
         records.append(head | counted | {"models": models})
@@ -1343,6 +1373,7 @@ _COLUMNS = {
     "invalid_rate": "invalid %",
     "num_invalid": "invalid",
     "loss": "loss",
+    "loss_upper_bound": "loss at most",
     "perplexity": "perplexity",
     "shots": "shots",
 }

@@ -39,7 +39,8 @@ class ShiftPoint:
         alpha: Strength of the shift.
         plausibility: Mask threshold; 0: no mask.
         exact_match: Share of the items that are answered right, greedily.
-        loss: Nats per answer token, without the mask whatever ``plausibility`` is; None if it is not finite.
+        loss: Nats per answer token, without the mask whatever ``plausibility`` is; None if it is not finite, or not
+            known because a remote large model shows some tokens only.
     """
 
     alpha: float
@@ -132,6 +133,8 @@ def shift_curve(
         for mask in masks
     }
     for items, targets, (large, tuned, untuned) in model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size):
+        if proxy.hides_tokens and proxy.large.fills(samples=False):  # as in greedy decoding
+            large = proxy.fill(large, untuned)
         tuned_there = tuned.to(large.device)
         ruled_out = {mask: ~plausible_tokens(tuned_there, plausibility=mask) for mask in masks}
         for alpha in alphas:
@@ -144,7 +147,7 @@ def shift_curve(
             alpha=alpha,
             plausibility=mask,
             exact_match=mistakes[alpha, mask].exact_match,
-            loss=losses[alpha].mean if np.isfinite(losses[alpha].mean) else None,
+            loss=losses[alpha].mean if np.isfinite(losses[alpha].mean) and not proxy.hides_tokens else None,
         )
         for alpha in alphas
         for mask in masks
@@ -177,6 +180,6 @@ def choice_curve(
     curve = []
     for alpha in alphas:
         exact_match, loss = choice_quality(losses[alpha], choices, right)
-        finite = loss if np.isfinite(loss) else None
+        finite = loss if np.isfinite(loss) and not proxy.hides_tokens else None
         curve.append(ShiftPoint(alpha=alpha, plausibility=0.0, exact_match=exact_match, loss=finite))
     return curve

@@ -1,7 +1,11 @@
 """The data of a run as its config names it: a device's shard, the server's held-out items, public texts.
 
 Server and devices call the same functions with the same config, so they agree on what is held out of the training data
-and on who owns what without sending any of it.
+and on who owns what without sending any of it. What is held out and dealt out are records, so the turns of one
+conversation stay together.
+
+Where ``data.format`` is ``chat`` or ``auto``, the small model's tokenizer is needed, because conversations are written
+by its chat template.
 """
 
 from __future__ import annotations
@@ -10,13 +14,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import DataConfig
-from fedpt_flwr.data import load_examples, load_examples_with_records, read_records, split_holdout
+from fedpt_flwr.data import LoadedRecord, first_record, load_records, read_records, split_holdout
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.partition import partition
 from fedpt_flwr.prompts import Example, Template, field_text
+from fedpt_flwr.shapes import AutoShape, Shape, make_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,94 +74,144 @@ class Prompts:
     topics: frozenset[str]
 
 
-def device_shard(data: DataConfig, *, device: int, num_devices: int, seed: int) -> list[Example]:
+def needs_tokenizer(data: DataConfig) -> bool:
+    """Whether examples cannot be made without the small model's tokenizer."""
+    return data.format in ("chat", "auto")
+
+
+def device_shard(
+    data: DataConfig,
+    *,
+    device: int,
+    num_devices: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Example]:
     """One device's examples out of ``data.train``; the same for the same config, seed and number of devices.
+
+    Args:
+        data: Names the source.
+        device: The device's number, from 0.
+        num_devices: How many there are.
+        seed: Of the run.
+        tokenizer: The small model's; see `needs_tokenizer`.
 
     Raises:
         DataError: The source cannot be read, or cannot be dealt out to so many devices.
     """
-    examples = _load_train(data)
-    return [examples[index] for index in _shards(data, num_devices, seed)[device]]
+    _template("data.template", data.template)
+    tokenizer = tokenizer if needs_tokenizer(data) else None
+    records = _load_train(data, tokenizer)
+    chosen = _shards(data, num_devices, seed, tokenizer)[device]
+    return [example for index in chosen for example in records[index].examples]
 
 
-def local_shard(data: DataConfig, path: str) -> list[Example]:
+def local_shard(
+    data: DataConfig, path: str, *, tokenizer: PreTrainedTokenizerBase | None = None, with_groups: bool = False
+) -> list[Example]:
     """The examples of a device that has data of its own.
 
     Args:
         data: Says how a record becomes an example.
         path: Absolute path of the device's file or folder.
+        tokenizer: The small model's; see `needs_tokenizer`.
+        with_groups: Read the groups of the records that have one.
 
     Raises:
         DataError: It cannot be read.
     """
-    _template("data.template", data.template)
-    return load_examples(path, template=data.template, answer_field=data.answer_field)
+    group_field = data.group_field if with_groups else ""
+    loaded = load_records(path, _shape(data, tokenizer), group_field=group_field, needs_group=False)
+    return [example for record in loaded for example in record.examples]
 
 
-def held_out_items(data: DataConfig, which: str, *, seed: int) -> Items:
+def held_out_items(
+    data: DataConfig, which: str, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Items:
     """The server's validation or test items.
 
     Args:
         data: Names their source; an empty one means a part of ``data.train`` that no device gets.
         which: ``validation`` or ``test``.
         seed: Of the run.
+        tokenizer: The small model's; see `needs_tokenizer`.
 
     Raises:
         DataError: The source cannot be read.
     """
-    examples, records = held_out_records(data, which, seed=seed)
+    chosen = held_out_records(data, which, seed=seed, tokenizer=tokenizer)
+    # One record for each example, where it became several.
+    records = [item.record for item in chosen for _ in item.examples]
     return Items(
-        examples=examples,
+        examples=[example for item in chosen for example in item.examples],
         values=_column(records, data.value_field),
         fields=_column(records, data.name_field),
         topics=_column(records, data.cover_field),
     )
 
 
-def held_out_records(data: DataConfig, which: str, *, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
-    """As :func:`held_out_items`, as examples and the records that they are made of."""
-    _template("data.template", data.template)
+def held_out_records(
+    data: DataConfig, which: str, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[LoadedRecord]:
+    """As :func:`held_out_items`, as the records that they are made of."""
     source, split = getattr(data, which), getattr(data, f"{which}_split")
     if source:
-        return load_examples_with_records(source, split=split, template=data.template, answer_field=data.answer_field)
-    return _train_records(data, which, seed)
+        return load_records(source, _shape(data, tokenizer), split=split)
+    return _records_of(data, which, seed, tokenizer)
 
 
-def training_records(data: DataConfig, *, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Everything in ``data.train`` that is dealt out to devices, as examples with their groups and as records.
+def training_records(
+    data: DataConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[LoadedRecord]:
+    """Everything in ``data.train`` that is dealt out to devices.
 
     Args:
         data: Names the source, and what is held out of it.
         seed: Of the run.
+        tokenizer: The small model's; see `needs_tokenizer`.
 
     Raises:
         DataError: The source cannot be read.
     """
-    _template("data.template", data.template)
-    return _train_records(data, "train", seed)
+    return _records_of(data, "train", seed, tokenizer)
 
 
-def _train_records(data: DataConfig, which: str, seed: int) -> tuple[list[Example], list[dict[str, Any]]]:
+def _records_of(
+    data: DataConfig, which: str, seed: int, tokenizer: PreTrainedTokenizerBase | None
+) -> list[LoadedRecord]:
     """The part of the training data that serves this purpose."""
-    examples, records = load_examples_with_records(
-        data.train,
-        split=data.train_split,
-        template=data.template,
-        answer_field=data.answer_field,
-        group_field=_group_field(data),
-    )
-    chosen = _split(data, len(examples), seed)[which]
-    return [examples[index] for index in chosen], [records[index] for index in chosen]
+    shape, group_field = _shape(data, tokenizer), _group_field(data)
+    loaded = load_records(data.train, shape, split=data.train_split, group_field=group_field)
+    return [loaded[index] for index in _split(data, len(loaded), seed)[which]]
 
 
-def public_texts(data: DataConfig) -> list[str]:
+def scored_shape(data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Shape:
+    """The shape of what is scored, which is also that of public prompts and of what a service is asked.
+
+    Raises:
+        DataError: With ``data.format='auto'``: the source of the test items, or of the training data, cannot be read.
+    """
+    shape = _shape(data, tokenizer)
+    if not isinstance(shape, AutoShape):
+        return shape
+    source, split = (data.test, data.test_split) if data.test else (data.train, data.train_split)
+    record, place = first_record(source, split=split)
+    return shape.of(record, place=place)
+
+
+def public_texts(data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """The server's public texts; none where ``data.public`` is empty.
+
+    With an empty ``data.public-template`` they are written as the devices' examples are, answers included.
 
     Raises:
         DataError: The source cannot be read, or lacks a field of the template.
     """
     if not data.public:
         return []
+    if not data.public_template:
+        loaded = load_records(data.public, _shape(data, tokenizer), split=data.public_split)
+        return [item.examples[-1].prompt + item.examples[-1].answer for item in loaded]
     template = _template("data.public-template", data.public_template)
     records = read_records(data.public, split=data.public_split)
     return [
@@ -161,7 +219,7 @@ def public_texts(data: DataConfig) -> list[str]:
     ]
 
 
-def public_prompts(data: DataConfig) -> Prompts | None:
+def public_prompts(data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts | None:
     """The server's public prompts for distillation; None where ``data.prompts`` is empty.
 
     Raises:
@@ -169,11 +227,12 @@ def public_prompts(data: DataConfig) -> Prompts | None:
     """
     if not data.prompts:
         return None
-    template = _template("data.template", data.template)
-    with _remedy("name prompts that fit the template in data.prompts, or set distillation.mode='off'"):
+    shape = scored_shape(data, tokenizer=tokenizer)
+    fits = "that fit the template" if data.format == "template" else f"of the shape {shape.name}"
+    with _remedy(f"name prompts {fits} in data.prompts, or set distillation.mode='off'"):
         records = read_records(data.prompts, split=data.prompts_split)
         texts = [
-            template.render(record, place=f"{data.prompts}, record {place}") for place, record in enumerate(records, 1)
+            shape.prompt(record, place=f"{data.prompts}, record {number}") for number, record in enumerate(records, 1)
         ]
     topics = _column(records, data.cover_field)
     return Prompts(texts=texts, topics=frozenset(topics or ()))
@@ -190,8 +249,7 @@ def answer_choices(data: DataConfig) -> list[str]:
     found: dict[str, None] = {}
     for source, split in _choice_sources(data):
         records = read_records(source, split=split)
-        # A text file has one choice on each line, and its records the field "text".
-        field = data.answer_field if any(data.answer_field in record for record in records) else "text"
+        field = _answer_field(data, records)
         for number, record in enumerate(records, 1):
             found[field_text(record, field, place=f"{source}, record {number}")] = None
     if len(found) < 2:
@@ -199,6 +257,12 @@ def answer_choices(data: DataConfig) -> list[str]:
             "there must be at least two different answers to choose from", value=list(found), place="data.choices"
         )
     return list(found)
+
+
+def _answer_field(data: DataConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """The field of the answers in records, some of which are perhaps those of a text file: one choice on each line."""
+    names = (data.answer_field,) if data.format == "template" else ("label", "completion", "output", "response")
+    return next((name for name in names if any(name in record for record in records)), "text")
 
 
 def _choice_sources(data: DataConfig) -> list[tuple[str, str]]:
@@ -231,44 +295,64 @@ def _template(key: str, text: str) -> Template:
         raise ConfigError(error.rule, value=error.value, place=key, remedy=error.remedy) from error
 
 
-def _split(data: DataConfig, num_examples: int, seed: int) -> dict[str, list[int]]:
-    """Indices of the training data by purpose; whatever has a source of its own takes none."""
-    kept = list(range(num_examples))
+def _shape(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Shape | AutoShape:
+    """What the config says of the records' shape."""
+    template = _template("data.template", data.template)
+    return make_shape(data.format, template=template, answer_field=data.answer_field, tokenizer=tokenizer)
+
+
+def _split(data: DataConfig, num_records: int, seed: int) -> dict[str, list[int]]:
+    """Indices of the training data's records by purpose; whatever has a source of its own takes none."""
+    kept = list(range(num_records))
     parts: dict[str, list[int]] = {}
     for which in ("test", "validation"):
         parts[which] = []
         if not getattr(data, which):
-            share = data.holdout_fraction * num_examples / len(kept)
+            share = data.holdout_fraction * num_records / len(kept)
             rest, held_out = split_holdout(len(kept), share, seed)
             parts[which] = [kept[index] for index in held_out]
             kept = [kept[index] for index in rest]
     return {"train": kept, **parts}
 
 
-def _load_train(data: DataConfig) -> Sequence[Example]:
-    return _load(data.train, data.train_split, data.template, data.answer_field, _group_field(data))
+def _load_train(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[LoadedRecord]:
+    needed = bool(_group_field(data))
+    return _load(
+        data.train, data.train_split, data.format, data.template, data.answer_field, data.group_field, needed, tokenizer
+    )
 
 
 def _group_field(data: DataConfig) -> str:
+    """The field by which the training data is dealt out."""
     return data.group_field if data.partitioner in ("natural", "dirichlet") else ""
 
 
 @functools.lru_cache(maxsize=2)
-def _shards(data: DataConfig, num_devices: int, seed: int) -> list[list[int]]:
-    """Every device's indices into the training data."""
-    examples = _load_train(data)
-    kept = _split(data, len(examples), seed)["train"]
-    groups = [examples[index].group for index in kept]
+def _shards(
+    data: DataConfig, num_devices: int, seed: int, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """Every device's indices into the training data's records."""
+    records = _load_train(data, tokenizer)
+    kept = _split(data, len(records), seed)["train"]
+    groups = [records[index].group for index in kept]
     shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
     return [[kept[index] for index in shard] for shard in shards]
 
 
 @functools.lru_cache(maxsize=2)
-def _load(source: str, split: str, template: str, answer_field: str, group_field: str) -> Sequence[Example]:
+def _load(
+    source: str,
+    split: str,
+    data_format: str,
+    template: str,
+    answer_field: str,
+    group_field: str,
+    needs_group: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Sequence[LoadedRecord]:
     # In a simulation one process plays many devices in turn, all with the same source.
-    return tuple(
-        load_examples(source, split=split, template=template, answer_field=answer_field, group_field=group_field)
-    )
+    shape = make_shape(data_format, template=Template(template), answer_field=answer_field, tokenizer=tokenizer)
+    return tuple(load_records(source, shape, split=split, group_field=group_field, needs_group=needs_group))
 
 
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:

@@ -238,7 +238,7 @@ def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:
     cache.add_rows(len(prompts))
     if width:
         padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
-        step(cache, torch.tensor(padded))
+        step.read(cache, torch.tensor(padded))
         cache.cut([len(prompt) - 1 for prompt in prompts])
     return cache
 

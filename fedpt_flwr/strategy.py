@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
@@ -40,7 +41,9 @@ from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.answers import answers
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
-from fedpt_flwr.limits import parse_limits
+from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.limits import other_rank, parse_limits
+from fedpt_flwr.lora import ProductMean, completed, leading
 from fedpt_flwr.records import (
     ARRAYS,
     CONFIG,
@@ -53,6 +56,7 @@ from fedpt_flwr.records import (
     from_reply,
     message_bytes,
     refusal_reason,
+    sent_as,
     to_wire,
 )
 
@@ -65,6 +69,8 @@ FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 _OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
+# Errors that the SuperLink makes when a question, its answer or the node is gone: the device has said nothing.
+_LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 _MAX_REASONS = 5  # shown of what devices say when they all fail
 _MAX_DEVICES = 20  # shown one by one in the log
 _WEIGHT = "num-examples"
@@ -104,6 +110,8 @@ class RoundOutcome:
         train_loss: Mean over the devices' examples of the training loss, nats per answer token.
         devices: One entry per sampled device, by number.
         seconds: From sending the arrays to having aggregated them.
+        left_out: With exact aggregation of adapters: the norm of what the aggregated adapter leaves out of the mean of
+            the devices' products, over the norm of that mean, all matrices together; else None.
     """
 
     server_round: int
@@ -113,6 +121,7 @@ class RoundOutcome:
     train_loss: float
     devices: Sequence[DeviceRound]
     seconds: float
+    left_out: float | None = None
 
 
 AfterAggregate = Callable[[RoundOutcome], ArrayRecord | None]
@@ -319,7 +328,11 @@ class FedPT(Strategy):
         wire_dtype: Type of the arrays on the wire, see :mod:`fedpt_flwr.records`.
         expected: Devices that a run had before it was stopped, by number, with their shards: it goes on with exactly
             these. None: with any.
+        on_devices: Called once with the devices' cards, as soon as enough of them are there for the first round.
         is_good_enough: Asked after every complete round, and by a run that goes on before its first; True ends the run.
+        lora_rank: Rank of the adapter that is tuned; 0: it is none.
+        lora_aggregation: How adapters become one, see :mod:`fedpt_flwr.lora`: ``average``, ``exact``, or ``frozen-a``.
+        taken: With ``int8``, for a run that goes on: the last complete round in which each device's answer was taken.
     """
 
     def __init__(
@@ -336,7 +349,11 @@ class FedPT(Strategy):
         code_hash: str = "",
         wire_dtype: str = "float32",
         expected: Mapping[int, DeviceCard] | None = None,
+        on_devices: Callable[[Sequence[DeviceCard]], None] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
+        lora_rank: int = 0,
+        lora_aggregation: str = "average",
+        taken: Mapping[int, int] | None = None,
     ) -> None:
         self.inner = inner_strategy
         self.after_aggregate = after_aggregate
@@ -349,11 +366,16 @@ class FedPT(Strategy):
         self.code_hash = code_hash
         self.wire_dtype = wire_dtype
         self.expected = expected
+        self.on_devices = on_devices
         self.is_good_enough = is_good_enough
+        self.lora_rank = lora_rank
+        self.lora_aggregation = lora_aggregation
+        self.taken = dict(taken or {})
         self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
         self._declined: dict[int, str] = {}
         self._cards: dict[int, DeviceCard] = {}  # this round's, by device number
         self._broadcast = ArrayRecord()  # this round's, as the server holds it
+        self._parts: dict[int, ArrayRecord] = {}  # of it, what devices of another rank hold, by rank
         self._sent: dict[int, Message] = {}  # this round's messages by device number
         self._sent_at = 0.0
         self._failed_rounds = 0
@@ -507,6 +529,8 @@ class FedPT(Strategy):
             if there >= wanted:
                 if first:
                     self.log_shards()
+                    if self.on_devices is not None:
+                        self.on_devices(list(self.devices.values()))
                 return present
             hopeless = len(self._declined) == len(connected) >= self.min_devices
             if time.monotonic() >= deadline or hopeless:
@@ -527,11 +551,15 @@ class FedPT(Strategy):
             node = asked.get(reply.metadata.reply_to_message_id)  # an error made by the SuperLink names no node
             if node is None:
                 continue
+            if reply.has_error() and reply.error.code in _LOST:
+                log(WARNING, "The answer of node %d was lost: %s", node, _last_line(reply.error.reason))
+                continue
             try:
                 content = _content(reply)
                 card = DeviceCard.from_content(content, place=f"node {node}")
                 if self.code_hash:
                     check_code(self.code_hash, card.code_hash)
+                self._check_rank(card)
             except (ReplyError, DeviceError) as error:
                 if str(error) not in self._declined.values():
                     log(WARNING, "A device cannot take part: %s", error)
@@ -540,6 +568,45 @@ class FedPT(Strategy):
             self.devices[node] = card
             if card.num_examples == 0:
                 log(WARNING, "Device %d has no examples and is left out", card.device)
+
+    def _check_rank(self, card: DeviceCard) -> None:
+        """Refuse a device whose adapter cannot be aggregated with the others'.
+
+        Raises:
+            DeviceError: It has another rank, and this run cannot have that.
+        """
+        if not card.lora_rank:
+            return
+        rule, remedy = other_rank(card.lora_rank, self.lora_rank, self.lora_aggregation)
+        if not rule and not _is_folded(self.inner):
+            rule = f"{type(self.inner).__name__} compares the devices' arrays, which must then have one rank"
+            remedy = "leave lora-rank out, or set strategy.name='FedAvg'"
+        if rule:
+            place = f"device {card.device}, node config, lora-rank"
+            raise DeviceError(rule, value=card.lora_rank, place=place, remedy=remedy)
+
+    def _own(self, device: int) -> ArrayRecord:
+        """What the server holds of that which a device tunes: all arrays of the round, or the leading directions."""
+        rank = self._cards[device].lora_rank
+        if not rank:
+            return self._broadcast
+        if rank not in self._parts:
+            self._parts[rank] = ArrayRecord(
+                {
+                    name: Array(np.ascontiguousarray(leading(name, array.numpy(), rank)))
+                    for name, array in self._broadcast.items()
+                }
+            )
+        return self._parts[rank]
+
+    @property
+    def _keeps_residuals(self) -> bool:
+        """Whether devices keep what 8 bits lost: not where the arrays of the next round are other directions."""
+        return self.wire_dtype == "int8" and not self._is_exact
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.lora_rank > 0 and self.lora_aggregation == "exact"
 
     def _one_node_a_number(self, connected: Sequence[int], *, refuse: bool) -> dict[int, DeviceCard]:
         """Cards of the connected nodes; of two with one number, that of the one met first.
@@ -604,16 +671,20 @@ class FedPT(Strategy):
         return "; ".join(f"{what}: {_listed(who)}" for what, who in groups if who)
 
     def log_shards(self) -> None:
-        """Log the table of shards: device, number of examples, groups."""
+        """Log the table of shards (device, number of examples, how unlike all others, groups) and what sums it up."""
         cards = sorted(self.devices.values(), key=lambda card: card.device)
         log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
-        for card in cards[:_MAX_DEVICES]:
+        found = measure_shards([card.num_examples for card in cards], [card.groups for card in cards])
+        for card, distance in zip(cards[:_MAX_DEVICES], found.distances, strict=False):
             groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
             more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
-            log(INFO, "\tdevice %3d  %7d examples  %s%s", card.device, card.num_examples, shown, more)
+            unlike = "" if distance is None else f"differs by {distance:.2f}  "
+            log(INFO, "\tdevice %3d  %7d examples  %s%s%s", card.device, card.num_examples, unlike, shown, more)
         if len(cards) > _MAX_DEVICES:
             log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - _MAX_DEVICES)
+        for sentence in found.sentences():
+            log(INFO, "\t%s", sentence)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -630,7 +701,7 @@ class FedPT(Strategy):
         # By name, however they came from a model, a file or a teacher: sums over all arrays depend on their order, and
         # FedAvgM keeps its momentum as a list.
         arrays = ArrayRecord(dict(sorted(arrays.items())))
-        self._broadcast = arrays
+        self._broadcast, self._parts = arrays, {}
         if isinstance(self.inner, FedAvgM):
             # It takes what it made of the last round for what the devices began with. That may have been replaced by
             # after_aggregate, or refused, or have been made in another process.
@@ -641,9 +712,16 @@ class FedPT(Strategy):
         device_of = {node: device for device, node in node_of.items()}
         self._sent = {device_of[message.metadata.dst_node_id]: message for message in messages}
         self._sent = dict(sorted(self._sent.items()))
-        on_wire = to_wire(arrays, self.wire_dtype, place=f"what round {server_round} sends")
-        for message in self._sent.values():
-            message.content = RecordDict({**message.content, ARRAYS: on_wire})
+        on_wire: dict[int, ArrayRecord] = {}
+        for device, message in self._sent.items():
+            rank = self._cards[device].lora_rank
+            if rank not in on_wire:
+                place = f"what round {server_round} sends"
+                on_wire[rank] = to_wire(self._own(device), sent_as(self.wire_dtype), place=place)
+            message.content = RecordDict({**message.content, ARRAYS: on_wire[rank]})
+            if self._keeps_residuals:
+                told = {**message.content.config_records[CONFIG], "residual-of": self.taken.get(device, 0)}
+                message.content[CONFIG] = ConfigRecord(told)
         self._sent_at = time.monotonic()
         return list(self._sent.values())
 
@@ -673,7 +751,11 @@ class FedPT(Strategy):
         """Take in the reply of every sampled device, or None, in the order of their numbers; then as above."""
         # What is expected of the mean is what the devices said they have: then its bits are Flower's.
         expected = sum(self._cards[device].num_examples for device in self._sent)
-        mean = WeightedMean(expected) if _is_folded(self.inner) else None
+        mean: WeightedMean | ProductMean | None = None
+        if self._is_exact:
+            mean = ProductMean(expected, self.lora_rank)
+        elif _is_folded(self.inner):
+            mean = WeightedMean(expected)
         usable: list[Message] = []
         devices: list[DeviceRound] = []
         for device, reply in came:
@@ -681,11 +763,16 @@ class FedPT(Strategy):
             del reply  # before the next one is fetched
         self._log_refused(server_round, devices)
         arrays, metrics = self._finish_round(server_round, usable, mean, devices)
-        self._broadcast, self._sent = ArrayRecord(), {}
+        self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
         return arrays, metrics
 
     def _take(
-        self, server_round: int, device: int, reply: Message | None, usable: list[Message], mean: WeightedMean | None
+        self,
+        server_round: int,
+        device: int,
+        reply: Message | None,
+        usable: list[Message],
+        mean: WeightedMean | ProductMean | None,
     ) -> DeviceRound:
         """Check a reply; append it to ``usable``, without its arrays if they could be added to ``mean``."""
         sent = self._sent[device].content
@@ -701,10 +788,13 @@ class FedPT(Strategy):
             up = message_bytes(content)
             if set(content.array_records) != {ARRAYS}:
                 raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
-            arrays = check_arrays(content.array_records[ARRAYS], self._broadcast, place=place, dtype=self.wire_dtype)
+            own = self._own(device)
+            arrays = check_arrays(content.array_records[ARRAYS], own, place=place, dtype=self.wire_dtype)
             metrics = check_metrics(content, server_round=server_round, card=self._cards[device], place=place)
             reply.content = RecordDict({METRICS: MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})})
-            tuned = from_reply(arrays, self._broadcast, self.wire_dtype)
+            tuned = from_reply(arrays, own, self.wire_dtype)
+            if own is not self._broadcast:
+                tuned = ((name, completed(name, part, self._broadcast[name].numpy())) for name, part in tuned)
             if mean is not None:
                 mean.add(tuned, metrics[_WEIGHT])
             else:
@@ -726,7 +816,11 @@ class FedPT(Strategy):
             log(WARNING, "Round %d: %d more devices are left out; costs.jsonl says why", server_round, rest)
 
     def _finish_round(
-        self, server_round: int, usable: list[Message], mean: WeightedMean | None, devices: Sequence[DeviceRound]
+        self,
+        server_round: int,
+        usable: list[Message],
+        mean: WeightedMean | ProductMean | None,
+        devices: Sequence[DeviceRound],
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate, and hand the outcome on; or survive a failed round."""
         if len(usable) < self.min_replies:
@@ -748,6 +842,7 @@ class FedPT(Strategy):
             return None, None
         self._failed_rounds = 0
         self._sent = {}
+        self.taken |= {part.device: server_round for part in devices if not part.refused}
         outcome = RoundOutcome(
             server_round=server_round,
             sent=self._broadcast,
@@ -756,13 +851,14 @@ class FedPT(Strategy):
             train_loss=train_loss,
             devices=devices,
             seconds=time.monotonic() - self._sent_at,
+            left_out=mean.left_out if isinstance(mean, ProductMean) else None,
         )
         following = self.after_aggregate(outcome) if self.after_aggregate else None
         summary = MetricRecord({"train-loss": train_loss, "num-replies": len(usable)})
         return (following if following is not None else arrays), summary
 
     def _aggregate(
-        self, server_round: int, usable: list[Message], mean: WeightedMean | None
+        self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean | None
     ) -> tuple[ArrayRecord, float]:
         """What the inner strategy makes of the replies, or of their mean, and the mean training loss.
 
@@ -779,7 +875,7 @@ class FedPT(Strategy):
             raise
 
     def _finite_aggregate(
-        self, server_round: int, usable: list[Message], mean: WeightedMean | None
+        self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean | None
     ) -> tuple[ArrayRecord, float]:
         name = type(self.inner).__name__
         arrays = metrics = failure = None
@@ -807,7 +903,7 @@ class FedPT(Strategy):
         return result, float(np.asarray(metrics["train-loss"]).item())
 
     def _aggregate_mean(
-        self, server_round: int, usable: list[Message], mean: WeightedMean
+        self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean
     ) -> tuple[ArrayRecord | None, MetricRecord]:
         """What the inner strategy makes of the replies' weighted mean, which is all that it would see of them."""
         metrics = aggregate_metricrecords([reply.content for reply in usable], _WEIGHT)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpt_flwr.config import TrainConfig
-from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, batches, collate
-from fedpt_flwr.errors import DataError, DeviceError
+from fedpt_flwr.data import IGNORED_LABEL, TokenizedExample, batches, collate, collate_packed
+from fedpt_flwr.errors import DataError, DeviceError, ModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,6 +116,7 @@ def train_locally(
     Raises:
         DataError: The shard is empty.
         DeviceError: The loss is not a finite number, or this device cannot compute in the type that is asked for.
+        ModelError: Examples are to be packed, and the model cannot keep them apart.
     """
     if not examples:
         raise DataError("a device needs at least one example to train on")
@@ -127,6 +128,8 @@ def train_locally(
             place="train.mixed-precision",
             remedy="use bf16 or no on a CPU",
         )
+    if config.packing:
+        check_packing(model)
     memory = _PeakMemory(device)
     accelerator = _accelerator(config, device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -155,16 +158,17 @@ def train_locally(
         prepared_optimizer = accelerator.prepare(optimizer)
         try:
             for _ in range(steps):
-                step = [
-                    collate([examples[index] for index in piece], pad_id)
+                pieces = [
+                    [examples[index] for index in piece]
                     for _ in range(config.accumulation_steps)
                     for piece in _pieces(next(draws), max_batch_size)
                 ]
+                seen += sum(map(len, pieces))
+                tokens += sum(len(item.prompt_ids) + len(item.answer_ids) for piece in pieces for item in piece)
+                step = [(collate_packed if config.packing else collate)(piece, pad_id) for piece in pieces]
                 count = sum(int((batch["labels"][:, 1:] != IGNORED_LABEL).sum()) for batch in step)
                 total = 0.0
                 for batch in step:
-                    seen += len(batch["input_ids"])
-                    tokens += int(batch["attention_mask"].sum())
                     with accelerator.autocast():
                         loss = _answer_loss(model, {name: part.to(device) for name, part in batch.items()}) / count
                     accelerator.backward(loss)
@@ -207,6 +211,42 @@ def train_locally(
     )
 
 
+_MOST_LEAKED = 0.05
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel | PeftModel) -> None:
+    """Make sure that a model reads examples in one row as it reads each alone.
+
+    Not by a list of models or of kinds of attention: a short text is read alone, behind another one with positions of
+    its own, and behind it as its continuation. The second must be like the first, not like the third.
+
+    Raises:
+        ModelError: It is not.
+    """
+    device = next(model.parameters()).device
+    first, second = torch.arange(1, 9, device=device)[None], torch.arange(4, 8, device=device)[None]
+    both = torch.cat([first, second], dim=1)
+    apart = torch.cat([torch.arange(8, device=device), torch.arange(4, device=device)])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        alone = model(input_ids=second, use_cache=False).logits.float()
+        joined = model(input_ids=both, use_cache=False).logits[:, 8:].float()
+        packed = model(input_ids=both, position_ids=apart, use_cache=False).logits[:, 8:].float()
+        leaks = bool((packed - alone).abs().max() > _MOST_LEAKED * (joined - alone).abs().max())
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # it takes no positions
+        leaks = True
+    finally:
+        model.train(was_training)
+    if leaks:
+        raise ModelError(
+            "this model cannot keep examples in one row apart",
+            value=f"{model.config.model_type} with attention {model.config._attn_implementation!r}",
+            remedy="set train.packing=false",
+        )
+
+
 def _pieces(indices: list[int], size: int) -> list[list[int]]:
     """A batch in pieces of at most ``size``, 0 for one piece."""
     return [indices[begin : begin + size] for begin in range(0, len(indices), size)] if size else [indices]
@@ -247,7 +287,8 @@ def _is_tied(model: torch.nn.Module, weight: Tensor) -> bool:
 
 def _answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Sum of nats over the answer tokens of a batch."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    read = {name: part for name, part in batch.items() if name != "labels"}
+    logits = model(**read, use_cache=False).logits
     targets = batch["labels"][:, 1:]
     counted = targets != IGNORED_LABEL
     return F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="sum")

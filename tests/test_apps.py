@@ -352,7 +352,7 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
 
     def watch(device, message, reply):
         if message.metadata.message_type == "train":
-            model, _ = client_app.load_small_model(*client_app_arguments)
+            model, *_ = client_app.load_small_model(*client_app_arguments)
             frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
             tuned = {weight.dtype for weight in model.parameters() if weight.requires_grad}
             wire = {array.dtype for array in reply.content["arrays"].values()}
@@ -361,7 +361,7 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
 
     settings = UNSCORED | {"min-devices": 1, "num-server-rounds": 1, "tuning.mode": "lora", "tuning.lora-rank": 2}
     config = parse_run_config(settings)
-    client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16")
+    client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16", 0)
     federate(tmp_path, 1, settings, node_config=limited({"dtype": "bfloat16"}, 1), tamper=watch)
     assert seen == [({torch.bfloat16}, {torch.float32}, {"float32"})]
 
@@ -829,6 +829,10 @@ def test_shards_say_who_has_how_much_of_what(run):
     assert [shard["num_examples"] for shard in shards] == [720, 720, 480]
     assert all(set(shard["groups"].values()) == {240} for shard in shards)
     assert sum(len(shard["groups"]) for shard in shards) == 8
+    # Eight kinds of one size: a device of three has 3/8 of all kinds and lacks 5/8, one of two lacks 6/8.
+    assert [shard["distance"] for shard in shards] == [0.625, 0.625, 0.75]
+    form = json.loads((run / "proxy" / "prompt.json").read_text())
+    assert form == {"format": "template", "template": "> {request}\n[{unit}]\n"}
     assert results_of(run)["devices"] == 3
 
 

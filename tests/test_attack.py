@@ -338,6 +338,7 @@ def test_a_record_that_is_there_twice_is_one_record(tmp_path):
     ("changes", "error", "match"),
     [
         ({"partitioner": "node-local"}, ConfigError, "data.partitioner: an attack must know who holds what"),
+        ({"format": "text", "partitioner": "iid"}, ConfigError, "data.format: an attack needs records of which each"),
         ({"train": "few.jsonl", "partitioner": "iid"}, DataError, "at least 4 different records"),
         ({"train": "none.jsonl", "partitioner": "iid"}, DataError, "none.jsonl"),
     ],

@@ -1,16 +1,24 @@
 """The run configs of real tasks, and what they take for an answer."""
 
+import json
+import re
 import tomllib
 from pathlib import Path
 
+import lookalikes
 import pytest
+from federation import federate
+from typer.testing import CliRunner
 
+from fedpt_flwr.cli import app
 from fedpt_flwr.config import parse_run_config, settings
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.scoring import judge_answers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TASKS = sorted(path.parent.name for path in EXAMPLES.glob("*/run-config.toml"))
+MODELS = ("gpt2", "qwen2.5-dolly", "smollm2-gsm8k")
+"""Examples with models and data of the hub; the others are tasks, whose paths `fedpt split` adds."""
+TASKS = sorted(path.parent.name for path in EXAMPLES.glob("*/run-config.toml") if path.parent.name not in MODELS)
 
 
 def keys_of(task):
@@ -76,3 +84,59 @@ PATTERN = keys_of("gsm8k")["data.answer-pattern"]
 def test_the_last_number_is_the_answer_to_a_sum(answer, reference, right, invalid):
     judged = judge_answers([answer], [reference], answer_pattern=PATTERN)
     assert (judged["exact_match"].item(), judged["invalid_rate"].item()) == (right, invalid)
+
+
+# --- models of the hub ---
+
+
+def lookalike_paths(example, folder):
+    """The paths that take the place of the hub ids: models and data of the same form, and nothing else."""
+    make = {"gpt2": lookalikes.gpt2, "qwen2.5-dolly": lookalikes.qwen, "smollm2-gsm8k": lookalikes.smollm}[example]
+    is_sums = example == "smollm2-gsm8k"
+    train = lookalikes.write_records(folder / "train.jsonl", lookalikes.gsm8k() if is_sums else lookalikes.dolly())
+    paths = {**make(folder), "data.train": train}
+    return paths | (
+        {"data.test": lookalikes.write_records(folder / "test.jsonl", lookalikes.gsm8k(8))} if is_sums else {}
+    )
+
+
+@pytest.mark.parametrize("example", MODELS)
+def test_an_example_with_models_of_the_hub_parses_and_its_readme_has_its_commands(example):
+    keys = keys_of(example)
+    config = parse_run_config(keys)
+    assert re.fullmatch(r"[\w-]+/[\w.-]+", config.model.small)
+    assert re.fullmatch(r"[\w-]+/[\w.-]+(:main)?", config.data.train)
+    readme = (EXAMPLES / example / "README.md").read_text(encoding="utf-8")
+    for command in ("fedpt plan", "fedpt check-config", "flwr run"):
+        assert command in readme, command
+    assert f"examples/{example}/run-config.toml" in readme
+
+
+@pytest.mark.parametrize("example", MODELS)
+def test_on_look_alikes_everything_fits_together_before_a_run(example, tmp_path):
+    flat = keys_of(example) | lookalike_paths(example, tmp_path)
+    config = tmp_path / "run-config.toml"
+    config.write_text("".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in flat.items()))
+    result = CliRunner().invoke(app, ["check-config", "--run-config", str(config), "--num-devices", "8"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # transformers' new name
+@pytest.mark.parametrize("example", MODELS)
+def test_on_look_alikes_an_example_runs_with_nothing_changed_but_paths(example, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    paths = lookalike_paths(example, tmp_path)
+    assert all(key in keys_of(example) for key in paths)
+    monkeypatch.setattr("federation.QUICK", {})
+    run = federate(tmp_path / "runs", 2, keys_of(example) | paths)
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())["run_config"]
+    given = keys_of(example)
+    assert {key for key in given if config[key] != given[key]} == set(paths)
+    assert set(results["rows"]) >= {"large", "untuned", "tuned", "proxy"}
+    assert results["rows"]["tuned"]["loss"] < results["rows"]["untuned"]["loss"]
+    shards = json.loads((run / "shards.json").read_text())
+    assert len(shards) == 2
+    assert json.loads((run / "proxy" / "prompt.json").read_text())["format"] == given["data.format"]

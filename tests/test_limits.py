@@ -245,3 +245,34 @@ def test_a_process_takes_no_more_than_was_told_and_not_much_less(mode, tmp_path)
     assert done.returncode == 0, done.stderr
     growth, estimate = json.loads(done.stdout.splitlines()[-1])
     assert growth < estimate < 2.5 * growth
+
+
+# --- the rank of a device's adapter ---
+
+
+@pytest.mark.parametrize(
+    ("tuning", "rank", "expected"),
+    [
+        ({"mode": "full"}, None, 0),
+        ({"mode": "lora"}, None, 0),
+        ({"mode": "lora"}, 8, 0),  # the run's own
+        ({"mode": "lora", "lora_aggregation": "exact"}, 3, 3),
+        ({"mode": "lora", "lora_aggregation": "frozen-a"}, 1, 1),
+    ],
+)
+def test_a_device_says_its_rank_where_it_is_not_the_runs(tuning, rank, expected):
+    assert DeviceLimits(lora_rank=rank).rank_of(TuningConfig(**tuning), place="device 1") == expected
+
+
+@pytest.mark.parametrize(
+    ("tuning", "rank", "words"),
+    [
+        ({"mode": "full"}, 8, "this run tunes no adapter (tuning.mode='full'), got 8; leave lora-rank out"),
+        ({"mode": "lora", "lora_aggregation": "exact"}, 9, "must be at most the run's tuning.lora-rank of 8, got 9"),
+        ({"mode": "lora"}, 4, "with tuning.lora-aggregation='average' all adapters must have one rank"),
+    ],
+)
+def test_a_rank_that_the_run_cannot_have_is_declined(tuning, rank, words):
+    with pytest.raises(DeviceError) as raised:
+        DeviceLimits(lora_rank=rank).rank_of(TuningConfig(**tuning), place="device 1")
+    assert str(raised.value).startswith(f"device 1, node config, lora-rank: {words}")

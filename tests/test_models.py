@@ -6,12 +6,13 @@ import torch
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.config import TuningConfig
-from fedpt_flwr.errors import ModelError, VocabularyMismatch
+from fedpt_flwr.errors import ModelError
 from fedpt_flwr.models import (
     bring_back,
-    check_vocabularies,
     cpu_threads,
+    cut_adapter,
     fingerprint,
+    frozen_fingerprint,
     load_adapter,
     load_causal_lm,
     load_tokenizer,
@@ -216,39 +217,6 @@ def test_threads_are_as_before_afterwards_even_after_an_error():
     assert torch.get_num_threads() == before
 
 
-# --- vocabularies ---
-
-
-def test_one_vocabulary_is_accepted_and_counted_and_padded_layers_are_fine():
-    assert check_vocabularies(tiny_tokenizer(), tiny_tokenizer()) == VOCAB
-    assert check_vocabularies(tiny_tokenizer(), tiny_tokenizer(), {"large": VOCAB + 19, "small": VOCAB}) == VOCAB
-
-
-def test_a_model_that_scores_fewer_ids_than_there_are_tokens_is_refused():
-    with pytest.raises(VocabularyMismatch) as raised:
-        check_vocabularies(tiny_tokenizer(), tiny_tokenizer(), {"large": VOCAB, "small": VOCAB - 1})
-    assert str(raised.value) == (
-        f"model.small: the small model scores {VOCAB - 1} ids, fewer than the tokenizer's {VOCAB}; "
-        "use the tokenizer that belongs to the model"
-    )
-
-
-def test_other_vocabularies_are_refused_with_the_number_of_differences_and_the_first_ones():
-    class Swapped:
-        def get_vocab(self):
-            vocab = tiny_tokenizer().get_vocab()
-            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-            return vocab | {"new": VOCAB}
-
-    with pytest.raises(VocabularyMismatch) as raised:
-        check_vocabularies(tiny_tokenizer(), Swapped())
-    assert str(raised.value) == (
-        f"model.large and model.small: large and small model must share one vocabulary; 3 of {VOCAB} / {VOCAB + 1} "
-        f"entries differ, the first as (id in large / in small): 'a' (3 / 4), 'b' (4 / 3), 'new' (None / {VOCAB}); "
-        "choose two models of one family"
-    )
-
-
 # --- what is tuned ---
 
 
@@ -434,3 +402,37 @@ def test_weights_that_are_put_away_take_no_memory_and_come_back_with_memory_of_t
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(ModelError, match=r"array model.norm.weight of shape \(3,\) must fit the small model"):
         bring_back(model, {"model.norm.weight": torch.zeros(3)})
+
+
+# --- adapters of other ranks, and with a frozen first matrix ---
+
+
+def test_a_frozen_a_is_drawn_alike_everywhere_and_only_b_is_tuned():
+    frozen = TuningConfig(mode="lora", lora_rank=2, lora_aggregation="frozen-a")
+    one, two = (make_tunable(load_frozen(tiny_llama()), frozen, seed=3) for _ in range(2))
+    other = make_tunable(load_frozen(tiny_llama()), frozen, seed=4)
+    assert all(".lora_B." in name for name in tunable_arrays(one))
+    assert len(tunable_arrays(one)) == len(tunable_arrays(make_tunable(load_frozen(tiny_llama()), LORA, seed=3))) / 2
+    assert frozen_fingerprint(one) == frozen_fingerprint(two) != frozen_fingerprint(other)
+    assert frozen_fingerprint(make_tunable(load_frozen(tiny_llama()), LORA, seed=3)) == ""
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_an_adapter_that_was_cut_does_what_its_first_directions_did(make):
+    config = TuningConfig(mode="lora", lora_rank=3)
+    whole, cut = (make_tunable(load_frozen(make()), config, seed=0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    arrays = {name: torch.randn(part.shape, generator=generator) for name, part in tunable_arrays(whole).items()}
+    first = {name: part[:2] if ".lora_A." in name else part[:, :2] for name, part in arrays.items()}
+    gone = {name: part.clone() for name, part in arrays.items()}
+    for name, part in gone.items():
+        (part[2:] if ".lora_A." in name else part[:, 2:]).zero_()
+    cut_adapter(cut, 2)
+    assert {name: part.shape for name, part in tunable_arrays(cut).items()} == {
+        name: part.shape for name, part in first.items()
+    }
+    set_arrays(cut, first)
+    set_arrays(whole, gone)
+    ids = torch.randint(3, 20, (2, 8), generator=generator)
+    with torch.inference_mode():
+        torch.testing.assert_close(cut(input_ids=ids).logits, whole(input_ids=ids).logits)

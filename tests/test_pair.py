@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from fedpt_flwr import cli
 from fedpt_flwr.corpus import Source, hold_out, read_documents, repeated, repetitions, token_stream, train_tokenizer
 from fedpt_flwr.errors import ConfigError, DataError, RunError
-from fedpt_flwr.models import check_vocabularies
 from fedpt_flwr.pair import RECIPES, PairRecipe, loss_curve, make_pair
 from fedpt_flwr.pretrain import LlamaShape, PretrainConfig, make_llama, pretrain, stream_loss
+from fedpt_flwr.vocabulary import match_vocabularies
 
 TINY = LlamaShape(hidden_size=8, num_layers=1, num_heads=2)
 
@@ -238,7 +238,7 @@ def test_a_pair_is_two_models_of_one_vocabulary_as_the_hub_has_them(pair):
         model = AutoModelForCausalLM.from_pretrained(pair / name)
         tokenizers.append(AutoTokenizer.from_pretrained(pair / name))
         assert (model.config.hidden_size, model.dtype) == (width, torch.float32)
-    check_vocabularies(*tokenizers)
+    match_vocabularies(*tokenizers)
 
 
 def test_a_pair_says_what_it_was_made_of_and_how_good_it_is(pair):

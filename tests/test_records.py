@@ -26,7 +26,9 @@ from fedpt_flwr.records import (
     message_bytes,
     refusal,
     refusal_reason,
+    sent_as,
     to_array_record,
+    to_int8_reply,
     to_reply,
     to_tensors,
     to_wire,
@@ -222,6 +224,77 @@ def test_half_precision_is_asked_for_by_its_name_and_nothing_else_is_taken():
         check_arrays(halves, sent_record(), place=PLACE, dtype="bfloat16")
     with pytest.raises(ReplyError, match="must be float16, as wire.dtype says, got 'float32'"):
         check_arrays(sent_record(), sent_record(), place=PLACE, dtype="float16")
+
+
+def int8_reply(changes, start=0.25, residual=None):
+    """What arrives of changes to arrays that all were ``start``; with what is lost."""
+    server = to_array_record({name: torch.full(change.shape, start) for name, change in changes.items()})
+    received = to_wire(server, sent_as("int8"), place="")
+    tuned = {name: start + change for name, change in changes.items()}
+    return server, *to_int8_reply(tuned, received, residual or {})
+
+
+def test_a_change_in_8_bits_is_added_to_what_the_server_did_not_round():
+    changes = {"b": torch.randn(30, 40), "a": torch.tensor(0.5)}
+    # 0.1 is none of float16's numbers: the device begins with another one, and its change is what counts.
+    server, record, lost = int8_reply(changes, start=0.1)
+    checked = check_arrays(record, server, place=PLACE, dtype="int8")
+    got = dict(from_reply(checked, server, "int8"))
+    for name, change in changes.items():
+        assert got[name].shape == change.shape
+        np.testing.assert_allclose(got[name] + lost[name], 0.1 + change.numpy(), atol=1e-4)
+        assert np.abs(lost[name]).max() <= 0.51 * float(change.abs().max()) / 127 + 1e-7
+    assert message_bytes(RecordDict({"arrays": record})) == records.array_bytes({"b": (30, 40), "a": ()}, "int8")
+
+
+def test_what_a_change_lost_is_in_the_next_one():
+    changes = {"w": torch.tensor([1.0, 0.003])}
+    server, first, lost = int8_reply(changes)
+    _, second, _ = int8_reply(changes, residual={"w": np.float32([0.0, 0.003])})
+    assert dict(from_reply(first, server, "int8"))["w"][1] == 0.25
+    assert lost["w"][1] == pytest.approx(0.003, rel=1e-4)
+    assert dict(from_reply(second, server, "int8"))["w"][1] == pytest.approx(0.25 + 1 / 127, rel=1e-4)
+
+
+def packed(scales, whole):
+    return Array(np.concatenate([np.float32(scales).view(np.int8), np.int8(whole)]))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (packed([1], [1, 2, 3]), "must have shape (8,), got (7,)"),
+        (Array(np.zeros((2, 2), np.int8)), "must have shape (8,), got (2, 2)"),
+        (Array(np.zeros(8, np.uint8)), "must be int8, as wire.dtype says, got 'uint8'"),
+        (Array(np.zeros(8, np.float32)), "must be int8, as wire.dtype says, got 'float32'"),
+        (packed([np.nan], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0; lower train"),
+        (packed([-1], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0"),
+        (packed([3e38], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0"),
+        (packed([1], [1, 2, 3, -128]), "its values must be from -127 to 127"),
+    ],
+)
+def test_8_bits_that_are_made_up_are_refused(array, words):
+    record = ArrayRecord({"b": array, "a": packed([0], [0, 0, 0])})
+    with pytest.raises(ReplyError) as raised:
+        check_arrays(record, sent_record(), place=PLACE, dtype="int8")
+    assert str(raised.value).startswith(f"{PLACE}: array b: {words}")
+
+
+def test_a_change_that_is_not_finite_is_found_where_it_arrives():
+    server, record, _ = int8_reply({"w": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(ReplyError, match="scales are not finite numbers"):
+        check_arrays(record, server, place=PLACE, dtype="int8")
+
+
+def test_the_rank_of_a_device_is_part_of_its_card_and_of_its_shard():
+    card = DeviceCard(device=1, num_examples=2, groups={}, code_hash="", lora_rank=4)
+    assert DeviceCard.from_content(card.to_content(), place=PLACE) == card
+    assert DeviceCard.from_shard(card.shard(), place=PLACE) == card
+    assert "lora_rank" not in DeviceCard(device=1, num_examples=2, groups={}, code_hash="").shard()
+    made_up = card.to_content()
+    made_up[CONFIG]["lora-rank"] = -1
+    with pytest.raises(ReplyError, match="must say its number"):
+        DeviceCard.from_content(made_up, place=PLACE)
 
 
 def test_an_array_in_columns_first_order_keeps_its_values():

@@ -616,8 +616,13 @@ def test_shards_are_stacked_bars_and_a_table(page):
     bars = plots(page)["plot-shards"].figure.axes[0].patches
     assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 200), (200, 40), (0, 100), (0, 0)]
     table = next(block for block in section(page, "shards").blocks if isinstance(block, Table))
-    assert table.rows == [["0", "boiler 200, camera 40", "240"], ["1", "camera 100", "100"], ["2", "-", "0"]]
-    assert table.foot == ["all", "", "340"]
+    # Boilers are 200/340 of all, 200/240 of device 0 (0.245 more) and none of device 1 (0.588 less).
+    assert table.rows == [
+        ["0", "boiler 200, camera 40", "0.25", "240"],
+        ["1", "camera 100", "0.59", "100"],
+        ["2", "-", "-", "0"],
+    ]
+    assert table.foot == ["all", "", "", "340"]
 
 
 def test_many_groups_become_the_largest_and_the_others(tmp_path):

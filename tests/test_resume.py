@@ -89,7 +89,11 @@ class Federations:
         self.folder, self.log = folder, folder / "log"
         paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKS_RUNS, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", FORKS_RUNS, *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"FEDPT_HOME": str(folder / "home")},  # of what devices keep
         )
 
     def run(self, root, config, kill=None):
@@ -160,6 +164,9 @@ KINDS = {
     "FedAvgM": {"strategy.name": "FedAvgM", "strategy.arguments": "server-momentum = 0.9"},
     "Krum": {"strategy.name": "Krum", "fraction-train": 1.0},
     "lora": {"strategy.name": "FedAdam", "strategy.arguments": "eta = 0.001", "tuning.mode": "lora"},
+    "exact": {"tuning.mode": "lora", "tuning.lora-aggregation": "exact"},
+    "int8": {"wire.dtype": "int8"},
+    "frozen int8": {"tuning.mode": "lora", "tuning.lora-aggregation": "frozen-a", "wire.dtype": "int8"},
     "keep one": {"keep-rounds": 1},
     "good enough": {"stop.metric": "loss", "stop.target": 1e9},  # after round 1
     "given alpha": {"proxy.alpha": 1.5},

@@ -324,6 +324,8 @@ def test_a_stop_string_ends_a_text_before_it(start):
 class Gate:
     """A step function that waits to be let through, so that a test decides when a step happens."""
 
+    is_remote = False
+
     def __init__(self, stepper):
         self._stepper = stepper
         self.model, self.new_cache, self.device = stepper.model, stepper.new_cache, stepper.device

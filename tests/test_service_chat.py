@@ -32,9 +32,7 @@ def messages(*turns):
 def render(*turns, template=RUN, chat_template=None):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
-    prompt = render_chat(messages(*turns), tokenizer, template)
-    assert prompt.has_special_tokens == (chat_template is not None)
-    return prompt.text
+    return render_chat(messages(*turns), tokenizer, template)
 
 
 def refusal(*turns, **options):

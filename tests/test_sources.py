@@ -86,9 +86,11 @@ def test_a_shard_is_not_shared_with_whoever_asks_next(data):
 
 def test_examples_are_made_by_the_template_from_the_fields_that_are_named(data):
     by_prompt = {example.prompt: example for shard in shards(data, 2) for example in shard}
-    # The order of partition and hold-out decides where an example is, not what it is; iid needs no groups.
+    # The order of partition and hold-out decides where an example is, not what it is; iid needs no groups, and has them
+    # for the report of the shards.
     assert all(
-        example == Example(prompt, prompt.replace("q", "a").rstrip("?"), "") for prompt, example in by_prompt.items()
+        example == Example(prompt, prompt.replace("q", "a").rstrip("?"), "abcde"[int(prompt[1:-1]) % 5])
+        for prompt, example in by_prompt.items()
     )
 
 

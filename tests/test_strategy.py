@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg, Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -415,14 +416,16 @@ def test_too_few_devices_end_the_wait_with_their_number():
         run(fedpt(min_devices=3, wait_timeout_s=0.1), LocalGrid(make_device(), 2))
 
 
-def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(monkeypatch):
+@pytest.mark.parametrize("code", [None, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
+def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(code, monkeypatch):
     monkeypatch.setattr("fedpt_flwr.strategy._ASK_AGAIN_S", 0.5)
     asked = []
 
     def lose_the_first(device, message, reply):
         if device == 1 and message.metadata.message_type == "query":
             asked.append(message)
-            return None if len(asked) == 1 else reply
+            if len(asked) == 1:
+                return None if code is None else Message(Error(code, "lost"), reply_to=message)
         return reply
 
     cards = fedpt(min_devices=2, wait_timeout_s=60.0).meet_devices(LocalGrid(make_device(), 2, tamper=lose_the_first))
@@ -556,10 +559,19 @@ def test_a_device_that_does_not_introduce_itself_is_left_out():
     assert [part.device for part in outcomes[0].devices] == [1, 2]
 
 
-def test_the_shards_are_logged_before_round_1(caplog):
+def test_the_shards_are_logged_and_handed_over_before_round_1(caplog):
+    grid, told = LocalGrid(make_device(groups={"lamp": 4, "pump": 16}), 2), []
+
+    def remember(cards):
+        asked = {message.metadata.message_type for message in grid.sent}
+        told.append((asked, sorted(card.device for card in cards)))
+
     with caplog.at_level(logging.INFO, logger="flwr"):
-        run(fedpt(), LocalGrid(make_device(groups={"lamp": 4, "pump": 16}), 2), rounds=1)
+        run(fedpt(on_devices=remember), grid, rounds=2)
+    assert told == [({"query"}, [0, 1])]
     assert "Shards: 2 devices, 30 examples" in caplog.text
+    assert "differs by 0.00  pump 16, lamp 4" in caplog.text
+    assert "2 groups; a device's mixture differs from that of all by 0.00 on average" in caplog.text
     assert caplog.text.index("pump 16, lamp 4") < caplog.text.index("Round 1: devices 0, 1 train")
 
 

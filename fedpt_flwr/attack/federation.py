@@ -33,7 +33,7 @@ from fedpt_flwr.logits import combine_logits
 from fedpt_flwr.models import cpu_threads, load_causal_lm, load_tokenizer, make_tunable, set_arrays
 from fedpt_flwr.prompts import Example, Template
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.records import ARRAYS, CONFIG, check_arrays, from_reply, to_array_record, to_tensors
+from fedpt_flwr.records import ARRAYS, CONFIG, check_arrays, from_reply, sent_as, to_array_record, to_tensors
 from fedpt_flwr.runs import find_run, read_json, write_json
 from fedpt_flwr.scoring import answer_scores, model_scores
 
@@ -102,14 +102,14 @@ class Tap:
         if arrays is None:
             return
         if int(str(told.get("server-round", 0))) == 2 and self.second_broadcast is None:
-            self.second_broadcast = to_tensors(arrays, self.wire)
+            self.second_broadcast = to_tensors(arrays, sent_as(self.wire))
         update = replied.array_records.get(ARRAYS)
         if update is None:
             self.unread = "the replies hold no arrays of a device's own"
             return
         try:
             # What the server sent is in float32 there; here it is what arrived, which half a type has rounded.
-            begun = to_array_record(to_tensors(arrays, self.wire))
+            begun = to_array_record(to_tensors(arrays, sent_as(self.wire)))
             checked = check_arrays(update, begun, place=f"device {device}", dtype=self.wire)
         except ReplyError as error:
             self.unread = f"the replies cannot be read as weights ({error.rule})"

@@ -102,7 +102,8 @@ def make_pool(data: DataConfig, *, num_devices: int, seed: int) -> Pool:
         seed: Of the partition, and of what is held out.
 
     Raises:
-        ConfigError: The devices have data of their own, which nobody else can divide.
+        ConfigError: The devices have data of their own, which nobody else can divide, or records become several
+            examples.
         DataError: The data cannot be read, or some device would hold too few records to take a half of.
     """
     if data.partitioner == "node-local":
@@ -111,6 +112,13 @@ def make_pool(data: DataConfig, *, num_devices: int, seed: int) -> Pool:
             value=data.partitioner,
             place="data.partitioner",
             remedy="name training data in data.train, and deal it out with natural, dirichlet or iid",
+        )
+    if data.format != "template":
+        raise ConfigError(
+            "an attack needs records of which each becomes one example by data.template",
+            value=data.format,
+            place="data.format",
+            remedy="set data.format='template', and data.template and data.answer-field to the records' fields",
         )
     if data.train == _PACKAGED and data.validation and data.test:
         raw: Sequence[Mapping[str, Any]] = request_pool(_PACKAGED_SEED, per_kind=2 * REQUESTS_PER_KIND)
@@ -122,7 +130,8 @@ def make_pool(data: DataConfig, *, num_devices: int, seed: int) -> Pool:
         ]
         source = f"{data.train}, and as many again from its generator"
     else:
-        examples, raw = training_records(data, seed=seed)
+        loaded = training_records(data, seed=seed)
+        examples, raw = [item.examples[0] for item in loaded], [item.record for item in loaded]
         source = data.train
     first = {(example.prompt, example.answer): place for place, example in reversed(list(enumerate(examples)))}
     kept = sorted(first.values())  # a copy of a member would be no non-member
@@ -245,8 +254,8 @@ def write_data(
     for which in ("validation", "test"):
         if not getattr(data, which):
             names = {*_fields(data), data.value_field, data.name_field, data.cover_field}
-            records = held_out_records(data, which, seed=seed)[1]
-            told |= _file(folder, which, ({key: record[key] for key in names & record.keys()} for record in records))
+            held_out = [item.record for item in held_out_records(data, which, seed=seed)]
+            told |= _file(folder, which, ({key: record[key] for key in names & record.keys()} for record in held_out))
     if data.choices:
         told |= _file(folder, "choices", ({data.answer_field: answer} for answer in answer_choices(data)))
     return told

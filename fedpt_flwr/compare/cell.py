@@ -31,7 +31,7 @@ from fedpt_flwr.models import cpu_threads, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.records import code_hash
 from fedpt_flwr.runs import RunFolder, find_run, read_json, write_json
-from fedpt_flwr.sources import device_shard, held_out_items
+from fedpt_flwr.sources import device_shard, held_out_items, needs_tokenizer
 from fedpt_flwr.training import count_flops
 
 _CALIBRATION_BINS = 10
@@ -167,10 +167,11 @@ def _processor_seconds() -> float:
 
 def _with_examples(config: RunConfig, num_devices: int) -> list[int | None]:
     """The devices that have anything to train on."""
+    tokenizer = load_tokenizer(config.model.small) if needs_tokenizer(config.data) else None
     return [
         device
         for device in range(num_devices)
-        if device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed)
+        if device_shard(config.data, device=device, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
     ]
 
 
@@ -210,7 +211,7 @@ def _scored_again(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -
     if not wanted:
         return {"validation_rows": {}, "large_flops_per_token": large_flops}
     tokenizer = load_tokenizer(str((run / "proxy").resolve()))
-    items = held_out_items(config.data, "validation", seed=config.seed)
+    items = held_out_items(config.data, "validation", seed=config.seed, tokenizer=tokenizer)
     evaluator = Evaluator(items, tokenizer, config, proxy, place="data.validation")
     scores = evaluator.score(proxy, rows=wanted)
     models = {"large": proxy.large, "untuned": proxy.untuned, "tuned": proxy.tuned, "proxy": proxy}

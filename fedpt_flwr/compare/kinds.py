@@ -84,6 +84,7 @@ def _untouched(flat: Mapping[str, Scalar], _num_devices: int) -> dict[str, Scala
 
 def _small_as_large(flat: Mapping[str, Scalar], num_devices: int) -> dict[str, Scalar]:
     small: dict[str, Scalar] = {"model.large": flat["model.small"], "model.large-dtype": flat["model.small-dtype"]}
+    small |= {key: "" for key in flat if key.startswith("model.large-") and key != "model.large-dtype"}
     return {**_untouched(flat, num_devices), **small, "scoring.rows": "large"}
 
 

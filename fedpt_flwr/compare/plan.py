@@ -27,6 +27,7 @@ IMPLIED: Mapping[str, Mapping[str, Scalar]] = {
     DEVICES: {"data.partitioner": "iid"},  # groups that stay whole are too few for more devices
     "data.dirichlet-alpha": {"data.partitioner": "dirichlet"},
     "tuning.lora-rank": {"tuning.mode": "lora"},
+    "tuning.lora-aggregation": {"tuning.mode": "lora"},
     "proxy.alpha": {"proxy.plausibility": 0.0},
     "proxy.plausibility": {"proxy.alpha": 1.0},
 }

@@ -21,10 +21,11 @@ from fedpt_flwr.distiller import (
 )
 from fedpt_flwr.errors import ConfigError, DeviceError, ModelError, naming
 from fedpt_flwr.evaluation import WRITTEN_POINTS
+from fedpt_flwr.lora import dense_size
 from fedpt_flwr.memory import BYTES_OF, UNTOLD_BASE_BYTES, MemoryNeed, memory_of, tunable_shape
 from fedpt_flwr.models import WORTH_RESTING_BYTES, output_size, shapes_of
 from fedpt_flwr.plan.texts import PlannedTexts, Texts, length, mean
-from fedpt_flwr.records import array_bytes
+from fedpt_flwr.records import array_bytes, sent_as
 from fedpt_flwr.scoring import tokens_read
 from fedpt_flwr.strategy import FOLDED, num_sampled, sample_devices
 from fedpt_flwr.training import count_flops, count_forward_flops, num_steps
@@ -168,7 +169,8 @@ class Counting:
     def column(self) -> Column:
         """Everything."""
         config, rates = self._config, self._rates
-        num_bytes = array_bytes(self._arrays, config.wire.dtype)
+        bytes_down = array_bytes(self._arrays, sent_as(config.wire.dtype))
+        bytes_up = array_bytes(self._arrays, config.wire.dtype)
         tokens = self.device_tokens()
         flops = count_flops(self._tuned, tokens)
         memory = self.device_memory()
@@ -187,9 +189,9 @@ class Counting:
             title=self._title(),
             parameters=sum(weight.numel() for weight in self._tuned.parameters()),
             trainable=self._trainable,
-            bytes_down=num_bytes,
-            bytes_up=num_bytes,
-            bytes_in_all=2 * num_bytes * self._sampled * config.num_server_rounds,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
+            bytes_in_all=(bytes_down + bytes_up) * self._sampled * config.num_server_rounds,
             memory=memory,
             tokens=tokens,
             flops=flops,
@@ -270,10 +272,12 @@ class Counting:
 
     def _collecting_bytes(self) -> int:
         """The round's arrays, as they are and as they are sent; the replies, or their sum; what a strategy carries."""
-        strategy, dtype = self._config.strategy.name, self._config.wire.dtype
+        strategy, dtype = self._config.strategy.name, sent_as(self._config.wire.dtype)
         whole, sent = BYTES_OF["float32"] * self._trainable, BYTES_OF[dtype] * self._trainable
         on_wire = 0 if dtype == "float32" else sent
         replies = whole + sent if strategy in {folded.__name__ for folded in FOLDED} else (self._sampled + 1) * whole
+        if self._config.tuning.mode == "lora" and self._config.tuning.lora_aggregation == "exact":
+            replies = sent + min(self._sampled * whole, BYTES_OF["float32"] * dense_size(self._arrays))
         return whole + on_wire + replies + _MOMENTS.get(strategy, 0) * whole
 
     def _distilling_bytes(self, device: MemoryNeed) -> int:

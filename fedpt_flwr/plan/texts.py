@@ -11,8 +11,9 @@ from fedpt_flwr.architectures import find_architecture
 from fedpt_flwr.config import ModelConfig, RunConfig
 from fedpt_flwr.data import TokenizedExample, tokenize_examples, tokenize_prompts
 from fedpt_flwr.errors import DataError
-from fedpt_flwr.models import check_vocabularies, load_tokenizer, resolve_model
+from fedpt_flwr.models import load_tokenizer, resolve_model
 from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
+from fedpt_flwr.vocabulary import match_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +165,7 @@ def _tokenizer_here(model: ModelConfig) -> PreTrainedTokenizerBase | None:
     """The small model's tokenizer, if it lies in a folder here; where the large one's does too, they must agree."""
     found = [load_tokenizer(ref) for ref in (model.large, model.small) if _has_tokenizer(ref)]
     if len(found) == 2:
-        check_vocabularies(*found)
+        match_vocabularies(*found)
     return found[-1] if _has_tokenizer(model.small) else None
 
 
@@ -186,7 +187,7 @@ def _shards(config: RunConfig, num_devices: int, tokenizer: PreTrainedTokenizerB
         return None
     shards: dict[int, Texts] = {}
     for device in range(num_devices):
-        examples = device_shard(data, device=device, num_devices=num_devices, seed=config.seed)
+        examples = device_shard(data, device=device, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
         shards[device] = tokenize_examples(examples, tokenizer, max_length=longest)[0]
     with_examples = [(device, shard) for device, shard in shards.items() if shard]
     return dict(_some(with_examples, "data.train"))
@@ -198,7 +199,7 @@ def _items(
     data = config.data
     if tokenizer is None or not _is_here(getattr(data, which) or data.train):
         return None
-    items = held_out_items(data, which, seed=config.seed).examples
+    items = held_out_items(data, which, seed=config.seed, tokenizer=tokenizer).examples
     longest = context or config.train.max_length  # losses are of as much as the models can read
     return _some(tokenize_examples(items, tokenizer, max_length=longest)[0], f"data.{which}")
 
@@ -207,19 +208,19 @@ def _lessons(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, answe
     data, longest = config.data, config.train.max_length
     if tokenizer is None or not _is_here(data.prompts or data.public):
         return None
-    prompts = public_prompts(data)
+    prompts = public_prompts(data, tokenizer=tokenizer)
     if prompts is not None:
         answer = [0] * min(answer_tokens, config.scoring.max_new_tokens)
         asked = tokenize_prompts(prompts.texts, tokenizer, max_length=longest)
         return _some([TokenizedExample(ids, answer) for ids in asked], "data.prompts")
-    texts = _tokenized(public_texts(data), tokenizer)
+    texts = _tokenized(public_texts(data, tokenizer=tokenizer), tokenizer)
     return _some([TokenizedExample([0], ids[: longest - 1]) for ids in texts if ids], "data.public")
 
 
 def _few_shot_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]] | None:
     if tokenizer is None or not _is_here(config.data.public):
         return None
-    texts = [text.strip() + "\n\n" for text in public_texts(config.data)[:_MANY]]
+    texts = [text.strip() + "\n\n" for text in public_texts(config.data, tokenizer=tokenizer)[:_MANY]]
     return _some(_tokenized(texts, tokenizer), "data.public")
 
 

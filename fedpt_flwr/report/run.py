@@ -14,6 +14,7 @@ from typing import Any
 
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.errors import RunError
+from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.report.attack import attack_inside
 from fedpt_flwr.report.page import (
     LONG_TABLE,
@@ -626,6 +627,11 @@ def shards_section(run: Run) -> Section:
     blocks.append(
         Prose(text=f"{count_of(examples, 'training example')}{groups_said} on {count_of(len(shards), 'device')}.")
     )
+    found = measure_shards(
+        [max(total, 0) for _, total, _ in shards],
+        [{name: int(number) for name, number in groups.items()} for _, _, groups in shards],
+    )
+    blocks.extend(Prose(text=f"{sentence[0].upper()}{sentence[1:]}.") for sentence in found.sentences())
     shown = shards[:_MOST_BARS]
     bars = [Bar(f"device {device}", _few_groups(groups, order, total)) for device, total, groups in shown]
     if any(sum(bar.parts.values()) for bar in bars):
@@ -638,16 +644,17 @@ def shards_section(run: Run) -> Section:
     blocks.append(
         Table(
             caption="Training examples of each device by group",
-            head=["device", "groups", "examples"],
+            head=["device", "groups", "differs by", "examples"],
             rows=[
                 [
                     device,
                     ", ".join(f"{name} {groups[name]:,}" for name in order if name in groups) or "-",
+                    "-" if distance is None else f"{distance:.2f}",
                     f"{total:,}",
                 ]
-                for device, total, groups in shards
+                for (device, total, groups), distance in zip(shards, found.distances, strict=True)
             ],
-            foot=["all", "", f"{examples:,}"],
+            foot=["all", "", "", f"{examples:,}"],
             texts=2,
             folded=len(shards) > LONG_TABLE,
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from fedpt_flwr.models import hides_tokens, is_remote
 from fedpt_flwr.service.scheduler import Details, End, Event, Failure, PromptScores, Token, TokenScore
 from fedpt_flwr.service.schemas import ChatCompletionRequest, CompletionRequest, OpenAIError
 from fedpt_flwr.service.text import token_bytes, token_text
@@ -17,6 +21,8 @@ _FAILURES = {
     # The official client would try these again by itself, and they would fail again.
     "deadline": (408, "timeout_error", {"x-should-retry": "false"}),
     "stopping": (503, "server_error", {"retry-after": "5"}),
+    # The service itself has tried again.
+    "remote": (503, "server_error", {"x-should-retry": "false", "retry-after": "30"}),
     "internal": (500, "server_error", {"x-should-retry": "false"}),
 }
 
@@ -63,6 +69,7 @@ class Answer(ABC):
         self._texts = [_Text() for _ in range(len(prompts) * body.n)]
         self._open = len(self._texts)
         self._shown: dict[int, str] = {}
+        self._large = _large_source(body, version)
         self.prompt_tokens = sum(map(len, prompts))
         self.completion_tokens = 0
 
@@ -156,6 +163,7 @@ class Answer(ABC):
             "created": self._created,
             "model": self._body.model,
             "system_fingerprint": self._version.name,
+            **self._large,
         }
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
@@ -219,8 +227,10 @@ class LegacyAnswer(Answer):
             if body.echo
             else []
         )
-        self.scores_prompt = body.echo and body.num_top is not None
+        self.scores_prompt = (body.echo and body.num_top is not None) or body.full_logprobs is not None
         self._prompt_scores: dict[int, Sequence[TokenScore]] = {}
+        self._full: dict[int, dict[str, Any]] = {}
+        self._names_ids = body.return_tokens_as_token_ids
         self._offsets = [0] * len(self._texts)
 
     def chunks(self, number: int, event: Event) -> Iterator[dict[str, Any]]:
@@ -234,7 +244,10 @@ class LegacyAnswer(Answer):
         yield from super().chunks(number, event)
 
     def _take_prompt_scores(self, number: int, event: PromptScores) -> None:
-        self._prompt_scores[number] = event.scores
+        if event.full is not None:
+            self._full[number] = _packed(event.full)
+        if self._echo:
+            self._prompt_scores[number] = event.scores
 
     def _message(self, index: int, text: _Text) -> dict[str, Any]:
         number = index // self._body.n
@@ -244,7 +257,8 @@ class LegacyAnswer(Answer):
             logprobs = self._echo_logprobs(number, index) or _no_logprobs()
             for name, values in self._logprobs(index, text.scores).items():
                 logprobs[name] += values
-        return {"text": self._echo[number] + content if self._echo else content, "logprobs": logprobs}
+        message = {"text": self._echo[number] + content if self._echo else content, "logprobs": logprobs}
+        return message | ({"full_logprobs": self._full[number]} if number in self._full else {})
 
     def _piece(self, index: int, text: str, scores: Sequence[TokenScore] | None) -> dict[str, Any]:
         return {"text": text, "logprobs": None if scores is None else self._logprobs(index, scores)}
@@ -254,7 +268,7 @@ class LegacyAnswer(Answer):
         if number not in self._prompt_scores:
             return None
         logprobs = _no_logprobs()
-        first = self._token(self._prompts[number][0])
+        first = self._name(self._prompts[number][0])
         self._offsets[index] = len(first)
         for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None), ("text_offset", 0)):
             logprobs[name].append(value)
@@ -265,15 +279,19 @@ class LegacyAnswer(Answer):
     def _logprobs(self, index: int, scores: Sequence[TokenScore]) -> dict[str, list[Any]]:
         logprobs = _no_logprobs()
         for score in scores:
-            token = self._token(score.token_id)
+            token = self._name(score.token_id)
             logprobs["tokens"].append(token)
             logprobs["token_logprobs"].append(score.logprob)
             # Several tokens may look alike, such as parts of characters: of those the likeliest is named.
-            best = {self._token(token_id): value for token_id, value in reversed(score.top)}
+            best = {self._name(token_id): value for token_id, value in reversed(score.top)}
             logprobs["top_logprobs"].append(dict(reversed(best.items())))
             logprobs["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(token)
         return logprobs
+
+    def _name(self, token_id: int) -> str:
+        """What a token is called in log-probabilities."""
+        return f"token_id:{token_id}" if self._names_ids else self._token(token_id)
 
 
 class ChatAnswer(Answer):
@@ -312,6 +330,24 @@ class ChatAnswer(Answer):
             "logprob": value,
             "bytes": token_bytes(self._version.tokenizer, token_id),
         }
+
+
+def _large_source(body: CompletionRequest | ChatCompletionRequest, version: Version) -> dict[str, Any]:
+    """What is to be said about a large model that is a service's; nothing about one that is here."""
+    large = version.proxy.large
+    if not is_remote(large) or body.model not in ("proxy", "large"):
+        return {}
+    hidden = "none"
+    if hides_tokens(large):  # the untuned model is asked about texts of the proxy alone
+        fills = body.model == "proxy" and large.fills(samples=body.temperature > 0)
+        hidden = "filled" if fills else "restricted"
+    return {"fedpt_large": {"shows": large.endpoint.shows, "hidden": hidden}}
+
+
+def _packed(values: Tensor) -> dict[str, Any]:
+    """Log-probabilities ``(positions, vocab)`` as few characters."""
+    data = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+    return {"positions": values.shape[0], "vocab_size": values.shape[1], "dtype": "float32", "data": data}
 
 
 def _no_logprobs() -> dict[str, list[Any]]:

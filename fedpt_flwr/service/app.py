@@ -80,8 +80,8 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
     async def chat_completions(body: schemas.ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         version = service.scheduler.version
-        prompt = render_chat(body.messages, version.tokenizer, version.template)
-        prompts = await _all_ids(service, [prompt.text], version, is_complete=prompt.has_special_tokens)
+        prompt = render_chat(body.messages, version.tokenizer if version.is_chat else None, version.template)
+        prompts = await _all_ids(service, [prompt], version)
         return await _answer(service, request, body, version, prompts, ChatAnswer(body, version, prompts))
 
     @app.get("/v1/models")
@@ -108,6 +108,8 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
             "template": version.template.text,
             "max_tokens": version.max_new_tokens,
             "context": version.context,
+            "vocabulary": version.vocabulary,
+            "full_logprobs": service.config.max_full_logprobs,
             "scores": version.scores,
             "examples": version.examples,
         }
@@ -142,48 +144,44 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
 # --- a request ----------------------------------------------------------------------------------------------------
 
 
-async def _all_ids(
-    service: Service, prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool = False
-) -> list[list[int]]:
+async def _all_ids(service: Service, prompts: Sequence[str | Sequence[int]], version: Version) -> list[list[int]]:
     """Prompts as token ids; long texts do not keep other requests waiting."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     longest = max(map(len, texts), default=0)
     if version.max_prompt_chars is not None and longest > version.max_prompt_chars:  # before it costs anything
         raise _too_long(f"a prompt of {longest} characters cannot fit the models' context of {version.context} tokens")
-    work = partial(_read_prompts, prompts, version, is_complete=is_complete)
+    work = partial(_read_prompts, prompts, version)
     if sum(map(len, texts)) <= _LONG_TEXT:
         return work()
     async with service.tokenising:
         return await asyncio.to_thread(work)
 
 
-def _read_prompts(prompts: Sequence[str | Sequence[int]], version: Version, *, is_complete: bool) -> list[list[int]]:
-    return [_prompt_ids(prompt, version, is_complete=is_complete) for prompt in prompts]
+def _read_prompts(prompts: Sequence[str | Sequence[int]], version: Version) -> list[list[int]]:
+    return [_prompt_ids(prompt, version) for prompt in prompts]
 
 
-def _prompt_ids(prompt: str | Sequence[int], version: Version, *, is_complete: bool) -> list[int]:
-    """A prompt as token ids.
-
-    Args:
-        prompt: Text or ids.
-        version: Whose tokenizer.
-        is_complete: The text has all special tokens already.
-    """
+def _prompt_ids(prompt: str | Sequence[int], version: Version) -> list[int]:
+    """A prompt, text or ids, as token ids."""
     if not isinstance(prompt, str):
         if (largest := max(prompt)) >= version.vocab_size:
             raise OpenAIError(
                 400, f"token ids of a prompt must be below {version.vocab_size}, got {largest}", param="prompt"
             )
-        return list(prompt)
+        return _readable(list(prompt), version)
     try:
-        if is_complete:
-            ids = list(version.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        else:
-            ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
+        ids = tokenize_prompts([prompt], version.tokenizer, max_length=None)[0]
     except DataError as error:
         raise OpenAIError(400, str(error), param="prompt") from error
     if not ids:
         raise OpenAIError(400, "the prompt must hold at least one token", param="prompt")
+    return _readable(ids, version)
+
+
+def _readable(ids: list[int], version: Version) -> list[int]:
+    if unreadable := version.unreadable(ids):
+        token = version.tokenizer.convert_ids_to_tokens(unreadable[0])
+        raise OpenAIError(400, f"the large model has no token {token!r}", param="prompt", code="invalid_value")
     return ids
 
 
@@ -205,6 +203,32 @@ def _max_new_tokens(asked: int | None, default: int | None, longest_prompt: int,
             "messages" if default is None else "prompt",
         )
     return min(room, limit, default or limit) if asked is None else asked
+
+
+def _num_full(
+    service: Service,
+    body: schemas.CompletionRequest | schemas.ChatCompletionRequest,
+    version: Version,
+    prompt_length: int,
+) -> int:
+    """Places after which all log-probabilities are asked for."""
+    wanted = getattr(body, "full_logprobs", None) or 0
+    if wanted > prompt_length:
+        raise OpenAIError(
+            400,
+            f"full_logprobs must be at most the prompt's {prompt_length} tokens, got {wanted}",
+            param="full_logprobs",
+        )
+    limit = service.config.max_full_logprobs
+    if wanted * version.vocab_size > limit:
+        raise OpenAIError(
+            400,
+            f"full_logprobs times the {version.vocab_size} tokens of the vocabulary must be at most {limit} here, got "
+            f"{wanted}",
+            param="full_logprobs",
+            code="too_many_logprobs",
+        )
+    return wanted
 
 
 async def _answer(
@@ -237,6 +261,7 @@ async def _answer(
         num_top=body.num_top,
         details=body.details,
         score_prompt=answer.scores_prompt,
+        num_full=_num_full(service, body, version, len(prompts[0])),
     )
     seed = secrets.randbits(63) if body.seed is None else body.seed
     events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()

@@ -43,6 +43,8 @@ class ServiceConfig:
     """Any of them opens everything; none: everything is open."""
     max_new_tokens: int = 4096
     """Longest answer that may be asked for, where the models' context is not shorter."""
+    max_full_logprobs: int = 1 << 22
+    """Numbers that ``full_logprobs`` may ask for in a request: positions times vocabulary; 0: none."""
     request_timeout_s: float = 600.0
     """Until a request must be done."""
     log_prompts: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -14,7 +15,10 @@ from prometheus_client import (
     generate_latest,
 )
 
+from fedpt_flwr.endpoint import Usage
+
 if TYPE_CHECKING:
+    from fedpt_flwr.remote import RemoteModel
     from fedpt_flwr.service.versions import Version
 
 _SECONDS_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -58,11 +62,24 @@ class Metrics:
         self.swaps = Counter(
             "fedpt_version_swaps", "New versions of the proxy, by outcome", ["outcome"], registry=self.registry
         )
+        self.remote = Gauge(
+            "fedpt_remote", "What a remote large model has cost, by quantity", ["quantity"], registry=self.registry
+        )
         self.version_info = Info("fedpt_version", "The version that new requests get", registry=self.registry)
 
     def set_version(self, version: Version) -> None:
         """Show another version."""
         self.version_info.info({"name": version.name, "run": version.run, "round": str(version.server_round or "")})
+
+    def watch(self, large: RemoteModel) -> None:
+        """Show what a remote large model costs: requests, repetitions, tokens, and the price if there is one."""
+        nothing = Usage()
+
+        def spent(name: str) -> float:
+            return float(large.usage_since(nothing)[name])
+
+        for name in large.usage_since(nothing):
+            self.remote.labels(name.removeprefix("remote_")).set_function(partial(spent, name))
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format."""

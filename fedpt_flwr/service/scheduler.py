@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fedpt_flwr.drafting import Acceptance, DraftLength, StepCosts
-from fedpt_flwr.logits import choose_next, combine_logits, mask_implausible
+from fedpt_flwr.errors import RemoteError
+from fedpt_flwr.logits import choose_next, combine_logits, fill_hidden, mask_implausible
 from fedpt_flwr.ragged import RaggedCache, Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.text import TextStream
@@ -80,6 +81,8 @@ class Settings:
     """Report what the large model thinks of each token; only for the proxy."""
     score_prompt: bool = False
     """Report the log-probabilities of the prompt's tokens, too."""
+    num_full: int = 0
+    """Report those of all tokens after each of the prompt's last so many tokens; only with ``score_prompt``."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -126,6 +129,8 @@ class PromptScores:
     """Log-probabilities of the prompt's tokens from the second on; the first follows nothing."""
 
     scores: Sequence[TokenScore]
+    full: Tensor | None = None
+    """Those of all tokens after each of the last tokens, ``(num_full, vocab)``, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class Failure:
     """The task ends without a result."""
 
     reason: str
-    """``deadline``, ``stopping`` or ``internal``."""
+    """``deadline``, ``stopping``, ``remote`` or ``internal``."""
     message: str
 
 
@@ -283,6 +288,7 @@ class _Prefill:
             self.caches[stepper].add_rows(len(members))
         self.last: dict[tuple[Stepper, int], Tensor] = {}  # scores after a task's prompt
         self.prompt_scores: list[TokenScore] = []
+        self.full: list[Tensor] = []  # log-probabilities of all tokens, ``(columns, vocab)``
 
     @property
     def done(self) -> bool:
@@ -294,6 +300,9 @@ class _Prefill:
         everything = {}
         for stepper, members in self.members.items():
             lasts = [len(self.tasks[number].prompt_ids) - 1 - self.offset for number in members]
+            if stepper.is_remote and not self.scores_prompt:
+                self._read_remote(stepper, members, end)
+                continue
             columns = sorted({last for last in lasts if 0 <= last < end - self.offset}) or [0]
             keep = 0 if self.scores_prompt else torch.tensor(columns)
             logits = stepper(self.caches[stepper], self.ids[members, self.offset : end], keep=keep)
@@ -303,6 +312,17 @@ class _Prefill:
                     self.last[stepper, number] = logits[row, last if self.scores_prompt else columns.index(last)]
         self.offset = end
         return everything
+
+    def _read_remote(self, stepper: Stepper, members: Sequence[int], end: int) -> None:
+        """Ask about the last token of each prompt and nothing else, once all of them have been read."""
+        cache = self.caches[stepper]
+        stepper.read(cache, self.ids[members, self.offset : end])
+        if end < self.width:
+            return
+        prompts = [self.tasks[number].prompt_ids for number in members]
+        cache.cut([len(prompt) - 1 for prompt in prompts])
+        logits = stepper(cache, torch.tensor([[prompt[-1]] for prompt in prompts]))
+        self.last |= {(stepper, number): logits[row, 0] for row, number in enumerate(members)}
 
 
 class Scheduler:
@@ -408,6 +428,9 @@ class Scheduler:
             while self._wait():
                 try:
                     self._step()
+                except RemoteError as error:
+                    _log.warning("the remote large model: %s", error)
+                    self._fail_all("remote", str(error))
                 except Exception as error:  # a model failed: whoever used it is told, the next request works
                     _log.exception("a decoding step failed")
                     self._fail_all("internal", f"a decoding step failed ({type(error).__name__})")
@@ -498,7 +521,8 @@ class Scheduler:
         choices = {task: [_Choice(task, index, prior) for index in range(len(task.seeds))] for task in prefill.tasks}
         for task, texts in choices.items():
             if prefill.scores_prompt:
-                self._emit(task, PromptScores(prefill.prompt_scores))
+                full = torch.cat(prefill.full)[-task.settings.num_full :] if task.settings.num_full else None
+                self._emit(task, PromptScores(prefill.prompt_scores, full))
             if task.settings.max_new_tokens:
                 self._live[task] = texts
             else:
@@ -527,6 +551,10 @@ class Scheduler:
         """Log-probabilities of the tokens that follow those just read."""
         by_name = {name: logits[stepper][0] for name, stepper in _steppers(task).items()}
         logprobs = _scores([task.settings], task.version, by_name).log_softmax(-1)
+        if (first := len(task.prompt_ids) - task.settings.num_full - start) < len(logprobs):
+            prefill.full.append(logprobs[max(0, first) :, : task.version.vocab_size].cpu())
+        if task.settings.num_top is None:
+            return
         following = list(task.prompt_ids[start + 1 : start + 1 + len(logprobs)])
         prefill.prompt_scores += _token_scores(logprobs[: len(following)], following, task.settings.num_top or 0)
 
@@ -767,8 +795,16 @@ def _scores(settings: Sequence[Settings], version: Version, logits: dict[str, Te
         scores = logits[settings[0].model].to(torch.float32, copy=True)
         scores[..., version.vocab_size :] = -torch.inf
         return scores
+    large = logits["large"]
+    if version.proxy.hides_tokens:
+        fills = torch.tensor([version.proxy.large.fills(samples=setting.temperature > 0) for setting in settings])
+        filled = fill_hidden(large, logits["untuned"], vocab_size=version.vocab_size)
+        # One settings for all rows, or one for each.
+        large = torch.where(fills.view(-1, *[1] * (large.dim() - 1)).to(large.device), filled, large)
     return combine_logits(
-        *(logits[name] for name in PARTS),
+        large,
+        logits["tuned"],
+        logits["untuned"],
         alpha=_one_or_each([setting.alpha for setting in settings]),
         plausibility=_one_or_each([setting.plausibility for setting in settings]),
         vocab_size=version.vocab_size,

@@ -406,11 +406,15 @@ class CompletionRequest(_Request):
     prompt: Prompt
     """A text, its token ids, or a list of either."""
     max_tokens: Annotated[int | None, Field(ge=0), _must("must be a whole number from 1")] = None
-    """Longest answer in tokens; 0 only with ``echo``, to have a prompt scored. Null: 16."""
+    """Longest answer in tokens; 0 only to have a prompt scored, by ``echo`` or ``full_logprobs``. Null: 16."""
     logprobs: Annotated[int | None, Field(ge=0, le=20), _must("must be a whole number from 0 to 20")] = None
     """Alternatives whose log-probabilities are given with each token's own. Null: none at all."""
     echo: Flag = False
     """Begin the answer with the prompt."""
+    full_logprobs: Annotated[int | None, Field(ge=1), _must("must be a whole number from 1")] = None
+    """Give the log-probabilities of all tokens after each of the prompt's last so many tokens."""
+    return_tokens_as_token_ids: Flag = False
+    """Call a token ``token_id:42`` in log-probabilities, as texts may be those of several."""
     best_of: Annotated[int | None, Field(ge=1, le=8), _must("must be a whole number from 1 to 8")] = None
     """Not supported, other than as the same as ``n``."""
     suffix: Annotated[Any, _Neutral("")] = None
@@ -435,8 +439,10 @@ class CompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _fits_prompts(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
+        if self.max_tokens == 0 and not self.echo and self.full_logprobs is None:
             raise _broken("must be at least 1, or 0 with echo to have a prompt scored", "max_tokens", value=0)
+        if self.full_logprobs is not None and (self.stream or len(self.prompts) > 1):
+            raise _refused("needs one prompt, and stream to be false", "full_logprobs")
         if self.best_of not in (None, self.n):
             raise _broken(
                 f"is not supported here: leave it out, or send n's value {self.n}", "best_of", value=self.best_of
@@ -640,6 +646,26 @@ class LegacyLogprobs(_Answer):
     """In characters, from the beginning of the choice's text."""
 
 
+class FullLogprobs(_Answer):
+    """Log-probabilities of all tokens, in nats."""
+
+    positions: int
+    """Tokens of the prompt, from its end, after each of which they are given."""
+    vocab_size: int
+    dtype: Literal["float32"]
+    data: str
+    """Base64 of little-endian numbers, token by token at each position; -inf where a token cannot come."""
+
+
+class LargeSource(_Answer):
+    """Where the large model is, if not here."""
+
+    shows: str
+    """``all`` log-probabilities, or the ``top`` so many."""
+    hidden: Literal["none", "restricted", "filled"]
+    """What was done with tokens that it does not show: ruled out, or their probability shared out as untuned would."""
+
+
 class CompletionChoice(_Answer):
     """One of the texts."""
 
@@ -648,6 +674,7 @@ class CompletionChoice(_Answer):
     logprobs: LegacyLogprobs | None
     finish_reason: Literal["stop", "length"]
     fedpt: list[TokenDetails] | SkipJsonSchema[None] = None
+    full_logprobs: FullLogprobs | SkipJsonSchema[None] = None
 
 
 class CompletionChunkChoice(CompletionChoice):
@@ -669,6 +696,7 @@ class Completion(_Answer):
     choices: list[CompletionChoice]
     """The answers to the first prompt, then those to the second, and so on."""
     usage: Usage
+    fedpt_large: LargeSource | SkipJsonSchema[None] = None
 
 
 class CompletionChunk(Completion):
@@ -732,6 +760,7 @@ class ChatCompletion(_Answer):
     """The version of the proxy: run, round and a digest of its weights."""
     choices: list[ChatChoice]
     usage: Usage
+    fedpt_large: LargeSource | SkipJsonSchema[None] = None
 
 
 class Delta(_Answer):
@@ -765,6 +794,7 @@ class ChatCompletionChunk(_Answer):
     """One; none in the event with the usage."""
     usage: Usage | None = None
     """With ``include_usage``: null but in the last event."""
+    fedpt_large: LargeSource | SkipJsonSchema[None] = None
 
 
 class Model(_Answer):

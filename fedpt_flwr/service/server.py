@@ -17,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fedpt_flwr.errors import ConfigError, RunError
+from fedpt_flwr.remote import RemoteModel
 from fedpt_flwr.service.app import create_app
 from fedpt_flwr.service.guard import Service, ServiceConfig
 from fedpt_flwr.service.logs import log_event, set_up_logging
@@ -80,6 +81,8 @@ def serve(
         metrics = Metrics()
         metrics.slots.set(limits.num_slots)
         metrics.set_version(version)
+        if isinstance(version.proxy.large, RemoteModel):
+            metrics.watch(version.proxy.large)
         loop: asyncio.AbstractEventLoop | None = None
 
         def deliver(events: Delivery) -> None:

@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import RunConfig, parse_run_config
-from fedpt_flwr.errors import FedPTError, ModelError, RunError
+from fedpt_flwr.endpoint import vocabulary_digest
+from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.runs import LATEST, find_run, read_json
+from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
+from fedpt_flwr.vocabulary import translation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedpt_flwr.remote import RemoteModel
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Version:
         end_ids: Tokens that end a text.
         max_new_tokens: Longest answer of the run's own scoring, in tokens.
         template: How the run makes prompts from records.
+        is_chat: Whether its examples were conversations, written by the tokenizer's chat template if it has one.
         examples: Some of the run's test items: ``prompt`` and ``answer``.
         max_prompt_chars: No prompt that is longer can fit the context; None where no model says what that is.
         scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
@@ -64,11 +69,21 @@ class Version:
     examples: Sequence[Mapping[str, str]]
     scores: Mapping[str, Any] | None
     max_prompt_chars: int | None = None
+    is_chat: bool = False
+    vocabulary: str = ""
+    """Digest of the vocabulary."""
 
     @property
     def vocab_size(self) -> int:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
+
+    def unreadable(self, ids: Sequence[int]) -> list[int]:
+        """Those of some ids that the large model has no token for."""
+        id_map = translation_of(self.proxy.large)
+        if id_map is None or id_map.is_whole:
+            return []
+        return [number for number in ids if int(id_map.large_ids[number]) < 0]
 
     @property
     def context(self) -> int | None:
@@ -81,23 +96,26 @@ class Loader:
     """Loads versions of runs, the same models only once.
 
     Args:
-        large: Where the large model lies on this machine, if not where the runs found it.
+        large: Where the large model lies on this machine, if not where the runs found it; or the model itself.
         device: ``auto`` or a torch device.
         alpha: Strength of the shift instead of the runs'.
         plausibility: Mask threshold instead of the runs'.
         prepare: Lay out the weights for decoding, each model's once.
+        large_device_map: How the large model is divided among this machine's devices, if not as the run says.
     """
 
     def __init__(
         self,
         *,
-        large: str | None = None,
+        large: str | RemoteModel | None = None,
         device: str = "auto",
         alpha: float | None = None,
         plausibility: float | None = None,
         prepare: bool = False,
+        large_device_map: str | None = None,
     ) -> None:
         self._large = large
+        self._large_device_map = large_device_map
         self._device = str(pick_device(device))
         self._alpha = alpha
         self._plausibility = plausibility
@@ -115,7 +133,11 @@ class Loader:
         config = _run_config(run)
         last = self._last
         proxy = ProxyModel.from_pretrained(
-            target, large=self._large, device=self._device, like=None if last is None else last.proxy
+            target,
+            large=self._large,
+            large_device_map=self._large_device_map,
+            device=self._device,
+            like=None if last is None else last.proxy,
         )
         if self._alpha is not None:
             proxy.alpha = self._alpha
@@ -131,6 +153,7 @@ class Loader:
         tokenizer = load_tokenizer(str(target))
         context = proxy.config.max_position_embeddings
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
+        template, is_chat = read_prompt_form(target, config)
         ends = proxy.generation_config.eos_token_id
         same_run = last is not None and last.run == run.name
         self._last = Version(
@@ -142,9 +165,11 @@ class Loader:
             steppers=steppers,
             end_ids=frozenset([ends] if isinstance(ends, int) else ends or ()),
             max_new_tokens=config.scoring.max_new_tokens,
-            template=Template(config.data.template),
-            examples=last.examples if last is not None and same_run else _examples(config),
+            template=template,
+            is_chat=is_chat,
+            examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
+            vocabulary=vocabulary_digest(tokenizer),
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
@@ -246,9 +271,29 @@ def _run_config(run: Path) -> RunConfig:
     return parse_run_config(recorded["run_config"])
 
 
-def _examples(config: RunConfig) -> list[dict[str, str]]:
+def read_prompt_form(target: Path, config: RunConfig) -> tuple[Template, bool]:
+    """How a proxy's prompts are written: the template, and whether conversations are the chat template's business.
+
+    Args:
+        target: The proxy's folder; runs that wrote no ``prompt.json`` had one template in their config.
+        config: The run's.
+
+    Raises:
+        RunError: ``prompt.json`` is damaged.
+    """
+    path = target / PROMPT_FORM
+    if not path.is_file():
+        return Template(config.data.template), False
+    found = read_json(path)
     try:
-        items = held_out_items(config.data, "test", seed=config.seed).first(_NUM_EXAMPLES)
+        return Template(found["template"]), found["format"] == "chat"
+    except (KeyError, TypeError, DataError) as error:
+        raise RunError("must say format and template", value=found, place=str(path)) from error
+
+
+def _examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    try:
+        items = held_out_items(config.data, "test", seed=config.seed, tokenizer=tokenizer).first(_NUM_EXAMPLES)
     except FedPTError as error:  # the data may be on another machine; the service does without
         _log.info("no example prompts: %s", error)
         return []

@@ -1,0 +1,551 @@
+"""A large model behind an API: our own service over a real connection, and a relay in between that can break things."""
+
+import json
+import math
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from llama_server import export, interpreter, llama_server
+from test_scheduler import make_version
+from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from fedpt_flwr.config import RemoteConfig
+from fedpt_flwr.data import TokenizedExample
+from fedpt_flwr.endpoint import vocabulary_digest
+from fedpt_flwr.errors import RemoteError, VocabularyMismatch
+from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
+from fedpt_flwr.models import load_causal_lm, load_tokenizer
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.recall import Recall
+from fedpt_flwr.remote import connect
+from fedpt_flwr.results import _summed_costs, server_cost_row
+from fedpt_flwr.runs import read_json
+from fedpt_flwr.scoring import Measurement, answer_losses, make_row, proxy_losses
+from fedpt_flwr.service.app import create_app
+from fedpt_flwr.service.guard import Service, ServiceConfig
+from fedpt_flwr.service.metrics import Metrics
+from fedpt_flwr.service.scheduler import Limits, Scheduler
+
+TEXT = "the cat = 12;\n> a dog"
+
+
+@contextmanager
+def service(proxy, **config):
+    """Our own service for a proxy of tiny models, over a real connection; its address."""
+    tokenizer = tiny_tokenizer()
+    version = replace(make_version(proxy), vocabulary=vocabulary_digest(tokenizer))
+    loops = []
+
+    def deliver(events):
+        loops[0].call_soon_threadsafe(lambda: [sink(event) for sink, event in events])
+
+    scheduler = Scheduler(version, Limits(num_slots=8), Metrics(), deliver, num_threads=1)
+    shared = Service(scheduler=scheduler, metrics=Metrics(), config=ServiceConfig(**config))
+
+    def on_start(loop):
+        loops.append(loop)
+        scheduler.start()
+
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(shared, on_start=on_start), log_config=None, access_log=False, ws="none")
+    )
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+        scheduler.stop(0)
+        scheduler.join(10)
+
+
+@contextmanager
+def relay(target, fault):
+    """A server between client and service: ``fault(number, body, answer)`` gives status, body and headers."""
+    numbers = iter(range(10**6))
+
+    class Handler(BaseHTTPRequestHandler):
+        def _go(self, body=None):
+            with httpx.Client(timeout=30, verify=False, trust_env=False) as client:
+                answer = client.request(
+                    self.command, target + self.path, content=body, headers={"content-type": "application/json"}
+                )
+            status, content, headers = answer.status_code, answer.content, {}
+            if self.path == "/v1/completions":
+                status, content, headers = fault(next(numbers), json.loads(body), answer)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            self._go()
+
+        def do_POST(self):
+            self._go(self.rfile.read(int(self.headers["content-length"])))
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def passed(answer):
+    return answer.status_code, answer.content, {}
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    torch.set_num_threads(1)
+    return ProxyModel(tiny_llama(1), tiny_llama(2), tiny_llama(3), vocab_size=VOCAB, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def url(proxy):
+    with service(proxy) as address:
+        yield address
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return RemoteConfig(cache=str(tmp_path / "cache"), retries=0, timeout_s=20.0)
+
+
+def ids_of(text):
+    return torch.tensor([tiny_tokenizer()(text)["input_ids"]])
+
+
+def over(proxy, large):
+    """The same proxy with another large model."""
+    return ProxyModel(large, proxy.tuned, proxy.untuned, vocab_size=VOCAB, tokenizer=tiny_tokenizer())
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("api", "top"), [("full", 0), ("echo", 20), ("next", 20)])
+def test_log_probabilities_are_those_of_the_model_that_is_here(proxy, url, settings, api, top):
+    remote = connect(url, tiny_tokenizer(), replace(settings, api=api, top_logprobs=top))
+    assert (remote.endpoint.api, remote.hides_tokens) == (api, top > 0)
+    ids = ids_of(TEXT)
+    found, expected = remote(ids).logits, proxy.large(ids).logits.log_softmax(-1)
+    shown = found.isfinite()
+    assert (shown.sum(-1) == (top or VOCAB)).all()
+    torch.testing.assert_close(found[shown], expected[shown], atol=1e-4, rtol=0)
+    if top:
+        assert shown.gather(-1, expected.topk(top, dim=-1).indices).all()
+
+
+def test_a_batch_with_padding_is_scored_row_by_row(proxy, url, settings):
+    remote = connect(url, tiny_tokenizer(), settings)
+    short, long = ids_of("a cat")[0], ids_of(TEXT)[0]
+    for side in ("left", "right"):
+        padded = torch.zeros((2, len(long)), dtype=torch.int64)
+        mask = torch.zeros_like(padded)
+        place = slice(0, len(short)) if side == "right" else slice(len(long) - len(short), None)
+        padded[0, place], mask[0, place] = short, 1
+        padded[1], mask[1] = long, 1
+        found = remote(padded, attention_mask=mask).logits
+        expected = proxy.large(short[None]).logits.log_softmax(-1)[0]
+        torch.testing.assert_close(found[0, place], expected, atol=1e-4, rtol=0)
+        assert not found[0][mask[0] == 0].any()
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "seed": [3, 4], "top_k": 0}])
+@pytest.mark.parametrize("drafts", ["auto", 0, 3, None])
+def test_answers_are_those_of_the_proxy_whose_large_model_is_here(proxy, url, settings, sampling, drafts):
+    remote = over(proxy, connect(url, tiny_tokenizer(), settings))
+    ids = torch.cat([ids_of("the cat"), ids_of("a dog =")])
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "draft_tokens": drafts, **sampling}
+    assert remote.generate(ids, **asked).tolist() == proxy.generate(ids, **asked).tolist()
+
+
+def test_beams_edit_the_text_that_is_asked_about(proxy, url, settings):
+    remote = over(proxy, connect(url, tiny_tokenizer(), settings))
+    ids = ids_of("the cat")
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert remote.generate(ids, **asked).tolist() == proxy.generate(ids, **asked).tolist()
+
+
+def test_text_is_sent_where_ids_are_not_taken_if_it_reads_back(proxy, url, settings):
+    remote = connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=20))
+    remote.endpoint.sends_ids = remote.endpoint._names_ids = False
+    ids = ids_of(TEXT)
+    found, expected = remote(ids, logits_to_keep=1).logits[0, 0], proxy.large(ids).logits[0, -1].log_softmax(-1)
+    assert found.argmax() == expected.argmax()
+    torch.testing.assert_close(found[found.isfinite()], expected[found.isfinite()], atol=1e-4, rtol=0)
+    # Byte-level BPE: "th" and "e" are two tokens of a text that would be read as other ones.
+    demo = load_tokenizer("demo:large")
+    remote.endpoint._tokenizer = demo
+    apart = demo("th")["input_ids"] + demo("e")["input_ids"]
+    assert demo("the")["input_ids"] != apart
+    with pytest.raises(RemoteError, match="must read back as the same tokens"):
+        remote.endpoint._as_text(apart)
+
+
+# --- a part of the distribution -----------------------------------------------------------------------------------
+
+
+def test_hidden_probability_goes_to_tokens_as_the_untuned_model_shares_it():
+    # .4 is hidden; the untuned model gives the hidden two .1 and .3, that is a quarter and three quarters.
+    large = torch.tensor([[0.5, 0.1, 0.0, 0.0]]).log()
+    untuned = torch.tensor([[0.3, 0.3, 0.1, 0.3]]).log()
+    filled = fill_hidden(large, untuned, vocab_size=4).exp()
+    torch.testing.assert_close(filled, torch.tensor([[0.5, 0.1, 0.1, 0.3]]))
+    whole = torch.tensor([[0.5, 0.1, 0.2, 0.2]]).log()
+    assert torch.equal(fill_hidden(whole, untuned, vocab_size=4), whole)
+
+
+def test_the_bound_holds_for_every_way_to_share_the_hidden_probability():
+    torch.manual_seed(0)
+    full, tuned, untuned = (torch.randn(200, 12).log_softmax(-1) for _ in range(3))
+    seen = full.topk(4, dim=-1).indices
+    shown = torch.full_like(full, -math.inf).scatter(-1, seen, full.gather(-1, seen))
+    bound = combine_logits(bound_hidden(shown, tuned, untuned, alpha=1.0, vocab_size=12), tuned, untuned, alpha=1.0)
+    truth = combine_logits(full, tuned, untuned, alpha=1.0)
+    worst, real = (-scores.log_softmax(-1).gather(-1, seen) for scores in (bound, truth))
+    assert (worst >= real - 1e-5).all()
+    restricted = -combine_logits(shown, tuned, untuned, alpha=1.0).log_softmax(-1).gather(-1, seen)
+    assert (restricted < real).any()  # what must not be called a loss
+
+
+def test_with_a_part_only_a_loss_is_a_bound_that_is_named_so_or_absent(proxy, url, settings):
+    items = [TokenizedExample(ids_of("the cat")[0].tolist(), ids_of(" = 12;")[0].tolist())]
+    truth = proxy_losses(proxy, items, alpha=1.0, pad_id=0)
+    echo = over(proxy, connect(url, tiny_tokenizer(), replace(settings, api="echo", top_logprobs=5)))
+    found = proxy_losses(echo, items, alpha=1.0, pad_id=0)
+    # An echo shows the text's own tokens, so that the large model's loss is exact.
+    assert found["large"].mean == pytest.approx(truth["large"].mean, abs=1e-4)
+    assert truth["proxy"].mean - 1e-4 <= found["proxy"].mean < math.inf
+    row = make_row(Measurement(losses=found["proxy"]), n=1, seed=0).to_json()
+    assert "loss" not in row
+    assert "perplexity" not in row
+    assert row["loss_upper_bound"] == pytest.approx(found["proxy"].mean)
+    hidden = over(proxy, connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=1)))
+    # Nor may what is chosen depend on what stands in the text.
+    again = echo.large(ids_of("the cat = 12;")).logits
+    assert (again.isfinite().sum(-1) == 5).all()
+    lost = answer_losses(hidden.large, items, pad_id=0)
+    assert math.isinf(lost.mean)
+    assert "loss" not in make_row(Measurement(losses=lost), n=1, seed=0).to_json()
+
+
+def test_greedy_rules_hidden_tokens_out_and_sampling_fills_them_in(proxy, url, settings):
+    remote = over(proxy, connect(url, tiny_tokenizer(), replace(settings, top_logprobs=3)))
+    ids = ids_of("the cat")
+    assert remote(ids, hidden="restrict").logits[0, -1].isfinite().sum() == 3
+    assert remote(ids).logits[0, -1].isfinite().all()
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "draft_tokens": 0}
+    best = remote.generate(ids, do_sample=False, **asked)[0, -1]
+    assert remote.large(ids).logits[0, -1, best].isfinite()
+    drawn = {int(remote.generate(ids, do_sample=True, top_k=0, seed=seed, **asked)[0, -1]) for seed in range(24)}
+    assert any(not remote.large(ids).logits[0, -1, token].isfinite() for token in drawn)
+
+
+# --- money --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_asked_twice_nor_after_the_end_nor_where_nobody_looks(proxy, url, settings):
+    ids = ids_of(TEXT)
+    first = connect(url, tiny_tokenizer(), settings)
+    row = first(ids, logits_to_keep=1).logits
+    assert first.endpoint.usage.requests == 1
+    assert first.endpoint.usage.tokens_sent == ids.shape[1]
+    first(ids, logits_to_keep=1)
+    again = connect(url, tiny_tokenizer(), settings)  # another process would find the same
+    assert torch.equal(again(ids, logits_to_keep=1).logits, row)
+    assert (first.endpoint.usage.requests, again.endpoint.usage.requests) == (1, 0)
+    assert again.endpoint.usage.recalled == 1
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert again(ids_of("never asked"), logits_to_keep=nothing).logits.shape == (1, 0, VOCAB)
+    assert again.endpoint.usage.requests == 0
+
+
+def test_drafts_save_requests(proxy, url, settings):
+    ids = ids_of("the cat")
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    counts = []
+    for drafts in (0, 3):
+        # The tuned model is the large one: every draft is right.
+        large = connect(url, tiny_tokenizer(), replace(settings, cache="off"))
+        agreed = ProxyModel(large, tiny_llama(1), tiny_llama(1), vocab_size=VOCAB, tokenizer=tiny_tokenizer())
+        agreed.generate(ids, draft_tokens=drafts, **asked)
+        counts.append(large.endpoint.usage.requests)
+    assert counts == [12, 3]
+
+
+def test_the_ledger_adds_up_what_was_spent(proxy, url, settings):
+    remote = connect(
+        url, tiny_tokenizer(), replace(settings, price_sent=2.0, price_received=6.0, top_logprobs=5, api="next")
+    )
+    start = remote.endpoint.usage.copy()
+    remote(ids_of("the cat"), logits_to_keep=2)
+    spent = remote.usage_since(start)
+    # Two requests, of 6 and of 7 tokens, and one token each comes back.
+    assert (spent["remote_requests"], spent["remote_tokens_sent"], spent["remote_tokens_received"]) == (2, 13, 2)
+    assert spent["remote_price"] == pytest.approx((13 * 2 + 2 * 6) / 1e6)
+    rows = [server_cost_row(number, "test", large_tokens=7, seconds=1.0, remote=spent) for number in (1, 2)]
+    assert _summed_costs(rows)["remote_tokens_sent"] == 26
+
+
+def test_a_budget_ends_it_and_what_was_answered_is_kept(proxy, url, settings):
+    long, short = ids_of(TEXT), ids_of("a")
+    remote = connect(url, tiny_tokenizer(), replace(settings, token_budget=long.shape[1] + 1))
+    remote(long, logits_to_keep=1)
+    with pytest.raises(RemoteError, match=r"remote.token-budget: .*budget of 22 tokens.*what was answered is kept"):
+        remote(ids_of("a dog"), logits_to_keep=1)
+    remote(long, logits_to_keep=1)  # known
+    remote(short, logits_to_keep=1)  # the last token of the budget
+
+
+def test_what_lies_on_disk_is_checked(tmp_path):
+    kept = Recall(tmp_path, "x", width=4, max_bytes=2**20)
+    row = torch.tensor([0.1, -torch.inf, 0.2, -torch.inf]).log().nan_to_num(nan=-math.inf)
+    kept.put({(1, 2): row, (1, 3): torch.tensor([0.25] * 4).log()})
+    assert torch.equal(kept.get([(1, 2)])[1, 2], row)
+    kept._database.execute("UPDATE answers SET logprobs = x'00ff'")
+    assert kept.get([(1, 2), (1, 3)]) == {}
+    kept.close()
+
+
+# --- what can go wrong --------------------------------------------------------------------------------------------
+
+
+def slow(number, body, answer):
+    time.sleep(0.6)
+    return passed(answer)
+
+
+def changed(**parts):
+    def fault(number, body, answer):
+        return 200, json.dumps(answer.json() | parts).encode(), {}
+
+    return fault
+
+
+def too_sure(number, body, answer):
+    content = answer.json()
+    content["choices"][0]["logprobs"]["top_logprobs"][0] = {"token_id:5": -0.01, "token_id:6": -0.01}
+    return 200, json.dumps(content).encode(), {}
+
+
+WRONG = {
+    "slow": ("next", slow, "did not answer within 0.3 s, asked 1 times"),
+    "overloaded": (
+        "next",
+        lambda *_: (503, b'{"error": {"message": "no room"}}', {}),
+        "status 503: no room, asked 1 times",
+    ),
+    "without a key": ("next", lambda *_: (401, b"{}", {}), "FEDPT_LARGE_API_KEY"),
+    "no JSON": ("next", lambda *_: (200, b"<html>", {}), "must be JSON"),
+    "no log-probabilities": ("next", changed(choices=[{"text": "a", "logprobs": None}]), "must name the likeliest"),
+    "another tokenizer": ("next", changed(usage={"prompt_tokens": 99}), "must have as many to the service, got 99"),
+    "unknown tokens": (
+        "next",
+        changed(choices=[{"logprobs": {"top_logprobs": [{"Zürich": -0.1}]}}]),
+        "knows none of the tokens that it names",
+    ),
+    "more than certain": ("next", too_sure, "must add up to 1"),
+    "a part of the numbers": (
+        "full",
+        changed(choices=[{"full_logprobs": {"positions": 1}}]),
+        "full_logprobs must hold numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_failure_is_one_sentence_that_names_the_service(proxy, url, settings, name):
+    api, fault, sentence = WRONG[name]
+    faults = []
+    with relay(url, lambda *about: (faults[0] if faults else lambda n, b, answer: passed(answer))(*about)) as address:
+        asked = replace(
+            settings, api=api, top_logprobs=0 if api == "full" else 5, timeout_s=0.3 if name == "slow" else 20
+        )
+        remote = connect(address, tiny_tokenizer(), asked)
+        faults.append(fault)
+        with pytest.raises(RemoteError if name != "unknown tokens" else VocabularyMismatch, match=sentence) as error:
+            remote(ids_of(TEXT), logits_to_keep=1)
+        assert address in str(error.value)
+        faults[0] = lambda number, body, answer: passed(answer)
+        assert remote(ids_of(TEXT), logits_to_keep=1).logits.isfinite().any()  # nothing is broken for good
+
+
+def test_a_request_is_sent_again_until_it_is_answered(proxy, url, settings):
+    def twice(number, body, answer):
+        return (429, b"{}", {"retry-after": "0"}) if number < 2 else passed(answer)
+
+    with relay(url, twice) as address:
+        remote = connect(address, tiny_tokenizer(), replace(settings, retries=2))
+        assert remote(ids_of(TEXT), logits_to_keep=1).logits.isfinite().all()
+        assert (remote.endpoint.usage.requests, remote.endpoint.usage.retries) == (1, 2)
+
+
+def test_answers_beside_one_that_failed_are_kept(proxy, url, settings):
+    def only_short(number, body, answer):
+        return passed(answer) if len(body["prompt"]) < 10 else (500, b"{}", {})
+
+    with relay(url, only_short) as address:
+        remote = connect(address, tiny_tokenizer(), settings)
+        texts = [ids_of("the cat")[0].tolist(), ids_of(TEXT)[0].tolist()]
+        with pytest.raises(RemoteError, match="status 500"):
+            remote.endpoint.ask(texts, [[6], [len(texts[1]) - 1]])
+        remote.endpoint.ask(texts[:1], [[6]])
+        assert remote.endpoint.usage.recalled == 1
+
+
+def test_another_vocabulary_is_refused_before_anything_is_asked(url, settings):
+    with pytest.raises(VocabularyMismatch, match="must have the small models' vocabulary"):
+        connect(url, load_tokenizer("demo:small"), settings)
+
+
+def test_the_key_is_never_shown(proxy, settings, monkeypatch):
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", "sk-secret")
+    with service(proxy, api_keys=("sk-secret",)) as address:
+        assert connect(address, tiny_tokenizer(), settings)(ids_of("the cat")).logits.isfinite().all()
+        monkeypatch.setenv("FEDPT_LARGE_API_KEY", "sk-other")
+        with pytest.raises(RemoteError, match="FEDPT_LARGE_API_KEY") as error:
+            connect(address, tiny_tokenizer(), settings)
+    assert "sk-" not in str(error.value)
+    with pytest.raises(RemoteError, match="hold no key"):
+        connect("http://user:sk-other@127.0.0.1:1", tiny_tokenizer(), settings)
+
+
+def test_nobody_there(settings):
+    with pytest.raises(RemoteError, match="cannot be reached .*asked 1 times"):
+        connect("http://127.0.0.1:1", tiny_tokenizer(), settings)
+
+
+# --- the service --------------------------------------------------------------------------------------------------
+
+
+def test_full_log_probabilities_have_a_limit_of_their_own_that_the_client_keeps(proxy, settings):
+    with service(proxy, max_full_logprobs=4 * VOCAB) as address:
+        body = {"model": "large", "prompt": ids_of(TEXT)[0].tolist(), "max_tokens": 0, "full_logprobs": 5}
+        refused = httpx.post(f"{address}/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_logprobs")
+        remote = connect(address, tiny_tokenizer(), settings)
+        expected = proxy.large(ids_of(TEXT)).logits.log_softmax(-1)
+        torch.testing.assert_close(remote(ids_of(TEXT)).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("top", "temperature", "hidden"), [(0, 0, "none"), (5, 0, "restricted"), (5, 1, "filled")])
+def test_a_service_over_a_service_says_where_its_large_model_is(proxy, url, settings, top, temperature, hidden):
+    remote = over(proxy, connect(url, tiny_tokenizer(), replace(settings, top_logprobs=top)))
+    body = {"prompt": "the cat", "max_tokens": 8, "temperature": temperature, "seed": 7}
+    with service(remote) as second:
+        found = httpx.post(f"{second}/v1/completions", json=body, timeout=60).json()
+        assert found["fedpt_large"] == {"shows": f"top {top}" if top else "all", "hidden": hidden}
+        if not top:
+            direct = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+            assert "fedpt_large" not in direct
+            assert found["choices"] == direct["choices"]
+            spent = remote.large.endpoint.usage
+            assert spent.requests
+
+
+def test_a_service_whose_remote_fails_says_so_and_goes_on(proxy, url, settings):
+    broken = threading.Event()
+
+    def fault(number, body, answer):
+        return (500, b'{"error": {"message": "on fire"}}', {}) if broken.is_set() else passed(answer)
+
+    with relay(url, fault) as address:
+        remote = over(proxy, connect(address, tiny_tokenizer(), replace(settings, cache="off")))
+        with service(remote) as second:
+            body = {"prompt": "the cat", "max_tokens": 2, "temperature": 0}
+            broken.set()
+            failed = httpx.post(f"{second}/v1/completions", json=body, timeout=60)
+            assert failed.status_code == 503
+            assert "on fire" in failed.json()["error"]["message"]
+            broken.clear()
+            assert httpx.post(f"{second}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+# --- whole programs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_with_a_remote_large_model_is_that_with_a_local_one(tmp_path, monkeypatch):
+    from serving import make_run, serving  # which import Flower: too long for the tests above
+
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    small = {"num-server-rounds": 1, "train.max-steps": 4, "scoring.num-items": 6, "scoring.few-shot": 0}
+    small |= {"distillation.mode": "final", "distillation.final-steps": 2, "distillation.final-num-prompts": 4}
+    local = make_run(tmp_path / "local", small)
+    with serving(local) as running:
+        prices = {"model.large-url": running.url, "remote.price-sent": 1.0}
+        remote = make_run(tmp_path / "remote", small | prices)
+        answers = [(run / "answers.jsonl").read_text() for run in (local, remote)]
+        written = [
+            [json.loads(line)["models"][name]["answer"] for line in text.splitlines() for name in ("large", "proxy")]
+            for text in answers
+        ]
+        assert written[0] == written[1]
+        results = [read_json(run / "results.json") for run in (local, remote)]
+        for row in ("large", "tuned", "proxy"):
+            assert results[0]["rows"][row]["loss"] == pytest.approx(results[1]["rows"][row]["loss"], abs=1e-3)
+        costs = results[1]["costs"]
+        assert costs["remote_price"] == pytest.approx(costs["remote_tokens_sent"] / 1e6)
+        lines = [json.loads(line) for line in (remote / "costs.jsonl").read_text().splitlines()]
+        assert {line["phase"] for line in lines if line.get("remote_requests")} >= {"validation", "test", "device"}
+        # And it can be loaded again, as long as the service is there.
+        again = ProxyModel.from_pretrained(remote)
+        assert again.large.endpoint.url == running.url
+
+
+@pytest.mark.slow
+def test_answers_through_a_server_that_this_project_did_not_write(tmp_path):
+    from serving import generated
+
+    python = interpreter()
+    if python is None:
+        pytest.skip("no interpreter with xllamacpp and gguf; FEDPT_LLAMA_PYTHON names one")
+    torch.set_num_threads(1)
+    tokenizer, large = load_tokenizer("demo:large"), load_causal_lm("demo:large")
+    small = load_causal_lm("demo:small")
+    tuned = load_causal_lm("demo:small")
+    torch.manual_seed(0)
+    for weight in tuned.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    export(large, tokenizer, tmp_path)
+    local = ProxyModel(large, tuned, small, tokenizer=tokenizer)
+    prompt = "> can you check the glow for me?\n[Prajelk]\n"
+    with llama_server(python, tmp_path) as address:
+        for top, sampling in ((0, {}), (0, {"temperature": 1.0, "seed": 3}), (100, {})):
+            remote = connect(address, tokenizer, RemoteConfig(top_logprobs=top, cache="off"))
+            assert (remote.endpoint.api, remote.endpoint.sends_ids, remote.hides_tokens) == ("next", True, top > 0)
+            there = ProxyModel(remote, tuned, small, tokenizer=tokenizer)
+            arguments = {"max_tokens": 16, "draft_tokens": 0, **sampling}
+            assert generated(there, tokenizer, prompt, **arguments) == generated(local, tokenizer, prompt, **arguments)
+
+
+def test_the_end_of_a_text_is_a_token_like_others(proxy, url, settings):
+    # With a service that names tokens by text, the end token has a name too.
+    remote = connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=20))
+    assert remote.endpoint._id_of("</s>") == EOS
+    assert remote.endpoint._id_of("") == EOS
+    assert remote.endpoint._id_of("token_id:7") == 7
+    assert remote.endpoint._id_of("token_id:70000") is None
+    demo = AutoTokenizer.from_pretrained(str(load_tokenizer("demo:large").name_or_path))
+    remote.endpoint._tokenizer, remote.endpoint._spelling = demo, None
+    assert remote.endpoint._id_of("\ufffd") is None  # a hundred tokens are parts of characters
