@@ -638,9 +638,13 @@ def attack(
     command = shlex.join(["fedpt", *sys.argv[1:]])
     try:
         with _cell_progress(bench.num_found, len(bench.federations)) as show:
-            bench.run(jobs=jobs or comparing.default_jobs([plan.run_config]), on_cell=show)
+
+            def on_cell(cell: comparing.Progress) -> None:
+                show(cell)
+                bench.write_summary(command=command)  # so that there is a report to be made at any time
+
+            bench.run(jobs=jobs or comparing.default_jobs([plan.run_config]), on_cell=on_cell)
     except KeyboardInterrupt:
-        bench.write_summary(command=command)
         said = f"Ended; the same command with --out {folder} goes on"
         _err.print(said, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None

@@ -99,8 +99,16 @@ def test_several_federations_are_averaged_and_a_record_without_a_score_is_left_o
     assert found["members"] == 2
 
 
+def test_blocks_of_many_records_give_the_draws_of_one(monkeypatch):
+    whole = np.concatenate(list(resampled(60)))
+    monkeypatch.setattr("fedpt_flwr.attack.membership._WEIGHTS_AT_ONCE", 60 * 7)
+    blocks = list(resampled(60))
+    assert len(blocks) > 100
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+
+
 def test_the_bootstrap_begins_with_the_records_as_they_are_and_draws_as_many():
-    weights = resampled(7)
+    weights = np.concatenate(list(resampled(7)))
     assert (weights[0] == 1).all()
     assert (weights.sum(1) == 7).all()
     assert len(np.unique(weights, axis=0)) > 100
@@ -153,6 +161,15 @@ def test_a_likelihood_ratio_finds_members_that_the_loss_hides():
     ratio = success([Guess(likelihood_ratio_scores(nats, shadows), inside)])["auc"]["value"]
     assert plain < 0.6
     assert ratio > 0.85  # two Gaussians at a distance of two standard deviations, whose means are known roughly: 0.9
+
+
+def test_a_record_that_a_model_was_not_asked_about_has_no_likelihood_ratio_and_the_others_keep_theirs():
+    nats, inside, shadows = gaussian_records(np.full(50, 1.0), noise=0.5)
+    whole = likelihood_ratio_scores(nats[1:], [Shadow(part.nats[1:], part.is_member[1:]) for part in shadows])
+    shadows[3].nats[0] = np.nan
+    scores = likelihood_ratio_scores(nats, shadows)
+    assert np.isnan(scores[0])
+    np.testing.assert_allclose(scores[1:], whole)
 
 
 def test_a_likelihood_ratio_without_anything_to_find_stays_blind():

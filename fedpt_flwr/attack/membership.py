@@ -15,7 +15,7 @@ where it may take few others for members: at a false positive rate of 1 % and 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ LEAST_SHADOWS = 4
 """With fewer, nothing tells how much a record's loss differs between federations that agree on it."""
 
 _RESAMPLES = 1000
+_WEIGHTS_AT_ONCE = 2**21
 _SEED = 20_241_001  # of the bootstrap: the same results give the same intervals
 _LEAST_NATS = 1e-9  # an answer that is certain has no logarithm of its odds
 
@@ -86,9 +87,14 @@ def likelihood_ratio_scores(nats: FloatArray, shadows: Sequence[Shadow]) -> Floa
     Args:
         nats: What each record's answer costs the attacked model, ``(records,)``.
         shadows: At least :data:`LEAST_SHADOWS`; each record must be in two of them and out of two.
+
+    Returns:
+        ``(records,)``; NaN for a record that some model was not asked about.
     """
-    values = np.stack([log_odds(shadow.nats) for shadow in shadows])  # (shadows, records)
-    inside = np.stack([shadow.is_member for shadow in shadows])
+    known = np.isfinite(nats) & np.isfinite(np.stack([shadow.nats for shadow in shadows])).all(0)
+    scores = np.full(len(nats), np.nan)
+    values = np.stack([log_odds(shadow.nats[known]) for shadow in shadows])  # (shadows, records)
+    inside = np.stack([shadow.is_member[known] for shadow in shadows])
     num_in, num_out = inside.sum(0), (~inside).sum(0)
     mean_in = np.where(inside, values, 0.0).sum(0) / num_in
     mean_out = np.where(inside, 0.0, values).sum(0) / num_out
@@ -99,7 +105,8 @@ def likelihood_ratio_scores(nats: FloatArray, shadows: Sequence[Shadow]) -> Floa
     spread = max(0.0, float(gap.var() - error.mean()))  # of the true gaps
     trust = spread / (spread + error) if spread else np.zeros_like(error)
     gap = gap.mean() + trust * (gap - gap.mean())
-    scores: FloatArray = gap * (log_odds(nats) - (mean_in + mean_out) / 2) / max(variance, np.finfo(float).tiny)
+    middle = (mean_in + mean_out) / 2
+    scores[known] = gap * (log_odds(nats[known]) - middle) / max(variance, np.finfo(float).tiny)
     return scores
 
 
@@ -138,8 +145,7 @@ def success(guesses: Sequence[Guess]) -> dict[str, Any]:
         interval over federations. A rate that so few non-members cannot resolve is None. And the numbers of
         ``members`` and ``non_members`` of a federation.
     """
-    weights = resampled(len(guesses[0].scores))
-    measured = [_measures(guess, weights) for guess in guesses]
+    blocks = [[_measures(guess, block) for guess in guesses] for block in resampled(len(guesses[0].scores))]
     fewest = min(int((~guess.is_member & np.isfinite(guess.scores)).sum()) for guess in guesses)
     found: dict[str, Any] = {
         "members": int(np.mean([(guess.is_member & np.isfinite(guess.scores)).sum() for guess in guesses])),
@@ -149,7 +155,8 @@ def success(guesses: Sequence[Guess]) -> dict[str, Any]:
         if fewest * FALSE_POSITIVE_RATES.get(name, 1.0) < 1:
             found[name] = None
             continue
-        each = np.stack([part[name] for part in measured])  # (federations, 1 + resamples)
+        # (federations, 1 + resamples)
+        each = np.concatenate([np.stack([part[name] for part in block]) for block in blocks], axis=1)
         low, high = np.nanpercentile(each[:, 1:].mean(0), [2.5, 97.5])
         found[name] = {
             "value": float(each[:, 0].mean()),
@@ -159,13 +166,23 @@ def success(guesses: Sequence[Guess]) -> dict[str, Any]:
     return found
 
 
-def resampled(records: int) -> npt.NDArray[np.float32]:
-    """How often each record counts: once in the first row, and then as often as it is drawn with replacement."""
+def resampled(records: int) -> Iterator[npt.NDArray[np.float32]]:
+    """How often each record counts: once in the very first row, and then as often as it is drawn with replacement.
+
+    Args:
+        records: How many there are.
+
+    Yields:
+        Some rows at a time, ``(rows, records)``, so that many records need no more memory.
+    """
     generator = np.random.default_rng(_SEED)
-    weights = np.ones((1 + _RESAMPLES, records), dtype=np.float32)
-    for row in weights[1:]:
-        row[:] = np.bincount(generator.integers(0, records, records), minlength=records)
-    return weights
+    yield np.ones((1, records), dtype=np.float32)
+    at_once = max(1, _WEIGHTS_AT_ONCE // records)
+    for first in range(0, _RESAMPLES, at_once):
+        block = np.empty((min(at_once, _RESAMPLES - first), records), dtype=np.float32)
+        for row in block:
+            row[:] = np.bincount(generator.integers(0, records, records), minlength=records)
+        yield block
 
 
 def _measures(guess: Guess, weights: npt.NDArray[np.float32]) -> dict[str, FloatArray]:

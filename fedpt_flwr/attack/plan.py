@@ -131,8 +131,8 @@ class Plan:
             (known == list(self.targets) and known, f"must be some of {', '.join(TARGETS)}", self.targets, "--targets"),
             (len(set(self.targets)) == len(self.targets), "must name each target once", self.targets, "--targets"),
             (
-                self.seeds and all(0 <= seed < _SHADOWS for seed in self.seeds),
-                f"must be whole numbers from 0 to {_SHADOWS - 1}, at least one",
+                self.seeds and all(0 <= seed < _SHADOWS // 2 for seed in self.seeds),
+                f"must be whole numbers from 0 to {_SHADOWS // 2 - 1}, at least one",
                 self.seeds,
                 "--seeds",
             ),
