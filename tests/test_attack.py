@@ -164,7 +164,7 @@ def test_a_likelihood_ratio_finds_members_that_the_loss_hides():
 
 
 def test_a_record_that_a_model_was_not_asked_about_has_no_likelihood_ratio_and_the_others_keep_theirs():
-    nats, inside, shadows = gaussian_records(np.full(50, 1.0), noise=0.5)
+    nats, _, shadows = gaussian_records(np.full(50, 1.0), noise=0.5)
     whole = likelihood_ratio_scores(nats[1:], [Shadow(part.nats[1:], part.is_member[1:]) for part in shadows])
     shadows[3].nats[0] = np.nan
     scores = likelihood_ratio_scores(nats, shadows)

@@ -155,7 +155,7 @@ def success(guesses: Sequence[Guess]) -> dict[str, Any]:
         if fewest * FALSE_POSITIVE_RATES.get(name, 1.0) < 1:
             found[name] = None
             continue
-        # (federations, 1 + resamples)
+        # One line for each federation, its first value without resampling.
         each = np.concatenate([np.stack([part[name] for part in block]) for block in blocks], axis=1)
         low, high = np.nanpercentile(each[:, 1:].mean(0), [2.5, 97.5])
         found[name] = {
