@@ -513,14 +513,14 @@ def test_another_small_model_on_the_device_is_refused(caplog, tmp_path, monkeypa
 
 
 def test_two_vocabularies_that_differ_are_refused_with_the_first_differences(caplog, tmp_path):
-    tokenizer = load_tokenizer("demo:large")
-    tokenizer.add_tokens(["<extra>"])
-    model = load_causal_lm("demo:large")
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(tmp_path / "large")
-    tokenizer.save_pretrained(tmp_path / "large")
-    settings = {"model.large": str(tmp_path / "large")}
-    failing(caplog, tmp_path, ModelError, r"1 of 102\d / 102\d entries differ, the first .*'<extra>'", settings)
+    for size, extra in (("large", "<one>"), ("small", "<other>")):
+        tokenizer, model = load_tokenizer(f"demo:{size}"), load_causal_lm(f"demo:{size}")
+        tokenizer.add_tokens([extra])
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(tmp_path / size)
+        tokenizer.save_pretrained(tmp_path / size)
+    settings = {f"model.{size}": str(tmp_path / size) for size in ("large", "small")}
+    failing(caplog, tmp_path, ModelError, r"'<one>' \(1024 / None\), '<other>' \(None / 1024\)", settings)
 
 
 def test_an_error_that_nobody_foresaw_is_marked_too(caplog, tmp_path, monkeypatch):

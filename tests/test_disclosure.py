@@ -51,7 +51,7 @@ def test_groups_are_said_where_both_the_run_and_the_device_allow_it(config, node
         assert sum(found.values()) == card["num-examples"]
     else:
         assert found == groups
-    assert set(card) == {"device", "num-examples", "groups", "code-hash"}
+    assert set(card) == {"device", "num-examples", "groups", "code-hash", "lora-rank"}
 
 
 def test_another_word_in_the_node_config_is_refused(tmp_path):
