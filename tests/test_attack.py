@@ -597,8 +597,11 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks") / "one"
     few = folder.parent / "few.jsonl"
     few.write_text("".join((APP / "fedpt_demo_world" / "train.jsonl").read_text().splitlines(keepends=True)[:240:5]))
+    fewer = few.with_name("fewer.jsonl")  # all of these are scored
+    fewer.write_text("".join(few.read_text().splitlines(keepends=True)[:6]))
+    own = {"data.train": str(few), "data.validation": str(fewer), "distillation.mode": "off"}
     plan = make_plan(
-        run_config=TINY | {"data.train": str(few), "distillation.mode": "off"},
+        run_config=TINY | own,
         seeds=(0, 1),
         shadows=0,
         copies=(1, 8),
