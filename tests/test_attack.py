@@ -629,6 +629,7 @@ def done(tmp_path_factory):
     return plan, folder, summary
 
 
+@pytest.mark.timeout(900)  # the first one makes the attack
 @pytest.mark.slow
 def test_a_real_attack_finds_what_was_learnt_by_heart_and_nothing_in_the_controls(done):
     _, _, summary = done
