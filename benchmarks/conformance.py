@@ -325,14 +325,27 @@ def scoring(subject: Subject) -> str:
 
 def chat(subject: Subject) -> str:
     """The service's chat endpoint answers what `generate()` writes behind the conversation, streamed or not."""
+    tokenizer, run = subject.tokenizer, subject.run("full")
+    said = "what is the juice?"
+    # The run's own template; what stands behind its first field ends the prompt.
+    _check_chat(subject, run, said, tokenize_prompts([said + "]\n"], tokenizer, max_length=None)[0])
+    if not tokenizer.chat_template:
+        return "run's template"
+    # As a run on conversations leaves it.
+    with tempfile.TemporaryDirectory() as folder:
+        of_chats = Path(shutil.copytree(run, Path(folder) / run.name, symlinks=True))
+        form = of_chats / "proxy" / "prompt.json"
+        form.write_text(json.dumps(read_json(form) | {"format": "chat"}))
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True
+        )
+        _check_chat(subject, of_chats, said, tokenizer(text, add_special_tokens=False)["input_ids"])
+    return "both templates"
+
+
+def _check_chat(subject: Subject, run: Path, question: str, ids: list[int]) -> None:
+    """The endpoint reads a question as these ids, and answers as `generate()` does."""
     proxy, tokenizer = _loaded(subject), subject.tokenizer
-    messages = [{"role": "user", "content": "what is the juice?"}]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        # The run's own template; what stands behind its first field ends the prompt.
-        ids = tokenize_prompts([messages[0]["content"] + "]\n"], tokenizer, max_length=None)[0]
     expected = _written(subject, proxy, None, [ids])[0]
     stops = _list(proxy.generation_config.eos_token_id)
     written = expected[:-1] if expected[-1] in stops else expected
@@ -341,8 +354,9 @@ def chat(subject: Subject) -> str:
         for part in (ids, [*ids, *written])
     )
     said = whole[len(before) :]  # a space in front is the answer's, where tokenizers drop a text's first one
+    messages = [{"role": "user", "content": question}]
     request = {"model": "proxy", "messages": messages, "temperature": 0, "max_tokens": NEW_TOKENS}
-    with _service(subject.run("full")) as client:
+    with _service(run) as client:
         answer = client.post("/v1/chat/completions", json=request)
         assert answer.status_code == 200, answer.text
         body = answer.json()
@@ -351,7 +365,6 @@ def chat(subject: Subject) -> str:
         streamed = client.post("/v1/chat/completions", json={**request, "stream": True}).text
         events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
         assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == said
-    return "chat template" if tokenizer.chat_template else "run's template"
 
 
 CELLS: Mapping[str, Callable[[Subject], str]] = {

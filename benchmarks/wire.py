@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
-RATES = {"full": (0.003,), "average": (0.01, 0.03), "exact": (0.01, 0.03), "frozen-a": (0.01, 0.03)}
+RATES = {"full": (0.003,), "average": (0.003, 0.01, 0.03), "exact": (0.003, 0.01, 0.03), "frozen-a": (0.01, 0.03)}
 """First learning rates that are tried; for all weights the default, which was chosen in the same way."""
 RANKS = (2, 4, 8)
 """Of devices 0, 1, 2, 3, … in the line with ranks of their own."""

@@ -140,6 +140,7 @@ def test_the_same_seed_gives_the_same_arrays_and_scores(run, tmp_path):
     assert first["rows"] == second["rows"]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_arrays(run, tmp_path):
     other = final_arrays(federate(tmp_path, run_config={"seed": 1}))
     assert any(not np.array_equal(values, other[name]) for name, values in final_arrays(run).items())
@@ -217,6 +218,7 @@ def test_other_settings_run_to_their_end(settings, tmp_path):
     assert json.loads((run / "results.json").read_text())["rows"]["proxy"]["n"] == 4
 
 
+@pytest.mark.slow
 def test_keep_rounds_bounds_the_checkpoints(tmp_path):
     run = federate(tmp_path, 2, {"num-server-rounds": 3, "keep-rounds": 1, "scoring.round-items": 0})
     assert [path.name for path in (run / "rounds").iterdir()] == ["0003"]
@@ -320,6 +322,7 @@ def test_a_device_does_what_its_limits_allow_and_the_ledger_says_so(tmp_path):
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_smaller_passes_give_the_same_update(tmp_path):
     plain = federate(tmp_path / "plain", 2, UNSCORED)
     limited_run = federate(tmp_path / "limited", 2, UNSCORED, node_config=limited({"max-batch-size": 1}))
@@ -693,7 +696,7 @@ def test_a_copy_for_the_devices_changes_neither_arrays_nor_proxy_nor_any_other_n
     assert (run / "examples.jsonl").read_bytes() == (off / "examples.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["final", "carry", "paired"])
+@pytest.mark.parametrize("mode", ["final", "carry", pytest.param("paired", marks=pytest.mark.slow)])
 def test_the_devices_copy_is_loaded_by_transformers_and_is_not_the_proxys_model(mode, request):
     run = request.getfixturevalue("run") if mode == "final" else request.getfixturevalue(mode)[0]
     copied = AutoModelForCausalLM.from_pretrained(run / "device")
@@ -709,7 +712,7 @@ def test_the_devices_copy_is_loaded_by_transformers_and_is_not_the_proxys_model(
     assert "device" in results_of(run)["rows"]
 
 
-@pytest.mark.parametrize("mode", ["off", "paper"])
+@pytest.mark.parametrize("mode", ["off", pytest.param("paper", marks=pytest.mark.slow)])
 def test_there_is_no_copy_for_the_devices_where_none_was_asked_for(mode, request):
     run = request.getfixturevalue("off") if mode == "off" else request.getfixturevalue(mode)[0]
     assert not (run / "device").exists()
@@ -792,6 +795,7 @@ def test_a_pair_goes_with_its_proxy_and_its_untuned_model_learns(paired):
     assert differs(untuned[2], untuned[1])
 
 
+@pytest.mark.slow
 def test_a_pair_whose_last_round_fails_is_scored_as_it_was_saved(tmp_path):
     def from_round_2(device, message, reply):
         late = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2

@@ -276,9 +276,7 @@ KILLS = {
 }
 OFTEN = (
     ("FedAvg", "before a round counts"),
-    ("FedAvg", "before the results"),
     ("FedAdam", "in a line"),
-    ("FedAdam", "in a checkpoint"),
     ("paired FedAvgM", "before the next round"),
     ("good enough", "before the test"),
 )
