@@ -15,16 +15,17 @@ from contextlib import suppress
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from fedpt_flwr.clipping import clip_update
 from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_config
 from fedpt_flwr.data import TokenizedExample, tokenize_examples
-from fedpt_flwr.errors import DataError, DeviceError, FedPTError, ModelError, RunError
+from fedpt_flwr.errors import ConfigError, DataError, DeviceError, FedPTError, ModelError, RunError
 from fedpt_flwr.limits import DeviceLimits, parse_limits
 from fedpt_flwr.memory import UNTOLD_BASE_BYTES, check_fits, give_freed_memory_back, is_out_of_memory
 from fedpt_flwr.models import (
@@ -46,6 +47,7 @@ from fedpt_flwr.records import (
     CONFIG,
     LIMITS,
     METRICS,
+    PRIVATE_METRICS,
     DeviceCard,
     check_arrays,
     check_code,
@@ -84,14 +86,16 @@ def declines(handler: Handler) -> Handler:
         except FedPTError as error:
             log(INFO, "This device declines: %s", error)
             reason = str(error)
-            if isinstance(error, DataError) and _has_own_data(context):
+            if isinstance(error, DataError) and _keeps_its_texts(context):
                 reason = _kept_here(context, "its data cannot be used")
+            elif _is_private(context) and _may_tell_of_data(error, message):
+                reason = _kept_here(context, f"it declines ({type(error).__name__})")
             return _refuse(message, context, reason)
         except Exception as error:
             if is_out_of_memory(error):
                 log(ERROR, "The round failed on this device", exc_info=error)
                 return _refuse(message, context, f"device {_told_number(context)}: {OUT_OF_MEMORY}")
-            if not _has_own_data(context):
+            if not _keeps_its_texts(context):
                 raise  # Flower sends its text
             log(ERROR, "The round failed on this device", exc_info=error)
             reason = _kept_here(context, f"it failed with {type(error).__name__}")
@@ -108,8 +112,23 @@ def _refuse(message: Message, context: Context, reason: str) -> Message:
     return Message(content=content, reply_to=message)
 
 
+def _keeps_its_texts(context: Context) -> bool:
+    """Whether an error's text, which may hold examples, stays on the device."""
+    return _has_own_data(context) or _is_private(context)
+
+
 def _has_own_data(context: Context) -> bool:
     return context.run_config.get("data.partitioner") == "node-local"
+
+
+def _may_tell_of_data(error: FedPTError, message: Message) -> bool:
+    """Whether an error's text may depend on the device's data, as that of the memory which its examples need does."""
+    is_known = isinstance(error, ConfigError | ModelError)
+    return not (is_known or (isinstance(error, DeviceError) and message.metadata.message_type == MessageType.QUERY))
+
+
+def _is_private(context: Context) -> bool:
+    return context.run_config.get("privacy.dp", "off") != "off"
 
 
 def _kept_here(context: Context, what: str) -> str:
@@ -132,6 +151,8 @@ def introduce(message: Message, context: Context) -> Message:
     rank = load_limits(config, context).rank_of(config.tuning, place=f"device {device}")
     shard = load_shard(config, context)
     groups = Counter(example.group for example in shard) if tells_groups(config, context) else {}
+    if config.privacy.is_on:  # the server learns that there is something to train on, and no more
+        shard, groups = shard[:1], {}
     card = DeviceCard(
         device=device,
         num_examples=len(shard),
@@ -142,7 +163,7 @@ def introduce(message: Message, context: Context) -> Message:
     return Message(content=card.to_content(), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[clip_update])
 @declines
 def train(message: Message, context: Context) -> Message:
     """Tune the small model on this device's shard for one round."""
@@ -216,6 +237,8 @@ def train(message: Message, context: Context) -> Message:
         metrics["memory-growth-bytes"] = growth
     if estimate is not None:
         metrics["memory-estimate-bytes"] = estimate
+    if config.privacy.is_on:  # all else depends on the data and would not be accounted for
+        metrics = {name: metrics[name] for name in PRIVATE_METRICS} | {"num-examples": 1}
     if wire == "int8":
         update = _in_8_bits(model, received, told, server_round, device)
     else:

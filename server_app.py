@@ -26,7 +26,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_numpy
@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from fedpt_flwr.accounting import privacy_outlook
 from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
@@ -56,6 +57,7 @@ from fedpt_flwr.models import (
     put_away,
     set_arrays,
 )
+from fedpt_flwr.privacy import LEDGER, PrivateAverage
 from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
 from fedpt_flwr.records import DeviceCard, as_tensors, code_hash, to_array_record
 from fedpt_flwr.remote import RemoteModel, connect
@@ -140,7 +142,9 @@ def _headline(error: FedPTError) -> str:
 def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, flower_run_id: int = 0) -> None:
     """Load, tune, score: everything between the first line of the log and the table at its end."""
     inner = make_inner_strategy(config.strategy)
+    private = make_private(inner, config, run)
     server = Server.load(config, run, flower_run_id)
+    server.private = private
     try:
         _federate(grid, config, server, inner, started, flower_run_id)
     finally:
@@ -164,7 +168,7 @@ def _federate(
         return server.after_aggregate(outcome)
 
     strategy = FedPT(
-        inner,
+        server.private or inner,
         after_aggregate,
         seed=config.seed,
         fraction_train=config.fraction_train,
@@ -174,6 +178,8 @@ def _federate(
         wait_timeout_s=config.wait_timeout_s,
         code_hash=CODE_HASH,
         wire_dtype=config.wire.dtype,
+        max_update_norm=config.strategy.max_update_norm,
+        refuse_above_norm=config.strategy.above_norm == "refuse",
         expected=server.devices_before() if config.resume else None,
         on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
@@ -200,6 +206,20 @@ def _federate(
     server.finish(started=started)
 
 
+def make_private(inner: Strategy, config: RunConfig, run: RunFolder) -> PrivateAverage | None:
+    """Differential privacy around the inner strategy, if the config asks for it; what it spends is kept in the run.
+
+    Raises:
+        ConfigError: The accountant is not installed, or the budget does not allow a single round.
+    """
+    privacy = config.privacy
+    if not privacy.is_on or not isinstance(inner, FedAvg):
+        return None
+    for line in privacy_outlook(privacy, config.num_server_rounds):
+        log(INFO, "%s", line)
+    return PrivateAverage(inner, privacy, lambda spent: write_json(run.path / LEDGER, spent))
+
+
 @dataclasses.dataclass(kw_only=True)
 class Server:
     """What the server holds during a run.
@@ -224,6 +244,7 @@ class Server:
         shift: Alpha and mask, and how they were chosen; None before the first round.
         course: The metric that may end the run early, round by round.
         drifts: What distillation moved the small model along ``large - untuned``, round by round.
+        private: What makes the run private and knows what that has cost; None where nothing does.
         resumed_after: The last round before the run went on; 0 if it began with round 1.
     """
 
@@ -246,6 +267,7 @@ class Server:
     shift: Shift | None = None
     course: list[float] = dataclasses.field(default_factory=list)
     drifts: list[float] = dataclasses.field(default_factory=list)
+    private: PrivateAverage | None = None
     resumed_after: int = 0
     remote_usage: Usage = dataclasses.field(default_factory=Usage)
     """What the ledger has of a remote large model."""
@@ -376,6 +398,8 @@ class Server:
             RunError: A file of the checkpoint is damaged; says which, and how to go on without that round.
         """
         last_round = max(self.run.rounds(), default=0)
+        if self.private is not None:
+            self._resume_budget(self.private, last_round)
         if not last_round:
             return first, 0
         mode, like = self.config.distillation.mode, self.shapes
@@ -402,6 +426,23 @@ class Server:
         if self.shift is not None:
             self.proxy.alpha, self.proxy.plausibility = self.shift.alpha, self.shift.plausibility
         return sent, last_round
+
+    def _resume_budget(self, private: PrivateAverage, last_round: int) -> None:
+        """Take up what was spent, on rounds that were never completed too.
+
+        Raises:
+            RunError: The ledger is missing or damaged, or has less than the checkpoint.
+        """
+        ledger, checkpoint = self.run.path / LEDGER, None
+        if last_round:
+            with self._of_round(last_round, LEDGER) as path:
+                checkpoint = read_json(path)
+        if not last_round and not ledger.is_file():
+            return  # not even the first round came to its end: nothing is spent
+        with naming(str(ledger)):
+            private.restore(read_json(ledger), checkpoint)
+        spent = private.spent()
+        log(INFO, "Privacy spent before: epsilon %.4g in %d rounds", spent["epsilon"], spent["releases"])
 
     @contextmanager
     def _of_round(self, server_round: int, name: str) -> Iterator[Path]:
@@ -438,8 +479,9 @@ class Server:
             ) from error
 
     def is_over(self, last_round: int) -> bool:
-        """Whether a run that was resumed needs no further round."""
-        return last_round >= self.config.num_server_rounds or (last_round > 0 and self.is_good_enough())
+        """Whether a run that was resumed needs no further round, or may have none."""
+        is_spent = self.private is not None and not self.private.affords_another()
+        return last_round >= self.config.num_server_rounds or (last_round > 0 and (is_spent or self.is_good_enough()))
 
     def devices_before(self) -> dict[int, DeviceCard] | None:
         """The devices that the run had, by number; None where none has trained yet.
@@ -570,6 +612,7 @@ class Server:
                     metrics=part.metrics,
                     refused=part.refused,
                     limits=part.limits,
+                    update_norm=part.update_norm,
                 )
                 for part in outcome.devices
             )
@@ -578,12 +621,30 @@ class Server:
             outcome.server_round,
             "train",
             {
-                "train_loss": outcome.train_loss,
+                **({} if outcome.train_loss is None else {"train_loss": outcome.train_loss}),
                 "devices": len(outcome.devices),
                 "replies": sum(not part.refused for part in outcome.devices),
                 "seconds": round(outcome.seconds, 3),
                 **({} if outcome.left_out is None else {"lora_left_out": outcome.left_out}),
             },
+        )
+
+        if self.private is not None:
+            self._note_privacy(self.private, outcome.server_round)
+
+    def _note_privacy(self, private: PrivateAverage, server_round: int) -> None:
+        row = private.described()
+        self._note(server_round, "privacy", row)
+        log(
+            INFO,
+            "Round %d: epsilon %.4g at delta %g after %d noisy means; noise of standard deviation %.3g on each weight, "
+            "next clipping norm %.4g",
+            server_round,
+            row["epsilon"],
+            row["delta"],
+            row["releases"],
+            row["noise_stddev"],
+            row["clipping_norm"],
         )
 
     def _choose_shift(self, server_round: int) -> None:
@@ -603,7 +664,7 @@ class Server:
             self.shift.items,
         )
 
-    def _score_round(self, evaluator: Evaluator, server_round: int, train_loss: float) -> None:
+    def _score_round(self, evaluator: Evaluator, server_round: int, train_loss: float | None) -> None:
         begun = time.perf_counter()
         scores = evaluator.score(self.proxy, rows=self._rows_of_rounds())
         seconds = time.perf_counter() - begun
@@ -615,10 +676,10 @@ class Server:
         right = ", ".join(f"{name} {100 * rows[name]['exact_match']:.1f} %" for name in _FOLLOWED if name in rows)
         log(
             INFO,
-            "Round %d/%d: training loss %.3f | %d validation answers right: %s",
+            "Round %d/%d: %s%d validation answers right: %s",
             server_round,
             self.config.num_server_rounds,
-            train_loss,
+            "" if train_loss is None else f"training loss {train_loss:.3f} | ",
             len(evaluator.items.examples),
             right or "not asked for",
         )
@@ -676,6 +737,8 @@ class Server:
             weights = _weights_of(self.proxy.untuned, self.shapes)
             save_file(weights, folder / "untuned.safetensors")
             save_file(dict(untuned or weights), folder / "next-untuned.safetensors")
+        if self.private is not None:
+            write_json(folder / LEDGER, self.private.to_json())
         write_json(folder / "round.json", {"round": outcome.server_round, "train_loss": outcome.train_loss})
         self.proxy.save_pretrained(
             folder / "proxy",
@@ -743,6 +806,8 @@ class Server:
         results = {**scores.to_json(), "distillation": self.config.distillation.mode}
         if "proxy" in wanted or self.shift is not None:
             results["shift"] = self._shift(rounds[-1]).to_json()
+        if self.private is not None:
+            results["privacy"] = self.private.described()
         if "proxy" in wanted:
             self._write_examples(scores, rounds[-1])
         if self.distiller is not None and self.config.distillation.mode in WITH_DEVICE_COPY:

@@ -406,7 +406,8 @@ def check_config(
     Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders and
     vocabularies, and the data. Weights are not loaded.
     """
-    from fedpt_flwr.config import settings_markdown
+    from fedpt_flwr.accounting import privacy_outlook
+    from fedpt_flwr.config import parse_run_config, settings_markdown
 
     if markdown:
         sys.stdout.write(settings_markdown())
@@ -416,6 +417,10 @@ def check_config(
     if problems:
         raise ConfigError.of(problems)
     _out.print(f"The run config is fine: {len(flat)} keys.", highlight=False)
+    config = parse_run_config(flat)
+    if config.privacy.is_on:
+        for line in privacy_outlook(config.privacy, config.num_server_rounds):
+            _out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -1333,6 +1338,7 @@ def _tuned_before(
 
 def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
+    from fedpt_flwr.accounting import privacy_outlook
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.distiller import check_translated
     from fedpt_flwr.models import large_placement, load_tokenizer
@@ -1370,6 +1376,9 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         large_placement(config.model).arguments()
     with collecting():
         make_inner_strategy(config.strategy)
+    if config.privacy.is_on:
+        with collecting():
+            privacy_outlook(config.privacy, config.num_server_rounds)
     num_devices = config.min_devices if num_devices is None else num_devices
     if config.min_devices > num_devices:
         remedy = "start more devices (--num-devices), or lower min-devices"

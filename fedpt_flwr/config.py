@@ -41,6 +41,15 @@ INNER_STRATEGIES = (
 DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 """What ``distillation.mode`` can be."""
 
+DP_MODES = ("off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive")
+"""What ``privacy.dp`` can be."""
+
+PRIVATE_STRATEGIES = ("FedAvg", "FedProx")
+"""Strategies whose mean of equal weights the accountant knows."""
+
+SAMPLINGS = ("no-amplification", "poisson", "without-replacement")
+"""What ``privacy.sampling`` can be asked to be; all but the first are refused."""
+
 AUTO = "auto"
 """The value of ``proxy.alpha`` that lets a run choose."""
 
@@ -433,6 +442,14 @@ class StrategyConfig:
         "",
         "Its keyword arguments as `name = value` separated by commas, such as `eta = 0.01, tau = 0.001`.",
     )
+    max_update_norm: float = _setting(
+        0.0, "Longest change of the weights (L2 norm over all of them) that a device may send; 0: any.", *_at_least(0)
+    )
+    above_norm: str = _setting(
+        "clip",
+        "What becomes of a longer change: `clip`: it is scaled down to that norm. `refuse`: the reply is not used.",
+        *_one_of("clip", "refuse"),
+    )
 
     def parsed_arguments(self) -> dict[str, Any]:
         """The arguments as a dictionary.
@@ -450,6 +467,70 @@ class StrategyConfig:
                 remedy=f"for example 'eta = 0.01, tau = 0.001' ({error})",
             ) from error
         return {name.replace("-", "_"): value for name, value in arguments.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of each device as a whole, see docs/privacy.md."""
+
+    dp: str = _setting(
+        "off",
+        "Differential privacy on the level of devices: each change is clipped, on the server (`server-…`) or by the "
+        "device itself (`client-…`), to a norm that is given (`…-fixed`) or follows the devices (`…-adaptive`), and "
+        "Gaussian noise is added to the mean.",
+        *_one_of(*DP_MODES),
+    )
+    noise_multiplier: float = _setting(
+        1.0, "Standard deviation of the noise on the sum of all changes, as a multiple of the norm.", *_POSITIVE
+    )
+    clipping_norm: float = _setting(
+        1.0, "L2 norm that each device's change is clipped to; with `…-adaptive` in the first round.", *_POSITIVE
+    )
+    clipped_share: float = _setting(
+        0.5,
+        "`…-adaptive`: share of the changes that are to be clipped.",
+        "must be greater than 0 and below 1",
+        lambda value: 0 < value < 1,
+    )
+    clipping_rate: float = _setting(
+        0.2, "`…-adaptive`: how fast the norm follows; from round to round by at most about this factor.", *_POSITIVE
+    )
+    clipped_count_stddev: float = _setting(
+        0.0,
+        "`…-adaptive`: standard deviation of the noise on the number of clipped changes; 0: a twentieth of the devices "
+        "of a round. It must exceed half of `privacy.noise-multiplier`.",
+        *_at_least(0),
+    )
+    delta: float = _setting(
+        1e-5,
+        "The delta that epsilon is told at; it must be below one over the number of devices.",
+        "must be greater than 0 and below 1",
+        lambda value: 0 < value < 1,
+    )
+    max_epsilon: float = _setting(
+        0.0, "Budget: a round that would bring epsilon above this is not begun; 0: no limit.", *_at_least(0)
+    )
+    sampling: str = _setting(
+        "no-amplification",
+        "What epsilon may count on about who trains in a round. `no-amplification`: nothing, which always holds. The "
+        "others are refused: who trains follows from the seed, which every device knows.",
+        *_one_of(*SAMPLINGS),
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run is private."""
+        return self.dp != "off"
+
+    @property
+    def clips_on_devices(self) -> bool:
+        """Whether each device clips its own change."""
+        return self.dp.startswith("client")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the norm follows the devices."""
+        return self.dp.endswith("adaptive")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -614,6 +695,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     wire: WireConfig = dataclasses.field(default_factory=WireConfig)
     strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     proxy: ProxyConfig = dataclasses.field(default_factory=ProxyConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
@@ -861,6 +943,8 @@ def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
             "set data.choices='test', or a file of the server",
         )
     _check_stop(config, refuse)
+    if config.privacy.is_on:
+        _check_privacy(config, refuse)
     try:
         arguments = config.strategy.parsed_arguments()
     except ConfigError as error:
@@ -924,4 +1008,68 @@ def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None])
             "rounds must be scored to decide when to end",
             config.scoring.round_items,
             "set scoring.round-items to the number of validation items that decide",
+        )
+
+
+def _check_privacy(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
+    """What epsilon would say nothing about must not be."""
+    privacy, data = config.privacy, config.data
+    if config.strategy.name not in PRIVATE_STRATEGIES:
+        refuse(
+            "privacy.dp and strategy.name",
+            "noise is accounted for on the plain mean of equal weights alone",
+            config.strategy.name,
+            "set strategy.name='FedAvg' or 'FedProx', or privacy.dp='off'",
+        )
+    if config.strategy.max_update_norm > 0:
+        refuse(
+            "privacy.dp and strategy.max-update-norm",
+            "changes are clipped to privacy.clipping-norm already",
+            config.strategy.max_update_norm,
+            "leave strategy.max-update-norm out",
+        )
+    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
+        refuse(
+            "privacy.dp and tuning.lora-aggregation",
+            "noise is accounted for on the plain mean of what devices send, and this one averages products",
+            config.tuning.lora_aggregation,
+            "set tuning.lora-aggregation='frozen-a', whose plain mean is exact",
+        )
+    if privacy.sampling != SAMPLINGS[0]:
+        refuse(
+            "privacy.sampling",
+            "no amplification holds here: who trains in a round follows from the seed, which every device knows",
+            privacy.sampling,
+            "leave it out; every round is then counted as if each device had trained in it",
+        )
+    if privacy.clips_on_devices and config.wire.dtype != "float32":
+        refuse(
+            "privacy.dp and wire.dtype",
+            "a device clips its change as it is sent, in float32",
+            config.wire.dtype,
+            f"set privacy.dp='server-{privacy.dp.partition('-')[2]}', or wire.dtype='float32'",
+        )
+    sources = {"validation": data.validation, "test": data.test, "public": data.public, "prompts": data.prompts}
+    for name, source in sources.items():
+        if name in ("validation", "test") and not source and data.partitioner != "node-local":
+            refuse(
+                f"privacy.dp and data.{name}",
+                "would be held out of data.train, and epsilon does not cover private text that the server reads",
+                source,
+                f"set data.{name} to a file of the server",
+            )
+        split, of_train = getattr(data, f"{name}_split"), (data.train, data.train_split)
+        if data.partitioner != "node-local" and source and (source, split) == of_train:
+            refuse(
+                f"privacy.dp and data.{name}",
+                "must not be the devices' text: epsilon does not cover what the server reads itself",
+                source,
+                f"set data.{name} to text of the server",
+            )
+    if "train" in _names(data.choices):
+        refuse(
+            "privacy.dp and data.choices",
+            "answers found in data.train are the devices' text, which epsilon does not cover",
+            data.choices,
+            "set data.choices='test', or a file of the server",
         )

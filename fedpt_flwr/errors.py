@@ -10,6 +10,7 @@
     ├── ReplyError           a device's reply is refused
     ├── WireError            arrays do not fit the type in which they are to be sent
     ├── RoundError           a round cannot be completed
+    ├── PrivacyError         something is not covered by what epsilon says
     ├── RunError             a run folder cannot be written or read
     └── CertificateError     keys or certificates cannot be made or used
 
@@ -116,6 +117,10 @@ class WireError(FedPTError):
 
 class RoundError(FedPTError):
     """A round had too few usable replies, or too few devices to begin with."""
+
+
+class PrivacyError(FedPTError):
+    """A private run cannot go on, because epsilon would say nothing about what comes next."""
 
 
 class RunError(FedPTError):

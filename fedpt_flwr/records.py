@@ -56,6 +56,10 @@ COST_METRICS = (
 )
 """Metrics that a train reply may have, for the ledger; no other is accepted."""
 
+PRIVATE_METRICS = ("device", "server-round", "num-examples")
+"""Metrics that the train reply of a private run has, none of which depends on the device's data; no other is accepted
+but what the clipping itself needs. The number of examples is 1, which is what every device then counts."""
+
 # NumPy has no bfloat16: its bits.
 _STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38}
@@ -394,7 +398,15 @@ class DeviceCard:
         return cls(device=device, num_examples=num_examples, groups=groups, code_hash=code, lora_rank=rank)
 
 
-def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, place: str) -> dict[str, float]:
+def check_metrics(
+    content: RecordDict,
+    *,
+    server_round: int,
+    card: DeviceCard,
+    place: str,
+    required: Sequence[str] = REQUIRED_METRICS,
+    optional: Sequence[str] = COST_METRICS,
+) -> dict[str, float]:
     """The numbers of a train reply, after checks.
 
     Args:
@@ -402,6 +414,8 @@ def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, p
         server_round: The round that it must be of.
         card: What the device said of itself before: it cannot be another device, or have more examples.
         place: Who and when, for the error.
+        required: Metrics that must be there.
+        optional: Metrics that may be there.
 
     Raises:
         ReplyError: There is not one record of numbers, one is unknown, negative or not finite, or they contradict the
@@ -411,12 +425,12 @@ def check_metrics(content: RecordDict, *, server_round: int, card: DeviceCard, p
         raise ReplyError("a reply must hold one record of metrics", value=sorted(content.metric_records), place=place)
     metrics: dict[str, float] = {}
     for name, value in content.metric_records[METRICS].items():
-        if name not in REQUIRED_METRICS + COST_METRICS:
+        if name not in (*required, *optional):
             raise ReplyError("unknown metric", value=name, place=place)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
             raise ReplyError(f"the metric {name} must be a finite number of at least 0", value=value, place=place)
         metrics[name] = value
-    missing = [name for name in REQUIRED_METRICS if name not in metrics]
+    missing = [name for name in required if name not in metrics]
     if missing:
         raise ReplyError(f"the metric {missing[0]} must be there", value=sorted(metrics), place=place)
     if metrics["server-round"] != server_round:

@@ -31,6 +31,7 @@ def device_cost_row(
     metrics: Mapping[str, float],
     refused: str,
     limits: Mapping[str, int | float | str] | None = None,
+    update_norm: float | None = None,
 ) -> dict[str, Any]:
     """One device's line of ``costs.jsonl``: what it reported, and what the server measured itself.
 
@@ -42,8 +43,11 @@ def device_cost_row(
         metrics: What it reported.
         refused: Why its reply was not used, or empty.
         limits: What its node config limits, by key.
+        update_norm: Norm of its change as it came; None where nobody looked.
     """
     row: dict[str, Any] = {"round": server_round, "device": device, "bytes_down": bytes_down, "bytes_up": bytes_up}
+    if update_norm is not None:
+        row["update_norm"] = update_norm
     if limits:
         row["limits"] = dict(limits)
     if refused:
@@ -195,6 +199,8 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
     ]
     spent = ", ".join(text.format(costs[name] / unit) for name, unit, text in parts if name in costs)
     lines = ["", *render_table(results_table(results)).splitlines(), "", verdict(results), ""]
+    if "privacy" in results:
+        lines += [privacy_line(results["privacy"]), ""]
     if spent:
         lines.append(f"A device and round: {spent}")
     if "device_peak_memory_bytes" in costs:
@@ -217,3 +223,16 @@ def summary_lines(results: Mapping[str, Any], folder: Path) -> list[str]:
     after = costs.get("seconds_after_round")
     part = f"After round {after}, where it was resumed, the run" if after else "The run"
     return [*lines, f"{part} took {costs['seconds']:.0f} s; its folder is {folder}"]
+
+
+def privacy_line(privacy: Mapping[str, Any]) -> str:
+    """What a private run has spent, in a sentence.
+
+    Args:
+        privacy: What ``results.json`` holds about it.
+    """
+    return (
+        f"Privacy of each device: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} after "
+        f"{privacy['releases']} noisy means ({privacy['dp']}, noise multiplier {privacy['noise_multiplier']:g}, "
+        f"{privacy['devices_per_round']} of {privacy['devices']} devices a round)"
+    )

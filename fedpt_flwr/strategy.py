@@ -1,9 +1,9 @@
 """``FedPT``: a Flower strategy around another one, for devices that fail and messages that cannot be trusted.
 
-The inner strategy decides how updates become one model. Around it, this one makes a run reproducible (devices have
-stable numbers, sampling and the order of replies depend on the seed alone), checks every reply before it is used, says
-what it refused, waits no longer than told, and hands each round's outcome to a callback: that is where the server
-writes its checkpoint, scores, and distils.
+The inner strategy decides how updates become one model; it may be a private one (:mod:`fedpt_flwr.privacy`). Around
+it, this one makes a run reproducible (devices have stable numbers, sampling and the order of replies depend on the seed
+alone), checks every reply before it is used, says what it refused, waits no longer than told, and hands each round's
+outcome to a callback: that is where the server writes its checkpoint, scores, and distils.
 
 Where the inner strategy begins with a weighted mean (:data:`FOLDED`), replies are fetched one by one in the order of
 the devices' numbers and added up, so that memory does not grow with the number of devices. The others (medians, Krum)
@@ -39,17 +39,21 @@ from numpy.typing import NDArray
 
 from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.answers import answers
+from fedpt_flwr.bounds import norm, shortened, update_norm
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
-from fedpt_flwr.errors import ConfigError, DeviceError, ReplyError, RoundError, RunError
+from fedpt_flwr.errors import ConfigError, DeviceError, PrivacyError, ReplyError, RoundError, RunError
 from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.limits import other_rank, parse_limits
 from fedpt_flwr.lora import ProductMean, completed, leading
+from fedpt_flwr.privacy import NORM_BIT, PrivateAverage
 from fedpt_flwr.records import (
     ARRAYS,
     CONFIG,
     LIMITS,
     METRICS,
+    PRIVATE_METRICS,
     DeviceCard,
+    as_tensors,
     check_arrays,
     check_code,
     check_metrics,
@@ -88,6 +92,7 @@ class DeviceRound:
         metrics: The numbers it reported; empty if its reply was refused or absent.
         refused: Why its reply was not used, or empty.
         limits: What its node config limits, as it says, by key.
+        update_norm: L2 norm of its change as it came; None where there is no bound on it.
     """
 
     device: int
@@ -96,6 +101,7 @@ class DeviceRound:
     metrics: Mapping[str, float]
     refused: str = ""
     limits: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
+    update_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +113,8 @@ class RoundOutcome:
         sent: The arrays that the devices began with; whoever gets them may clear the record.
         arrays: The aggregated arrays, float32.
         inner_state: What the inner strategy carries into the next round, see :func:`inner_state`.
-        train_loss: Mean over the devices' examples of the training loss, nats per answer token.
+        train_loss: Mean over the devices' examples of the training loss, nats per answer token; None in a private run,
+            in which devices do not tell.
         devices: One entry per sampled device, by number.
         seconds: From sending the arrays to having aggregated them.
         left_out: With exact aggregation of adapters: the norm of what the aggregated adapter leaves out of the mean of
@@ -118,7 +125,7 @@ class RoundOutcome:
     sent: ArrayRecord
     arrays: ArrayRecord
     inner_state: Mapping[str, NDArray[Any]]
-    train_loss: float
+    train_loss: float | None
     devices: Sequence[DeviceRound]
     seconds: float
     left_out: float | None = None
@@ -326,6 +333,8 @@ class FedPT(Strategy):
         wait_timeout_s: Seconds to wait for devices to connect, and for their answer to the first question.
         code_hash: Devices that run other code are refused; empty: any code is accepted.
         wire_dtype: Type of the arrays on the wire, see :mod:`fedpt_flwr.records`.
+        max_update_norm: Longest change (L2 norm) that a device may send; 0: any.
+        refuse_above_norm: Whether a reply with a longer one is refused; else the change is scaled down.
         expected: Devices that a run had before it was stopped, by number, with their shards: it goes on with exactly
             these. None: with any.
         on_devices: Called once with the devices' cards, as soon as enough of them are there for the first round.
@@ -348,6 +357,8 @@ class FedPT(Strategy):
         wait_timeout_s: float = 120.0,
         code_hash: str = "",
         wire_dtype: str = "float32",
+        max_update_norm: float = 0.0,
+        refuse_above_norm: bool = False,
         expected: Mapping[int, DeviceCard] | None = None,
         on_devices: Callable[[Sequence[DeviceCard]], None] | None = None,
         is_good_enough: Callable[[], bool] | None = None,
@@ -356,6 +367,7 @@ class FedPT(Strategy):
         taken: Mapping[int, int] | None = None,
     ) -> None:
         self.inner = inner_strategy
+        self.private = inner_strategy if isinstance(inner_strategy, PrivateAverage) else None
         self.after_aggregate = after_aggregate
         self.seed = seed
         self.fraction_train = fraction_train
@@ -365,6 +377,8 @@ class FedPT(Strategy):
         self.wait_timeout_s = wait_timeout_s
         self.code_hash = code_hash
         self.wire_dtype = wire_dtype
+        self.max_update_norm = max_update_norm
+        self.refuse_above_norm = refuse_above_norm
         self.expected = expected
         self.on_devices = on_devices
         self.is_good_enough = is_good_enough
@@ -436,7 +450,7 @@ class FedPT(Strategy):
             _evaluate_on_server(evaluate_fn, 0, result)
         done = first_round > 1 and self._is_done()  # the process that went before may have ended after asking
         for server_round in range(first_round, num_rounds + 1):
-            if done:
+            if done or not self._affords_another(server_round):
                 break
             log(INFO, "")
             log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
@@ -459,6 +473,33 @@ class FedPT(Strategy):
         log(INFO, "\t├── ConfigRecord (train): %s", dict(train_config) or "(empty!)")
         self.summary()
         log(INFO, "")
+
+    def _affords_another(self, server_round: int) -> bool:
+        """Whether the privacy budget, if there is one, allows this round.
+
+        Raises:
+            PrivacyError: Not even the first round.
+        """
+        if self.private is None or self.private.affords_another():
+            return True
+        spent, budget = self.private.spent(), self.private.config.max_epsilon
+        if not spent["releases"]:
+            raise PrivacyError(
+                "the budget must allow at least one round",
+                value=budget,
+                place="privacy.max-epsilon",
+                remedy="raise it, or privacy.noise-multiplier",
+            )
+        log(
+            WARNING,
+            "The privacy budget is spent: %d rounds cost epsilon %.4g, and round %d would go above %g; the run ends "
+            "here",
+            spent["releases"],
+            spent["epsilon"],
+            server_round,
+            budget,
+        )
+        return False
 
     def _is_done(self) -> bool:
         return self.is_good_enough is not None and self.is_good_enough()
@@ -559,6 +600,8 @@ class FedPT(Strategy):
                 card = DeviceCard.from_content(content, place=f"node {node}")
                 if self.code_hash:
                     check_code(self.code_hash, card.code_hash)
+                if self.private is not None:
+                    _check_discreet(card)
                 self._check_rank(card)
             except (ReplyError, DeviceError) as error:
                 if str(error) not in self._declined.values():
@@ -673,6 +716,9 @@ class FedPT(Strategy):
     def log_shards(self) -> None:
         """Log the table of shards (device, number of examples, how unlike all others, groups) and what sums it up."""
         cards = sorted(self.devices.values(), key=lambda card: card.device)
+        if self.private is not None:
+            log(INFO, "Shards: %d devices; how much of what they hold, they keep to themselves", len(cards))
+            return
         log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
         found = measure_shards([card.num_examples for card in cards], [card.groups for card in cards])
         for card, distance in zip(cards[:_MAX_DEVICES], found.distances, strict=False):
@@ -692,10 +738,15 @@ class FedPT(Strategy):
         """Sample devices by (seed, round) over their sorted numbers and let the inner strategy address them."""
         present = self.meet_devices(grid)
         node_of = {card.device: node for node, card in present.items() if card.num_examples > 0}
+        if self.private is not None and self.private.devices:  # who comes later has no part in it
+            node_of = {device: node for device, node in node_of.items() if device in self.private.devices}
         self._cards = {card.device: card for card in present.values()}
         sampled = sample_devices(
             list(node_of), self.fraction_train, self.min_replies, seed=self.seed, server_round=server_round
         )
+        if self.private is not None:
+            self.private.begin(list(node_of), len(sampled))
+            self.min_devices = max(self.min_devices, len(node_of))  # from now on all of them are waited for
         log(INFO, "Round %d: devices %s train", server_round, _listed(sampled))
         config = ConfigRecord({**config, "server-round": server_round, "code-hash": self.code_hash})
         # By name, however they came from a model, a file or a teacher: sums over all arrays depend on their order, and
@@ -780,19 +831,24 @@ class FedPT(Strategy):
         place = f"device {device}, round {server_round}"
         up, metrics, reason = 0, {}, ""
         limits: dict[str, int | float | str] = {}
+        length = None
         try:
             if reply is None:
                 raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
             limits = _limits(reply, place)
             content = _content(reply)
+            private = self._private_part(content, place)
             up = message_bytes(content)
             if set(content.array_records) != {ARRAYS}:
                 raise ReplyError("a reply must hold one record of arrays", value=sorted(content), place=place)
             own = self._own(device)
             arrays = check_arrays(content.array_records[ARRAYS], own, place=place, dtype=self.wire_dtype)
-            metrics = check_metrics(content, server_round=server_round, card=self._cards[device], place=place)
-            reply.content = RecordDict({METRICS: MetricRecord({name: metrics[name] for name in _FORWARDED_METRICS})})
-            tuned = from_reply(arrays, own, self.wire_dtype)
+            metrics = check_metrics(
+                content, server_round=server_round, card=self._cards[device], place=place, **self._metric_names()
+            )
+            forwarded = {name: metrics[name] for name in _FORWARDED_METRICS if name in metrics}
+            reply.content = RecordDict({METRICS: MetricRecord({**forwarded, **private})})
+            tuned, length = self._bounded(arrays, own, place)
             if own is not self._broadcast:
                 tuned = ((name, completed(name, part, self._broadcast[name].numpy())) for name, part in tuned)
             if mean is not None:
@@ -805,7 +861,75 @@ class FedPT(Strategy):
         for record in received.array_records.values():  # a RecordDict is in a cycle with views of itself
             record.clear()
         down = message_bytes(sent)
-        return DeviceRound(device=device, bytes_down=down, bytes_up=up, metrics=metrics, refused=reason, limits=limits)
+        return DeviceRound(
+            device=device,
+            bytes_down=down,
+            bytes_up=up,
+            metrics=metrics,
+            refused=reason,
+            limits=limits,
+            update_norm=length,
+        )
+
+    def _private_part(self, content: RecordDict, place: str) -> dict[str, int]:
+        """Take out of a reply what only Flower's wrapper may see, since it is not noisy yet.
+
+        Raises:
+            ReplyError: It is not there.
+        """
+        if self.private is None or not self.private.wants_norm_bits:
+            return {}
+        record = content.metric_records.get(METRICS, MetricRecord())
+        if record.get(NORM_BIT) not in (0, 1):
+            raise ReplyError("a reply must say whether it was clipped", value=record.get(NORM_BIT), place=place)
+        return {NORM_BIT: int(str(record.pop(NORM_BIT)))}
+
+    def _metric_names(self) -> dict[str, Sequence[str]]:
+        """What a private reply may hold: whatever more it said would not be accounted for, and so it is refused."""
+        return {} if self.private is None else {"required": PRIVATE_METRICS, "optional": ()}
+
+    def _bounded(
+        self, arrays: ArrayRecord, own: ArrayRecord, place: str
+    ) -> tuple[Iterable[tuple[str, NDArray[np.float32]]], float | None]:
+        """A device's arrays, their change no longer than it may be, and how long it was if that was looked at.
+
+        Raises:
+            ReplyError: It is longer, and longer ones are refused.
+        """
+
+        def tuned() -> Iterator[tuple[str, NDArray[np.float32]]]:
+            return from_reply(arrays, own, self.wire_dtype)
+
+        if self.private is None and not self.max_update_norm:
+            return tuned(), None
+        sent = {name: tensor.numpy() for name, tensor in as_tensors(own).items()}
+        length = update_norm(tuned(), sent)
+        if self.private is not None:
+            self._check_private(length, norm(sent.items()), place)
+            return tuned(), None  # how long it was is not told
+        if length <= self.max_update_norm:
+            return tuned(), length
+        if self.refuse_above_norm:
+            raise ReplyError(
+                f"a device's change must have a norm of at most {self.max_update_norm:g}",
+                value=float(f"{length:.4g}"),
+                place=place,
+                remedy="is it to be trusted? If so, raise strategy.max-update-norm",
+            )
+        return shortened(tuned(), sent, self.max_update_norm / length), length
+
+    def _check_private(self, length: float, size: float, place: str) -> None:
+        if length == 0:
+            raise ReplyError("a device's change must not be zero in a private run", place=place, remedy="did it train?")
+        longest = self.private.longest_reply if self.private is not None else None
+        # The device rounded `sent + change` to float32 after it clipped the change.
+        if longest is not None and length > longest * (1 + 1e-5) + 2**-23 * size:
+            raise ReplyError(
+                f"a device must clip its change to the norm {longest:g} that it was sent",
+                value=float(f"{length:.4g}"),
+                place=place,
+                remedy="does it run the same code?",
+            )
 
     def _log_refused(self, server_round: int, devices: Sequence[DeviceRound]) -> None:
         refused = [part for part in devices if part.refused]
@@ -823,14 +947,16 @@ class FedPT(Strategy):
         devices: Sequence[DeviceRound],
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate, and hand the outcome on; or survive a failed round."""
-        if len(usable) < self.min_replies:
+        needed = self.min_replies if self.private is None else len(devices)  # its noise is meant for so many
+        if len(usable) < needed:
             reasons = list(dict.fromkeys(part.refused for part in devices if part.refused))
+            unspent = "" if self.private is None else "; nothing was spent on this round"
             self._fail(
                 RoundError(
-                    f"round {server_round} needs {self.min_replies} usable replies of {len(devices)} devices and has "
+                    f"round {server_round} needs {needed} usable replies of {len(devices)} devices and has "
                     f"{len(usable)}",
-                    place="min-replies",
-                    remedy="checkpoints of earlier rounds are kept",
+                    place="min-replies" if self.private is None else "privacy.dp",
+                    remedy=f"checkpoints of earlier rounds are kept{unspent}",
                     problems=reasons[:_MAX_REASONS],
                 )
             )
@@ -854,13 +980,15 @@ class FedPT(Strategy):
             left_out=mean.left_out if isinstance(mean, ProductMean) else None,
         )
         following = self.after_aggregate(outcome) if self.after_aggregate else None
-        summary = MetricRecord({"train-loss": train_loss, "num-replies": len(usable)})
+        summary = MetricRecord({"num-replies": len(usable)})
+        if train_loss is not None:
+            summary["train-loss"] = train_loss
         return (following if following is not None else arrays), summary
 
     def _aggregate(
         self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean | None
-    ) -> tuple[ArrayRecord, float]:
-        """What the inner strategy makes of the replies, or of their mean, and the mean training loss.
+    ) -> tuple[ArrayRecord, float | None]:
+        """What the inner strategy makes of the replies, or of their mean, and the mean training loss if it is told.
 
         Raises:
             RoundError: It cannot, or what it makes or carries into the next round is not finite. It then carries what
@@ -876,12 +1004,15 @@ class FedPT(Strategy):
 
     def _finite_aggregate(
         self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean | None
-    ) -> tuple[ArrayRecord, float]:
+    ) -> tuple[ArrayRecord, float | None]:
         name = type(self.inner).__name__
         arrays = metrics = failure = None
         try:
             with np.errstate(all="ignore"):  # what is not finite is found below
-                if mean is None:
+                if self.private is not None:
+                    with _flower_is_quiet():  # its wrappers log a line for every reply
+                        arrays, metrics = self.private.aggregate_train(server_round, usable)
+                elif mean is None:
                     arrays, metrics = self.inner.aggregate_train(server_round, usable)
                 else:
                     arrays, metrics = self._aggregate_mean(server_round, usable, mean)
@@ -900,7 +1031,7 @@ class FedPT(Strategy):
                 place="strategy.arguments",
                 remedy="lower its learning rate",
             )
-        return result, float(np.asarray(metrics["train-loss"]).item())
+        return result, float(np.asarray(metrics["train-loss"]).item()) if "train-loss" in metrics else None
 
     def _aggregate_mean(
         self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean
@@ -969,6 +1100,20 @@ def sample_devices(
 def num_sampled(num_devices: int, fraction: float, at_least: int) -> int:
     """How many devices :func:`sample_devices` draws of so many."""
     return min(num_devices, max(1, at_least, int(num_devices * fraction + 1e-9)))
+
+
+def _check_discreet(card: DeviceCard) -> None:
+    """Make sure that a device of a private run says no more of its data than that there is some.
+
+    Raises:
+        ReplyError: It does.
+    """
+    if card.num_examples > 1 or card.groups:
+        raise ReplyError(
+            "in a private run a device must not say how many examples it has, or of which groups",
+            place=f"device {card.device}",
+            remedy="does it run the same code?",
+        )
 
 
 def _counted(cards: Collection[DeviceCard]) -> str:

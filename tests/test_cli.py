@@ -151,6 +151,10 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
         (["check-config", "--app", str(APP), "--num-devices", "9"], "dirichlet"),
         (["check-config", "--app", str(APP), "--num-devices", "1"], "min-devices: a run would wait in vain .*, got 2"),
         (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
+        (
+            ["check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.max-epsilon=1.0"],
+            "privacy.max-epsilon: the budget must allow at least one round, and one costs epsilon 4.729",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
@@ -160,6 +164,13 @@ def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
 
 def test_check_config_accepts_the_defaults(fedpt):
     assert "The run config is fine" in fedpt("check-config", "--app", str(APP))
+
+
+def test_check_config_says_what_the_rounds_of_a_private_run_cost(fedpt):
+    config = ("check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.max-epsilon=8.0")
+    said = fedpt(*config)
+    assert "8 rounds at noise multiplier 1 cost each device epsilon 16.51 at delta 1e-05" in said
+    assert "The budget of epsilon 8 allows 2 of these rounds" in said
 
 
 def test_check_config_takes_as_many_devices_as_a_run_waits_for(fedpt):

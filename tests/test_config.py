@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from fedpt_flwr.config import (
     CHOICE_LENGTHS,
     DISTILLATION_MODES,
+    DP_MODES,
     INNER_STRATEGIES,
+    SAMPLINGS,
     SCORED_ROWS,
     RunConfig,
     ScoringConfig,
@@ -127,8 +129,13 @@ VALID = {
     "scoring.choice-length": st.sampled_from(CHOICE_LENGTHS),
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
     "strategy.name": st.sampled_from(INNER_STRATEGIES),
+    "strategy.above-norm": st.sampled_from(["clip", "refuse"]),
+    "privacy.clipped-share": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "privacy.delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "privacy.sampling": st.sampled_from(SAMPLINGS),
     "strategy.arguments": st.sampled_from(["", "eta = 0.01", "eta = 1, tau = 1e-3, name = 'a, b'"]),
     # So that no draw contradicts another one.
+    "privacy.dp": st.just("off"),
     "train.max-steps": st.integers(1, 10**6),
     "min-devices": st.integers(2, 100),
     "min-replies": st.integers(1, 2),
@@ -389,6 +396,52 @@ def test_all_that_is_wrong_is_reported_at_once():
             {"stop.metric": "loss", "stop.patience": 2, "scoring.round-items": 0},
             ["stop.metric and scoring.round-items", "rounds must be scored to decide when to end", "got 0"],
         ),
+        (
+            {"privacy.dp": "server-fixed", "strategy.name": "FedMedian"},
+            ["privacy.dp and strategy.name", "the plain mean of equal weights alone", "'FedMedian'", "'FedAvg'"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "strategy.name": "FedAdam"},
+            ["privacy.dp and strategy.name", "or privacy.dp='off'"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "strategy.max-update-norm": 2.0},
+            ["privacy.dp and strategy.max-update-norm", "clipped to privacy.clipping-norm already", "got 2.0"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "privacy.sampling": "poisson"},
+            [
+                "privacy.sampling",
+                "no amplification holds here",
+                "follows from the seed",
+                "got 'poisson'",
+                "leave it out",
+            ],
+        ),
+        (
+            {"privacy.dp": "client-adaptive", "wire.dtype": "bfloat16"},
+            ["privacy.dp and wire.dtype", "clips its change as it is sent, in float32", "privacy.dp='server-adaptive'"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "tuning.mode": "lora", "tuning.lora-aggregation": "exact"},
+            ["privacy.dp and tuning.lora-aggregation", "this one averages products", "'frozen-a'"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "data.validation": ""},
+            ["privacy.dp and data.validation", "held out of data.train", "private text that the server reads"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "data.test": "", "data.validation": "demo:validation"},
+            ["privacy.dp and data.test", "set data.test to a file of the server"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "data.public": "demo:train"},
+            ["privacy.dp and data.public", "must not be the devices' text", "got 'demo:train'"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "data.choices": "test,train"},
+            ["privacy.dp and data.choices", "answers found in data.train are the devices' text", "data.choices='test'"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flat, words):
@@ -431,6 +484,21 @@ def test_settings_that_contradict_each_other_are_refused(flat, words):
 )
 def test_settings_at_the_border_of_a_contradiction_are_accepted(flat):
     assert isinstance(parse_run_config(flat), RunConfig)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in DP_MODES if mode != "off"])
+def test_every_kind_of_differential_privacy_is_accepted_with_the_defaults(mode):
+    privacy = parse_run_config({"privacy.dp": mode}).privacy
+    assert (privacy.is_on, privacy.is_adaptive, privacy.clips_on_devices) == (
+        True,
+        mode.endswith("adaptive"),
+        mode.startswith("client"),
+    )
+
+
+def test_what_a_private_run_must_not_be_an_open_one_may():
+    open_run = {"strategy.name": "Krum", "strategy.max-update-norm": 1.0, "data.validation": "", "data.test": ""}
+    assert not parse_run_config(open_run | {"data.choices": "train"}).privacy.is_on
 
 
 def test_a_contradiction_with_a_setting_that_is_wrong_anyway_is_not_reported_twice():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedpt_flwr.accounting import epsilon_after
 from fedpt_flwr.runs import RunFolder
 
 NUM_DEVICES = 4
@@ -323,6 +324,75 @@ def test_two_runs_that_are_left_alone_are_the_same(federations, tiny, unbroken, 
     assert (other / "rounds/0002/arrays.safetensors").read_bytes() != (
         unbroken("FedAvg") / "rounds/0002/arrays.safetensors"
     ).read_bytes()
+
+
+# --- a private run: its noise is never the same, what it has spent is ---
+
+PRIVATE = {"privacy.dp": "server-fixed", "privacy.noise-multiplier": 4.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_run_that_ends(request):
+    """The process that forks takes from the first run what others need to import."""
+    if "federations" in request.fixturenames:
+        request.getfixturevalue("unbroken")("FedAvg")
+
+
+def releases(folder):
+    return json.loads((folder / "privacy.json").read_text())["releases"]
+
+
+def test_a_private_round_that_was_lost_after_it_was_spent_stays_spent(federations, tiny, tmp_path):
+    """Killed between noise and checkpoint; the budget was for three rounds, and the run ends after two."""
+    config = tiny | PRIVATE | {"privacy.max-epsilon": epsilon_after(4.0, NUM_ROUNDS, delta=1e-5)}
+    federations.run(tmp_path, config, ("RunFolder.save_round", 2))
+    run = only_run(tmp_path)
+    assert (releases(run), releases(run / "rounds/0001")) == (2, 1)
+    federations.run(tmp_path, config | {"resume": "latest"})
+    assert (releases(run), releases(run / "rounds/0002")) == (3, 3)
+    results = json.loads((run / "results.json").read_text())
+    assert results["rounds"] == 2
+    assert results["privacy"]["epsilon"] == epsilon_after(4.0, 3, delta=1e-5)
+    before = (run / "results.json").stat()
+    federations.run(tmp_path, config | {"resume": "latest"})  # there is nothing left to do, and nothing is done
+    assert (run / "results.json").stat() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["server-fixed", "client-fixed", "server-adaptive", "client-adaptive"])
+def test_a_private_run_that_is_killed_again_and_again_spends_every_time(mode, federations, tiny, tmp_path):
+    config = tiny | PRIVATE | {"privacy.dp": mode, "privacy.clipped-count-stddev": 20.0}
+    resume = {}
+    for kill in (("RunFolder.save_round", 1), ("RunFolder.save_round", 1), ("RunFolder.save_round", 2)):
+        federations.run(tmp_path, config | resume, kill)
+        resume = {"resume": "latest"}
+    federations.run(tmp_path, config | resume)
+    # Rounds that were begun: 1; 1; 1 and 2; 2 and 3.
+    results = json.loads((only_run(tmp_path) / "results.json").read_text())
+    assert results["rounds"] == NUM_ROUNDS
+    assert results["privacy"]["releases"] == releases(only_run(tmp_path)) == 6
+    assert results["privacy"]["epsilon"] == epsilon_after(4.0, 6, delta=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda ledger, _: ledger.unlink(), "cannot be read"),
+        (lambda ledger, _: ledger.write_text("{}"), "a budget that nobody knows is spent"),
+        (lambda ledger, _: ledger.write_text("{"), "cannot be read"),
+        (lambda ledger, run: shutil.copy(run / "rounds/0001/privacy.json", ledger), "must have all that the last"),
+        (lambda _, run: (run / "rounds/0002/privacy.json").unlink(), "rounds/0002 to go on after round 1"),
+    ],
+)
+def test_a_private_run_does_not_go_on_with_a_ledger_that_is_missing_or_older(
+    damage, words, federations, tiny, tmp_path
+):
+    config = tiny | PRIVATE
+    federations.run(tmp_path, config, ("FedPT.configure_train", 3))
+    run = only_run(tmp_path)
+    damage(run / "privacy.json", run)
+    assert words in federations.error(tmp_path, config | {"resume": "latest"})
 
 
 @pytest.fixture

@@ -1015,3 +1015,61 @@ def test_a_strategy_whose_state_is_not_known_is_refused_with_those_that_can_go_o
 
     with pytest.raises(ConfigError, match="got 'Own'"):
         set_inner_state(Own(), {}, start_arrays())
+
+
+# --- how long a change may be ---
+
+
+def update_norm_of(device, server_round=1):
+    """The norm of what :func:`make_device` changes: seven weights by one number."""
+    return abs(np.random.default_rng([device, server_round]).normal()) * np.sqrt(7)
+
+
+def bounded(bound, *, above="clip", wire="float32", **settings):
+    outcomes = []
+    strategy = fedpt(
+        after_aggregate=outcomes.append,
+        max_update_norm=bound,
+        refuse_above_norm=above == "refuse",
+        wire_dtype=wire,
+        **settings,
+    )
+    return strategy, outcomes
+
+
+@pytest.mark.parametrize("inner", ["FedAvg", "FedMedian"])
+def test_longer_changes_are_scaled_down_to_the_bound_and_shorter_ones_left_alone(inner):
+    norms = [update_norm_of(device) for device in range(3)]
+    bound = sorted(norms)[1]  # the longest of three is shortened
+    strategy, outcomes = bounded(bound * 1.0001, inner=inner)
+    got = run(strategy, LocalGrid(make_device(examples=lambda device: 10), 3), rounds=1)
+    steps = [np.random.default_rng([device, 1]).normal() for device in range(3)]
+    short = [step * min(1.0, bound * 1.0001 / norm) for step, norm in zip(steps, norms, strict=True)]
+    expected = np.mean(short) if inner == "FedAvg" else np.median(short)
+    np.testing.assert_allclose(got["weight"].numpy(), np.full((2, 3), expected), rtol=1e-4)
+    measured = [device.update_norm for device in outcomes[0].devices]
+    np.testing.assert_allclose(measured, norms, rtol=1e-5)
+
+
+def test_longer_changes_are_refused_where_that_is_asked_for_with_their_norm():
+    norms = [update_norm_of(device) for device in range(3)]
+    worst = int(np.argmax(norms))
+    strategy, outcomes = bounded(sorted(norms)[1] * 1.0001, above="refuse")
+    run(strategy, LocalGrid(make_device(), 3), rounds=1)
+    refused = {device.device: device.refused for device in outcomes[0].devices if device.refused}
+    assert list(refused) == [worst]
+    assert f"device {worst}, round 1: a device's change must have a norm of at most" in refused[worst]
+    assert f"got {norms[worst]:.4g}" in refused[worst]
+    assert "raise strategy.max-update-norm" in refused[worst]
+
+
+def test_a_bound_that_nothing_exceeds_changes_no_bit():
+    plain = run(fedpt(), LocalGrid(make_device(), 3), rounds=2)
+    strategy, _ = bounded(1e9)
+    assert_same(plain, run(strategy, LocalGrid(make_device(), 3), rounds=2))
+
+
+def test_without_a_bound_nothing_is_measured():
+    strategy, outcomes = bounded(0.0)
+    run(strategy, LocalGrid(make_device(), 2), rounds=1)
+    assert [device.update_norm for device in outcomes[0].devices] == [None, None]

@@ -184,7 +184,7 @@ def _read_run(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -> Re
     results, found = read_json(run / "results.json"), read_json(run / "config.json")
     lines = {name: folder.read_lines(f"{name}.jsonl") for name in ("metrics", "costs", "answers")}
     names = {own: row for own, row in kind.rows.items() if own in results["rows"]}
-    keys = ["rounds", "devices", "costs"]
+    keys = ["rounds", "devices", "costs", "privacy"]
     if "proxy" in names:
         keys += ["alpha", "plausibility", "shift", *(key for key in results if key.startswith("proxy_minus_"))]
     return {
@@ -270,7 +270,7 @@ def _curve(kind: Kind, metrics: Sequence[Mapping[str, Any]], costs: Sequence[Map
     for line in metrics:
         point = found.setdefault(line["round"], {"round": line["round"]})
         if line["phase"] == "train":
-            point["train_loss"] = line["train_loss"]
+            point |= {"train_loss": line["train_loss"]} if "train_loss" in line else {}
         elif line["phase"] == "validation":
             rows = {kind.rows[name]: row for name, row in line["rows"].items() if name in kind.rows}
             point["rows"] = {

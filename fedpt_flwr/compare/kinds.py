@@ -67,7 +67,12 @@ _PLAIN: Mapping[str, Scalar] = {
 }
 """Of a run of which one plain model counts: nothing is chosen, stopped, distilled or scored by its proxy."""
 
-_ALONE: Mapping[str, Scalar] = {"min-devices": 1, "min-replies": 1, "fraction-train": 1.0}
+_ALONE: Mapping[str, Scalar] = {
+    "min-devices": 1,
+    "min-replies": 1,
+    "fraction-train": 1.0,
+    "privacy.dp": "off",  # it hides a device among others, and here is one
+}
 
 
 def _fedpt(_flat: Mapping[str, Scalar], _num_devices: int) -> dict[str, Scalar]:

@@ -28,6 +28,9 @@ IMPLIED: Mapping[str, Mapping[str, Scalar]] = {
     "data.dirichlet-alpha": {"data.partitioner": "dirichlet"},
     "tuning.lora-rank": {"tuning.mode": "lora"},
     "tuning.lora-aggregation": {"tuning.mode": "lora"},
+    "privacy.noise-multiplier": {"privacy.dp": "server-fixed"},
+    "privacy.clipping-norm": {"privacy.dp": "server-fixed"},
+    "privacy.clipped-share": {"privacy.dp": "server-adaptive"},
     "proxy.alpha": {"proxy.plausibility": 0.0},
     "proxy.plausibility": {"proxy.alpha": 1.0},
 }

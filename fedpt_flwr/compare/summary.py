@@ -253,11 +253,19 @@ def _ablations(plan: Plan, settled: Mapping[str, Result | None]) -> list[dict[st
                 "value": value,
                 "with": {key: part for key, part in ablation.changes(value).items() if key != ablation.key},
                 "is_base": not planned[0].changes,
+                **_epsilon(cells),
                 "rows": scores,
                 "costs": {key: part for key, part in spent.items() if isinstance(part, float)},
             }
         )
     return found
+
+
+def _epsilon(cells: Sequence[Result]) -> dict[str, float]:
+    """The largest epsilon of some cells, if all of them are private."""
+    if not all("privacy" in cell for cell in cells):
+        return {}
+    return {"epsilon": max(cell["privacy"]["epsilon"] for cell in cells)}
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------
@@ -390,8 +398,9 @@ def _ratios_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _ablations_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    has_epsilon = any("epsilon" in part for part in summary["ablations"])
     return [
-        ["world", "varied", "value", "row", "seeds", "exact match %"],
+        ["world", "varied", "value", "row", "seeds", *(["epsilon"] if has_epsilon else []), "exact match %"],
         *(
             [
                 part["world"],
@@ -399,6 +408,7 @@ def _ablations_table(summary: Mapping[str, Any]) -> list[list[str]]:
                 f"{part['value']}{' (as it is)' if part['is_base'] else ''}",
                 row["row"],
                 str(row["n_seeds"]),
+                *([_number(part.get("epsilon"))] if has_epsilon else []),
                 _with_interval(row["exact_match"], 100),
             ]
             for part in summary["ablations"]

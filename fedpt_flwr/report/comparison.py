@@ -491,18 +491,25 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _ablations(rows: Sequence[Mapping[str, Any]]) -> Section:
     title = "Ablations"
     lines = []
+    has_epsilon = any(as_number(part.get("epsilon")) is not None for part in rows)  # some cells are private
     for part in rows:
         fixed = ", ".join(f"{key} = {as_text(value)}" for key, value in as_mapping(part.get("with")).items())
         value = as_text(part.get("value")) + (" (as it is)" if part.get("is_base") is True else "")
         for row in as_mappings(part.get("rows")):
             place = [as_text(part.get("world")), as_text(part.get("key")), value, fixed or "-", as_text(row.get("row"))]
             exact, loss = Estimated.of(row.get("exact_match")), Estimated.of(row.get("loss"))
-            lines.append([*place, as_text(row.get("n_seeds")), exact.cell(percent), loss.cell(nats)])
+            epsilon = as_number(part.get("epsilon"))
+            spent = [] if not has_epsilon else ["-" if epsilon is None else f"{epsilon:.4g}"]
+            lines.append([*place, as_text(row.get("n_seeds")), *spent, exact.cell(percent), loss.cell(nats)])
     if not lines:
         return Section(id="ablations", title=title, blocks=[absent("None: no key was varied (--ablate).")])
     table = Table(
         caption="One key varied, all else as it is; test items, 95 % intervals over the seeds",
-        head=["world", "varied", "value", "with", "row", "seeds", "exact match %", "loss"],
+        head=[
+            *("world", "varied", "value", "with", "row", "seeds"),
+            *(["epsilon"] if has_epsilon else []),
+            *("exact match %", "loss"),
+        ],
         rows=lines,
         texts=5,
     )

@@ -47,6 +47,7 @@ from fedpt_flwr.report.plots import (
     plot_points,
     scaled,
 )
+from fedpt_flwr.report.privacy import KEPT, privacy_section, spent
 from fedpt_flwr.report.reading import Reader, as_interval, as_mapping, as_mappings, as_number, as_text, as_whole
 from fedpt_flwr.report.wording import GIGA, MEGA, count_of, duration, in_unit, nats, percent, short
 from fedpt_flwr.runs import RunFolder
@@ -126,8 +127,8 @@ def run_page(folder: Path) -> Page:
             place=str(folder),
             remedy="its log says why; make another with `flwr run . --stream`, or name another run",
         )
-    builders = (_verdict, _results, _rounds, _shift, _device, _costs, shards_section, _examples, _config)
-    sections = [build(run) for build in builders]
+    builders = (_verdict, _results, _rounds, privacy_section, _shift, _device, _costs, shards_section)
+    sections = [section for build in (*builders, _examples, _config) if (section := build(run)) is not None]
     return Page(
         kicker="Federated proxy-tuning · run",
         title=folder.name,
@@ -614,6 +615,8 @@ def shards_section(run: Run) -> Section:
         }
         total = as_whole(shard.get("num_examples"))
         shards.append((as_text(shard.get("device")), int(sum(groups.values())) if total is None else total, groups))
+    if spent(run):
+        return Section(id="shards", title=title, blocks=[absent(KEPT)])
     if not shards:
         sentence = "Not known: the run did not write how its examples are spread over the devices (shards.json)."
         return Section(id="shards", title=title, blocks=[absent(sentence)])
