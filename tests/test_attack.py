@@ -532,6 +532,18 @@ def test_epsilon_and_what_it_allows_stand_beside_what_was_measured(summary):
     assert all(row["allowed_at_1_percent"] == pytest.approx(0.01 * math.exp(2) + 1e-5) for row in private)
 
 
+@pytest.mark.parametrize(("mode", "is_bounded"), [("server-fixed", False), ("client-fixed", True)])
+def test_what_the_server_hides_later_bounds_no_attack_on_a_single_reply(mode, is_bounded):
+    plan = make_plan(targets=("tuned", "device_last"), shadows=0)
+    done = {part.name: result_of(part, epsilon=1.0) for part in plan.federations()}
+    for result in done.values():
+        result["privacy"]["dp"] = mode
+        result["nats"]["device_last"] = result["nats"]["tuned"]
+    rows = {row["target"]: row for row in summarise(plan, done)["membership"]}
+    assert rows["tuned"]["allowed_at_1_percent"] == pytest.approx(0.01 * math.e + 1e-5)
+    assert (rows["device_last"]["allowed_at_1_percent"] is not None) == is_bounded
+
+
 def test_secrets_of_all_federations_count_by_their_copies(summary):
     rows = {(row["target"], row["copies"]): row for row in summary["exposure"] if row["setting"] == AS_IT_IS}
     assert rows["tuned", 1]["value"] == pytest.approx(math.log2(100))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpt_flwr.attack.exposure import rank_of
 from fedpt_flwr.attack.losses import Batches, Combine, Item, items_of, read_losses
-from fedpt_flwr.attack.plan import TARGETS, Federation, Plan
+from fedpt_flwr.attack.plan import DEVICE_TARGETS, TARGETS, Federation, Plan
 from fedpt_flwr.attack.pool import Canary, Pool, make_canaries, make_pool, members, write_data
 from fedpt_flwr.compare.cell import App, made
 from fedpt_flwr.compare.kinds import FEDPT, LARGE
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 Arrays = dict[str, Tensor]
-
-DEVICE_TARGETS = ("device_first", "device_last")
 
 _DIGITS = 6  # of a loss in a file
 

@@ -28,6 +28,9 @@ TARGETS: Mapping[str, str] = {
 }
 """Everything that can be attacked, and what it is."""
 
+DEVICE_TARGETS = ("device_first", "device_last")
+"""Targets that only the server and its wire see, before anything is added up."""
+
 CONTROLS: Mapping[str, str] = {
     "tuned": "untuned",
     "device_first": "untuned",

@@ -23,7 +23,7 @@ from fedpt_flwr.attack.membership import (
     loss_scores,
     success,
 )
-from fedpt_flwr.attack.plan import CONTROLS, TARGETS, Federation, Plan
+from fedpt_flwr.attack.plan import CONTROLS, DEVICE_TARGETS, TARGETS, Federation, Plan
 from fedpt_flwr.compare.kinds import FEDPT
 from fedpt_flwr.scoring import render_table
 
@@ -56,7 +56,11 @@ def summarise(plan: Plan, done: Mapping[str, Result]) -> dict[str, Any]:
             head = {"setting": setting, "changes": dict(parts[0].changes), **_privacy(attacked)}
             for found in (*attacked, *shadows):
                 absent |= {f"{setting}, {name}": why for name, why in found["absent"].items()}
-            membership += [head | row for row in _membership(attacked, shadows, _is_complete(parts, done))]
+            rows = _membership(attacked, shadows, _is_complete(parts, done))
+            # What is clipped and hidden by the server alone is tapped here before it is.
+            open_targets = DEVICE_TARGETS if _is_hidden_by_server(attacked) else ()
+            unbounded = {"allowed_at_1_percent": None}
+            membership += [head | row | (unbounded if row["target"] in open_targets else {}) for row in rows]
             exposed += [head | row for row in _exposure([*attacked, *shadows])]
             if kind == FEDPT:
                 utility.append(head | _utility(attacked))
@@ -88,6 +92,10 @@ def _privacy(results: Sequence[Result]) -> dict[str, Any]:
         return {"epsilon": None, "delta": None, "allowed_at_1_percent": None}
     epsilon, delta = (max(float(part.get(name) or 0.0) for part in told) for name in ("epsilon", "delta"))
     return {"epsilon": epsilon, "delta": delta, "allowed_at_1_percent": bound(epsilon, delta, 0.01)}
+
+
+def _is_hidden_by_server(results: Sequence[Result]) -> bool:
+    return any(str((result.get("privacy") or {}).get("dp", "")).startswith("server") for result in results)
 
 
 # --- membership ------------------------------------------------------------------------------------------------------
