@@ -377,7 +377,8 @@ def report(
 ) -> None:
     """Write report.html, one page with everything that a run left, and its plots as PNG files.
 
-    RUN may also be the folder of a comparison. The page needs no network and nothing beside it; open it in a browser.
+    RUN may also be the folder of a comparison or of an attack. The page needs no network and nothing beside it; open
+    it in a browser.
     """
     from fedpt_flwr.report import find_folder, make_report
 
@@ -570,6 +571,97 @@ def compare(
             place=str(folder),
             remedy="the same command with the same --out tries them again; logs/ says more",
             problems=problems,
+        )
+
+
+@app.command()
+def attack(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="What is attacked, by default everything: see docs/privacy.md.", show_default=False)
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of the federations that are attacked.")] = "0,1,2",
+    shadows: Annotated[
+        int, typer.Option(min=0, help="Federations that the attacker makes to learn from; 0: no likelihood ratio.")
+    ] = 4,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(help="A key with the values to attack it at, as for `fedpt compare`. Repeat it."),
+    ] = None,
+    ablate_large: Annotated[
+        bool, typer.Option("--ablate-large", help="Run large_federated at each of those values, too.")
+    ] = False,
+    large_learning_rate: Annotated[float, typer.Option(help="Of large_federated, in its first round.")] = 4e-4,
+    canaries: Annotated[int, typer.Option(min=0, help="Secrets for each number of copies.")] = 8,
+    copies: Annotated[str, typer.Option(help="How often a secret stands in its device's data.")] = "1,4,16",
+    digits: Annotated[int, typer.Option(min=1, max=6, help="Digits of a secret.")] = 3,
+    num_devices: Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")] = 8,
+    jobs: Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the attack; one that exists goes on. Else $FEDPT_HOME/attacks/TIME."),
+    ] = None,
+    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+) -> None:
+    """Measure what an attacker learns of devices' records and secrets from models and updates.
+
+    Devices train on a random half of the records and on hidden secrets; membership inference and exposure then say
+    what is left of them in each target, with intervals. Ended in whatever way, the same command with the same --out
+    goes on. alpha and mask are chosen on validation items, unless the config says otherwise.
+    """
+    app_dir = app_dir.resolve()
+    defaults, given = _app_config(app_dir), _given_config(overrides)
+    from fedpt_flwr import attack as attacking
+    from fedpt_flwr import compare as comparing
+    from fedpt_flwr.config import AUTO
+
+    by_validation = {} if "proxy.plausibility" in given else {"proxy.alpha": AUTO}
+    plan = attacking.Plan(
+        run_config={key: value for key, value in defaults.items() if key not in attacking.OWN_KEYS}
+        | by_validation
+        | given,
+        targets=tuple(_listed(targets) or attacking.TARGETS),
+        seeds=tuple(_numbers(seeds, int, "--seeds")),
+        shadows=shadows,
+        num_devices=num_devices,
+        settings=tuple(comparing.Ablation.parse(text) for text in ablate or ()),
+        varies_large=ablate_large,
+        large_learning_rate=large_learning_rate,
+        canaries=canaries,
+        copies=tuple(_numbers(copies, int, "--copies")),
+        digits=digits,
+    )
+    folder = (out or comparing.new_folder("attacks")).absolute()
+    bench = attacking.Bench(plan, folder, app=app_dir)
+    _err.print(f"Attack: {folder}", markup=False, highlight=False, soft_wrap=True)
+    _err.print(f"{len(bench.federations)} federations, {bench.num_found} of them done before", highlight=False)
+    if bench.num_outdated:
+        _err.print(f"{bench.num_outdated} are damaged or of other code and are run again", highlight=False)
+    command = shlex.join(["fedpt", *sys.argv[1:]])
+    try:
+        with _cell_progress(bench.num_found, len(bench.federations)) as show:
+
+            def on_cell(cell: comparing.Progress) -> None:
+                show(cell)
+                bench.write_summary(command=command)  # so that there is a report to be made at any time
+
+            bench.run(jobs=jobs or comparing.default_jobs([plan.run_config]), on_cell=on_cell)
+    except KeyboardInterrupt:
+        said = f"Ended; the same command with --out {folder} goes on"
+        _err.print(said, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    summary = bench.write_summary(command=command)
+    _out.print(attacking.summary_text(summary), markup=False, highlight=False, soft_wrap=True)
+    _err.print(f"Tables: {folder / attacking.ATTACK}", markup=False, highlight=False, soft_wrap=True)
+    if bench.failed:
+        raise RunError(
+            f"{len(bench.failed)} federations of the attack failed",
+            place=str(folder),
+            remedy="the same command with the same --out tries them again; logs/ says more",
+            problems=[f"{name}: {error}" for name, error in bench.failed.items()],
         )
 
 

@@ -389,13 +389,41 @@ def private_records(catalogue: Sequence[Unit], seed: int) -> tuple[dict[str, lis
             parts[split] = units[start : start + size]
             split_of.update({unit.name: split for unit in parts[split]})
             start += size
-        favourites = [FIELDS[(index + offset) % len(FIELDS)] for offset in range(FAVOURITE_FIELDS)]
         for _ in range(REQUESTS_PER_KIND):
-            field = rng.choice(favourites if rng.random() < FAVOURITE_SHARE else FIELDS)
+            field = _asked_for(rng, index)
             records["train"].append(_record(rng, rng.choice(parts["train"]), field))
         for split in ("validation", "test"):
             records[split] += [_record(rng, unit, field) for unit in parts[split] for field in FIELDS]
     return records, split_of
+
+
+def request_pool(seed: int, *, per_kind: int) -> list[dict[str, str]]:
+    """More requests of the kind that devices hold, each once: those of ``train`` first, then others about its units.
+
+    An attack needs records that a device might as well have held, to tell them from those that it does hold.
+
+    Args:
+        seed: Of the world.
+        per_kind: Requests about each kind of appliance.
+    """
+    catalogue = make_catalogue(seed)
+    records, split_of = private_records(catalogue, seed)
+    rng = _stream(seed, "further requests")
+    pool: list[dict[str, str]] = []
+    for index, kind in enumerate(KINDS):
+        units = [unit for unit in catalogue if unit.kind == kind and split_of[unit.name] == "train"]
+        found = {tuple(record.values()): record for record in records["train"] if record["kind"] == kind}
+        while len(found) < per_kind:
+            record = _record(rng, rng.choice(units), _asked_for(rng, index))
+            found.setdefault(tuple(record.values()), record)
+        pool += list(found.values())[:per_kind]
+    return pool
+
+
+def _asked_for(rng: random.Random, kind: int) -> str:
+    """The field of a device's request: mostly one of the favourites of its kind, which is given by its number."""
+    favourites = [FIELDS[(kind + offset) % len(FIELDS)] for offset in range(FAVOURITE_FIELDS)]
+    return rng.choice(favourites if rng.random() < FAVOURITE_SHARE else FIELDS)
 
 
 def prompt_records(

@@ -387,6 +387,39 @@ def _shows_a_part(model: PreTrainedModel) -> bool:
     return hides_tokens(model) and not isinstance(model, ProxyModel)
 
 
+def answer_scores(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_id: int,
+    batch_size: int = 32,
+    vocab_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[IntArray, Tensor, list[Tensor]]]:
+    """As :func:`model_scores`, of one model: the scores that it gives to the answer tokens of the items.
+
+    Args:
+        model: Any causal LM.
+        examples: The items.
+        pad_id: Token that fills up shorter items.
+        batch_size: Items in a forward pass at most; fewer where the vocabulary is large.
+        vocab_size: Only the first so many scores are tokens; None: all that the model returns.
+        on_progress: Called with the number of items done and of all items.
+
+    Yields:
+        For some answer tokens at a time, those of an item in their order: the item's index, ``(tokens,)``; the tokens,
+        ``(tokens,)``; and the scores, a list of one ``(tokens, vocab)``.
+    """
+    return _forward(
+        [lambda: contextlib.nullcontext(model)],
+        examples,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        on_progress=on_progress,
+    )
+
+
 _Opener = Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]
 """Gives a model for as long as its context lasts: the untuned one may be the tuned one without its adapter."""
 

@@ -139,13 +139,7 @@ def held_out_items(
     Raises:
         DataError: The source cannot be read.
     """
-    source, split = getattr(data, which), getattr(data, f"{which}_split")
-    shape = _shape(data, tokenizer)
-    if source:
-        chosen = load_records(source, shape, split=split)
-    else:
-        loaded = load_records(data.train, shape, split=data.train_split, group_field=_group_field(data))
-        chosen = [loaded[index] for index in _split(data, len(loaded), seed)[which]]
+    chosen = held_out_records(data, which, seed=seed, tokenizer=tokenizer)
     # One record for each example, where it became several.
     records = [item.record for item in chosen for _ in item.examples]
     return Items(
@@ -154,6 +148,41 @@ def held_out_items(
         fields=_column(records, data.name_field),
         topics=_column(records, data.cover_field),
     )
+
+
+def held_out_records(
+    data: DataConfig, which: str, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[LoadedRecord]:
+    """As :func:`held_out_items`, as the records that they are made of."""
+    source, split = getattr(data, which), getattr(data, f"{which}_split")
+    if source:
+        return load_records(source, _shape(data, tokenizer), split=split)
+    return _records_of(data, which, seed, tokenizer)
+
+
+def training_records(
+    data: DataConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[LoadedRecord]:
+    """Everything in ``data.train`` that is dealt out to devices.
+
+    Args:
+        data: Names the source, and what is held out of it.
+        seed: Of the run.
+        tokenizer: The small model's; see `needs_tokenizer`.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    return _records_of(data, "train", seed, tokenizer)
+
+
+def _records_of(
+    data: DataConfig, which: str, seed: int, tokenizer: PreTrainedTokenizerBase | None
+) -> list[LoadedRecord]:
+    """The part of the training data that serves this purpose."""
+    shape, group_field = _shape(data, tokenizer), _group_field(data)
+    loaded = load_records(data.train, shape, split=data.train_split, group_field=group_field)
+    return [loaded[index] for index in _split(data, len(loaded), seed)[which]]
 
 
 def scored_shape(data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Shape:

@@ -59,7 +59,7 @@ def bundle(tmp_path_factory):
 
 
 def test_the_bundle_holds_the_code_and_neither_tests_nor_data(bundle):
-    assert bundle.stat().st_size < 1_500_000  # Flower takes 10 MB
+    assert bundle.stat().st_size < 3_000_000  # Flower takes 10 MB
     names = set(zipfile.ZipFile(bundle).namelist())
     for path in (ROOT / "fedpt_flwr").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names

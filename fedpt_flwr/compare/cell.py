@@ -68,6 +68,11 @@ class Task:
     num_devices: int
     apart: bool = False
 
+    @property
+    def name(self) -> str:
+        """The cell's."""
+        return self.cell.name
+
 
 def app_hash(folder: Path) -> str:
     """Hash of the package and of both apps: what a result depends on besides its config.

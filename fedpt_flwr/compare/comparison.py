@@ -5,19 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing import connection as connections
 from pathlib import Path
 from typing import Any
 
-from fedpt_flwr.compare.cell import Task, app_hash, made, result_path
+from fedpt_flwr.compare.cell import App, Task, app_hash, made, result_path, run_cell
 from fedpt_flwr.compare.kinds import KINDS
 from fedpt_flwr.compare.plan import Cell, Plan, Result
 from fedpt_flwr.compare.summary import summarise
 from fedpt_flwr.compare.tuning import tuning_of
-from fedpt_flwr.compare.workers import Worker, WorkerSettings
+from fedpt_flwr.compare.workers import WorkerSettings, run_all
 from fedpt_flwr.config import Scalar
 from fedpt_flwr.errors import ConfigError, RunError, naming
 from fedpt_flwr.runs import read_json, runs_root, write_json
@@ -50,6 +48,11 @@ class Progress:
     seconds: float
 
 
+def run_in_worker(task: Task, app: App, told: WorkerSettings[Task]) -> None:
+    """What a worker does with a cell."""
+    run_cell(task, app, folder=told.folder, keep_run=told.keep_runs)
+
+
 class Comparison:
     """A comparison and its folder. It has one writer at a time, until :meth:`close` or the end of the process.
 
@@ -73,9 +76,10 @@ class Comparison:
     def __init__(self, plan: Plan, folder: Path, *, app: Path) -> None:
         self.plan, self.folder, self._app = plan, folder.absolute(), app.absolute()
         self._code_hash = app_hash(self._app)
-        _refuse_other_grid(plan, self.folder)
-        self._lock = _lock(self.folder)
-        write_json(self.folder / "grid.json", plan.to_json())
+        grid = self.folder / "grid.json"
+        refuse_other_plan(plan.to_json(), grid, what="comparison")
+        self._lock = lock(self.folder, what="comparison")
+        write_json(grid, plan.to_json())
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         for unfinished in self.folder.glob(".*.json.*"):  # what a process was writing when it was killed
             unfinished.unlink(missing_ok=True)
@@ -110,25 +114,21 @@ class Comparison:
                 models write. What a cell computes is the same.
             on_cell: Called whenever a cell has ended.
         """
-        told = WorkerSettings(folder=self.folder, app=self._app, keep_runs=keep_runs)
-        idle: list[Worker] = []
-        busy: dict[Any, tuple[Worker, Cell, float]] = {}
+        told = WorkerSettings(run=run_in_worker, folder=self.folder, app=self._app, keep_runs=keep_runs)
+
+        def ended(task: Task, said: str, seconds: float) -> None:
+            error = self._settle(task.cell, said)
+            if on_cell is not None:
+                on_cell(self._progress(task.cell, error, seconds))
+
         try:
-            while self._open or busy:
-                while self._open and len(busy) < jobs:
-                    worker, cell = idle.pop() if idle else Worker(told), self._open.pop(0)
-                    busy[worker.connection] = worker, cell, time.perf_counter()
-                    worker.begin(self._task(cell, apart=apart))
-                for ready in connections.wait(list(busy)):
-                    worker, cell, begun = busy.pop(ready)
-                    said, is_alive = worker.outcome()
-                    idle += [worker] if is_alive else []
-                    error = self._settle(cell, said)
-                    if on_cell is not None:
-                        on_cell(self._progress(cell, error, time.perf_counter() - begun))
+            run_all(
+                told,
+                jobs=jobs,
+                take=lambda: self._task(self._open.pop(0), apart=apart) if self._open else None,
+                ended=ended,
+            )
         finally:
-            for worker in [*idle, *(worker for worker, _, _ in busy.values())]:
-                worker.end()
             shutil.rmtree(self.folder / "work", ignore_errors=True)
 
     def _task(self, cell: Cell, *, apart: bool) -> Task:
@@ -235,18 +235,29 @@ def _is_whole(result: Any) -> bool:
     )
 
 
-def _refuse_other_grid(plan: Plan, folder: Path) -> None:
-    path = folder / "grid.json"
+def refuse_other_plan(plan: Mapping[str, Any], path: Path, *, what: str) -> None:
+    """Make sure that a folder is new, empty, or of the same plan.
+
+    Args:
+        plan: As JSON.
+        path: Of the file in the folder that holds its plan.
+        what: What the folder is of, such as ``comparison``.
+
+    Raises:
+        ConfigError: It is of another plan; says which settings differ.
+        RunError: It holds something else.
+    """
+    folder = path.parent
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
-            raise RunError("must be a new folder or that of a comparison", place=str(folder))
+            raise RunError(f"must be a new folder or that of {_a(what)}", place=str(folder))
         return
-    was, now = _flat(read_json(path)), _flat(plan.to_json())
+    was, now = _flat(read_json(path)), _flat(dict(plan))
     differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if differing:
         shown = [f"{key} (was {was.get(key, 'absent')!r}, is {now.get(key, 'absent')!r})" for key in differing]
         raise ConfigError(
-            f"holds another comparison; {len(differing)} of its settings differ",
+            f"holds another {what}; {len(differing)} of its settings differ",
             place=str(folder),
             remedy="give another --out, or the settings that it has",
             problems=shown,
@@ -261,8 +272,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: part for found in parts for key, part in found.items()}
 
 
-def _lock(folder: Path) -> int:
-    """Keep other processes out of a folder, which is made; until the file handle is closed."""
+def _a(what: str) -> str:
+    return f"an {what}" if what[:1] in "aeiou" else f"a {what}"
+
+
+def lock(folder: Path, *, what: str) -> int:
+    """Keep other processes out of a folder, which is made; until the file handle that is given is closed.
+
+    Raises:
+        RunError: Another process has it, or it cannot be written.
+    """
     with naming(str(folder)):
         try:
             handle = os.open(made(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -273,16 +292,16 @@ def _lock(folder: Path) -> int:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(handle)
-                raise RunError("another process works on this comparison", remedy="wait until it has ended") from None
+                raise RunError(f"another process works on this {what}", remedy="wait until it has ended") from None
             except OSError:  # some network file systems have no locks; a comparison there is better than none
                 pass
     return handle
 
 
-def new_folder() -> Path:
-    """Where a comparison lies that is given no folder."""
+def new_folder(what: str = "comparisons") -> Path:
+    """Where a comparison, or something like it, lies that is given no folder."""
     now = datetime.datetime.now(datetime.UTC)
-    return runs_root().parent / "comparisons" / f"{now:%Y%m%dT%H%M%SZ}"
+    return runs_root().parent / what / f"{now:%Y%m%dT%H%M%SZ}"
 
 
 def default_jobs(configs: Iterable[Mapping[str, Scalar]]) -> int:

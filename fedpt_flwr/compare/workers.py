@@ -1,4 +1,4 @@
-"""Processes that run cells, and that end with the process that started them, however that ends."""
+"""Processes that run federations, and that end with the process that started them, however that ends."""
 
 from __future__ import annotations
 
@@ -7,37 +7,87 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from fedpt_flwr.compare.cell import App, Task, load_app, made, run_cell
+from fedpt_flwr.compare.cell import App, load_app, made
 from fedpt_flwr.errors import FedPTError
 
 
+class Named(Protocol):
+    """Whatever a worker can be asked to do; it travels to another process."""
+
+    @property
+    def name(self) -> str:
+        """Fit for files: that of its log."""
+
+
+Work = TypeVar("Work", bound=Named)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """What all workers of a comparison are told.
+class WorkerSettings(Generic[Work]):
+    """What all workers are told.
 
     Attributes:
-        folder: Of the comparison.
+        run: A function of a module, which does one task and writes what came of it: ``(task, app, settings)``.
+        folder: Where that is written, and the logs.
         app: Folder of the Flower app.
         keep_runs: Whether run folders are kept.
     """
 
+    run: Callable[[Work, App, WorkerSettings[Work]], object]
     folder: Path
     app: Path
-    keep_runs: bool
+    keep_runs: bool = False
 
 
-class Worker:
-    """A process that runs one cell after the other; importing Flower and torch takes it some seconds, once."""
+def run_all(
+    told: WorkerSettings[Work],
+    *,
+    jobs: int,
+    take: Callable[[], Work | None],
+    ended: Callable[[Work, str, float], None],
+) -> None:
+    """Let workers do task after task until there are none left and all have ended.
 
-    def __init__(self, told: WorkerSettings) -> None:
+    Args:
+        told: What the workers are told.
+        jobs: How many there are at most.
+        take: Gives the next task, or None if there is none now: a task that ends may let others begin.
+        ended: Called with a task that has ended, what went wrong, or an empty text, and the seconds that it took.
+    """
+    idle: list[Worker[Work]] = []
+    busy: dict[Any, tuple[Worker[Work], Work, float]] = {}
+    try:
+        while True:
+            while len(busy) < jobs and (task := take()) is not None:
+                worker = idle.pop() if idle else Worker(told)
+                busy[worker.connection] = worker, task, time.perf_counter()
+                worker.begin(task)
+            if not busy:
+                return
+            for ready in connections.wait(list(busy)):
+                worker, task, begun = busy.pop(ready)
+                said, is_alive = worker.outcome()
+                idle += [worker] if is_alive else []
+                ended(task, said, time.perf_counter() - begun)
+    finally:
+        for worker in [*idle, *(worker for worker, _, _ in busy.values())]:
+            worker.end()
+
+
+class Worker(Generic[Work]):
+    """A process that does one task after the other; importing Flower and torch takes it some seconds, once."""
+
+    def __init__(self, told: WorkerSettings[Work]) -> None:
         # Not forked: torch's threads and locks do not survive that.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
@@ -46,8 +96,8 @@ class Worker:
             self._process.start()
         theirs.close()  # so that the end of the process is the end of the connection
 
-    def begin(self, task: Task) -> None:
-        """Start to run a cell; ``connection`` can be read when it has ended."""
+    def begin(self, task: Work) -> None:
+        """Start a task; ``connection`` can be read when it has ended."""
         with suppress(OSError):  # where the process is gone, outcome() says so
             self.connection.send(task)
 
@@ -86,8 +136,8 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(connection: Connection, told: WorkerSettings) -> None:
-    """The body of a worker: receives cells, answers with what went wrong."""
+def _work(connection: Connection, told: WorkerSettings[Any]) -> None:
+    """The body of a worker: receives tasks, answers with what went wrong."""
     _end_with_parent()
     app: App | None = None
     while True:
@@ -97,9 +147,9 @@ def _work(connection: Connection, told: WorkerSettings) -> None:
             return
         said = ""
         try:
-            _write_output_to(made(told.folder / "logs") / f"{task.cell.name}.log")
+            _write_output_to(made(told.folder / "logs") / f"{task.name}.log")
             app = app or load_app(told.app)
-            run_cell(task, app, folder=told.folder, keep_run=told.keep_runs)
+            told.run(task, app, told)
         except Exception as error:
             traceback.print_exc()
             said = str(error) if isinstance(error, FedPTError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""A run, or a comparison of runs, on one page: ``report.html``, and its plots as PNG files.
+"""A run, a comparison of runs, or an attack, on one page: ``report.html``, and its plots as PNG files.
 
 Of a comparison all tables are written too, as CSV and LaTeX under ``tables/``.
 
@@ -15,6 +15,7 @@ models, data sources or Flower.
     page         what a page is made of, and its HTML
     run          the sections of a run
     comparison   the sections of a comparison
+    attack       the sections of an attack
     tables       tables as CSV and LaTeX
 """
 
@@ -24,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedpt_flwr.errors import RunError
+from fedpt_flwr.report.attack import ATTACK, attack_page
 from fedpt_flwr.report.comparison import SUMMARY, comparison_page
 from fedpt_flwr.report.page import render
 from fedpt_flwr.report.run import run_page
@@ -34,14 +36,16 @@ PAGE, GRID, TABLES = "report.html", "grid.json", "tables"
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a comparison, if ``name`` is the path of one, or of a run; see :func:`~fedpt_flwr.runs.find_run`.
+    """The folder of a comparison or an attack, if ``name`` is the path of one, or of a run.
+
+    A run is found as by :func:`~fedpt_flwr.runs.find_run`.
 
     Raises:
         RunError: There is neither.
     """
     path = Path(name).expanduser()
     with suppress(OSError):  # a name that the system refuses, as one too long
-        if name and any((path / file).is_file() for file in (SUMMARY, GRID)):
+        if name and any((path / file).is_file() for file in (SUMMARY, GRID, ATTACK)):
             return path.resolve()
     return find_run(name)
 
@@ -50,14 +54,14 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page and its plots.
 
     Args:
-        folder: Of a run, or of a comparison (one that holds ``summary.json``).
+        folder: Of a run, of a comparison (it holds ``summary.json``), or of an attack (it holds ``attack.json``).
         out: Folder for the files, made if it is not there; None: ``folder``.
 
     Returns:
         The path of the page.
 
     Raises:
-        RunError: The folder holds neither, its run has no complete round, or a file cannot be written.
+        RunError: The folder holds none of them, its run has no complete round, or a file cannot be written.
     """
     if (folder / GRID).is_file() and not (folder / SUMMARY).is_file():
         raise RunError(
@@ -66,13 +70,14 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
             remedy=f"the command that began it writes it: `fedpt compare … --out {folder}` goes on",
         )
     is_comparison = (folder / SUMMARY).is_file()
-    page = comparison_page(folder) if is_comparison else run_page(folder)
+    is_attack = not is_comparison and (folder / ATTACK).is_file()
+    page = (comparison_page if is_comparison else attack_page if is_attack else run_page)(folder)
     html = render(page).encode("utf-8", "replace")  # JSON may hold half a surrogate pair
     out = out or folder
     try:
         for plot in page.plots():
             write_file(out / f"{plot.name}.png", plot.png())
-        for name, table in tables_of(page) if is_comparison else ():
+        for name, table in tables_of(page) if is_comparison or is_attack else ():
             write_file(out / TABLES / f"{name}.csv", as_csv(table).encode("utf-8", "replace"))
             write_file(out / TABLES / f"{name}.tex", as_latex(table).encode("utf-8", "replace"))
         write_file(out / PAGE, html)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.errors import RunError
+from fedpt_flwr.report.attack import attack_inside
 from fedpt_flwr.report.page import (
     LONG_TABLE,
     Answer,
@@ -148,6 +149,7 @@ def comparison_page(folder: Path) -> Page:
             _learning_rates(as_mappings(summary.get("learning_rates"))),
             _config(as_mapping(reader.mapping("grid.json").get("worlds"))),
             _cells(cells, as_text(summary.get("command"))),
+            *attack_inside(folder, reader),
         ],
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.report.attack import attack_inside
 from fedpt_flwr.report.page import (
     LONG_TABLE,
     Answer,
@@ -133,7 +134,7 @@ def run_page(folder: Path) -> Page:
         title=folder.name,
         facts=_run_facts(run, rounds),
         notes=[*_unfinished(run, rounds), *reader.notes],
-        sections=sections,
+        sections=[*sections, *attack_inside(folder, reader)],
     )
 
 
