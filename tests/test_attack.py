@@ -660,7 +660,7 @@ def test_a_real_attack_finds_what_was_learnt_by_heart_and_nothing_in_the_control
 def test_the_last_aggregate_of_one_device_is_its_last_reply(tmp_path, done):
     plan, _, _ = done
     alone = make_plan(
-        run_config=dict(plan.run_config),
+        run_config=dict(plan.run_config) | {"min-devices": 1},
         targets=("tuned", "device_last", "device_first", "aggregate_first"),
         seeds=(0,),
         shadows=0,
@@ -722,7 +722,8 @@ def test_a_federation_that_fails_says_why_and_the_others_go_on(done, tmp_path):
 def test_in_half_a_type_and_with_adapters_the_same_targets_are_read(done, tmp_path):
     plan, _, _ = done
     changed = make_plan(
-        run_config=dict(plan.run_config) | {"wire.dtype": "float16", "tuning.mode": "lora", "tuning.lora-rank": 4},
+        run_config=dict(plan.run_config)
+        | {"min-devices": 1, "wire.dtype": "float16", "tuning.mode": "lora", "tuning.lora-rank": 4},
         targets=("tuned", "device_last", "aggregate_first"),
         seeds=(0,),
         shadows=0,
