@@ -584,6 +584,7 @@ def test_texts_longer_than_the_small_model_can_read_are_refused(caplog, tmp_path
     failing(caplog, tmp_path, ConfigError, "train.max-length: must not exceed the 512", {"train.max-length": 513})
 
 
+@pytest.mark.slow
 def test_a_device_cannot_overwrite_what_the_server_measured(tmp_path):
     def boast(device, message, reply):
         if device == 0 and message.metadata.message_type == "train":
@@ -595,6 +596,7 @@ def test_a_device_cannot_overwrite_what_the_server_measured(tmp_path):
     assert all(row["bytes_up"] > 100_000 and "unknown metric" in row["refused"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_proxy_that_loses_to_the_tuned_model_is_said_to(caplog, tmp_path):
     # Against the direction of tuning: the proxy then has a larger loss than the tuned model on every item.
     settings = {"proxy.alpha": -4.0, "scoring.loss-alpha": -4.0, "scoring.round-items": 0, "scoring.num-items": 8}
@@ -719,7 +721,10 @@ def test_there_is_no_copy_for_the_devices_where_none_was_asked_for(mode, request
     assert not [name for name in results_of(run)["rows"] if name.startswith("device")]
 
 
-@pytest.mark.parametrize("mode", ["carry", "paired", "paper"])
+@pytest.mark.parametrize(
+    "mode",
+    ["carry", pytest.param("paired", marks=pytest.mark.slow), pytest.param("paper", marks=pytest.mark.slow)],
+)
 def test_every_round_begins_with_what_the_checkpoint_before_holds_and_the_first_with_the_small_model(mode, request):
     run, watched = request.getfixturevalue(mode)
     assert sorted(watched.sent) == [1, 2, 3]

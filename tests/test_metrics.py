@@ -54,6 +54,7 @@ sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child i
 """
 
 
+@pytest.mark.slow
 def test_metrics_load_without_network_in_two_processes_at_once_and_with_a_home_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -67,6 +67,7 @@ def test_the_bundle_holds_the_code_and_neither_tests_nor_data(bundle):
     assert not [name for name in names if name.startswith(("tests/", "fedpt_demo_world/", "docs/"))]
 
 
+@pytest.mark.slow
 def test_the_bundles_code_has_the_hash_of_the_checkout(bundle, tmp_path):
     """A device that runs the bundle and a server that runs the checkout agree that they run the same code."""
     zipfile.ZipFile(bundle).extractall(tmp_path)

@@ -277,8 +277,6 @@ KILLS = {
 }
 OFTEN = (
     ("FedAvg", "before a round counts"),
-    ("FedAdam", "in a line"),
-    ("paired FedAvgM", "before the next round"),
     ("good enough", "before the test"),
 )
 
