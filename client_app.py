@@ -448,10 +448,11 @@ def load_small_model(
     """
     small = load_causal_lm(model.small, dtype=model.small_dtype, device=model.device)
     stored = fingerprint(small)
-    if dtype is not None and tuning.mode == "lora":
-        hold_frozen_weights_in(small, dtype)
+    base = list(small.parameters())
     tunable = make_tunable(small, tuning, seed=seed)
     frozen = frozen_fingerprint(tunable)
+    if dtype is not None and tuning.mode == "lora":
+        hold_frozen_weights_in(base, dtype)  # not those of the adapter, which are drawn in float32
     if rank:
         cut_adapter(tunable, rank)
     return tunable, stored, frozen

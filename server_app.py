@@ -40,7 +40,7 @@ from fedpt_flwr.config import AUTO, RunConfig, flat_values, parse_run_config
 from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
 from fedpt_flwr.endpoint import Usage
-from fedpt_flwr.errors import FedPTError, RoundError, RunError, naming
+from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.models import (
@@ -49,6 +49,7 @@ from fedpt_flwr.models import (
     check_context,
     fingerprint,
     frozen_fingerprint,
+    hides_tokens,
     large_placement,
     load_causal_lm,
     load_tokenizer,
@@ -285,6 +286,13 @@ class Server:
         placement = large_placement(model)
         if model.large_url:  # it has compared vocabularies
             large, large_tokenizer = connect(model.large_url, tokenizer, config.remote), tokenizer
+            if hides_tokens(large) and config.stop.metric == "loss":
+                raise ConfigError(
+                    "a large model that shows its likeliest tokens only leaves the proxy without a loss",
+                    value="loss",
+                    place="stop.metric",
+                    remedy="set stop.metric='exact_match', or ask a service that gives full log-probabilities",
+                )
         else:
             with naming("model.large"):
                 large_tokenizer = load_tokenizer(model.large)

@@ -1,7 +1,7 @@
 """Write the project's dependencies as requirement files, so that an image can install them before the code is there.
 
 ``torch.txt`` has PyTorch, which may come from an index of its own, ``others.txt`` all of them. Flower comes without
-its simulation engine (Ray), which no role of a deployment needs.
+its simulation engine (Ray), which no role of a deployment needs, and with the accountant of private runs.
 """
 
 import sys
@@ -9,7 +9,8 @@ import tomllib
 from pathlib import Path
 
 project, out = Path(sys.argv[1]), Path(sys.argv[2])
-dependencies = tomllib.loads(project.read_text())["project"]["dependencies"]
+table = tomllib.loads(project.read_text())["project"]
+dependencies = table["dependencies"] + table["optional-dependencies"]["dp"]
 dependencies = [line.replace("flwr[simulation]", "flwr") for line in dependencies]
 out.mkdir(parents=True, exist_ok=True)
 out.joinpath("others.txt").write_text("".join(f"{line}\n" for line in dependencies))

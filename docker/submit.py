@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -92,7 +93,10 @@ def start(resume: str = "") -> str:
     while (online := num_online()) < wanted and time.monotonic() < deadline:
         time.sleep(2)
     say(f"{online} of {wanted} devices are online")
-    config = f"{os.environ['RUN_CONFIG']} resume='{resume}'"
+    # Flower refuses a key that is there twice; here the later one holds, so that what is set outside wins.
+    given = f"{os.environ['RUN_CONFIG']} resume='{resume}'"
+    pairs = dict(re.findall(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)", given))
+    config = " ".join(f"{key}={value}" for key, value in pairs.items())
     known = run_ids()
     for _ in range(3):
         result = flwr("run", str(APP), "prod", "-c", config, "--format", "json")

@@ -328,7 +328,9 @@ def serve(
         _err.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
     transformers_logging.disable_progress_bar()
     _err.print(f"Loading {folder}", markup=False, highlight=False, soft_wrap=True)
-    found = _find_large(folder, config, large, large_url, large_name)
+    # A run's own service is connected to with each run that is followed; only what is said here holds for all of them.
+    is_said = large is not None or large_url is not None or large_name is not None
+    found = _find_large(folder, config, large, large_url, large_name) if is_said else None
 
     def on_ready(version: Any, address: str) -> None:
         said = f"Serving {version.name} at {address} (the page) and {address}/v1 (for OpenAI clients); Ctrl-C ends it"
@@ -1364,7 +1366,10 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
                 problems.append(error)
 
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-    for key, ref in (("model.large", config.model.large), ("model.small", config.model.small)):
+    refs = {"model.large": config.model.large, "model.small": config.model.small}
+    if config.model.large_url:  # the service is asked when a run begins
+        del refs["model.large"]
+    for key, ref in refs.items():
         with collecting(), naming(key):
             tokenizers[key] = load_tokenizer(ref)
     if len(tokenizers) == 2:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -1090,6 +1091,12 @@ def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None])
         )
 
 
+def _is_same_source(one: str, other: str, *, same_split: bool) -> bool:
+    """Whether two sources are one text: files have no splits, data sets of the hub do."""
+    has_splits = not one.startswith(("/", "demo:"))
+    return bool(one) and os.path.normpath(one) == os.path.normpath(other) and (same_split or not has_splits)
+
+
 def _check_privacy(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
     """What epsilon would say nothing about must not be."""
     privacy, data = config.privacy, config.data
@@ -1137,15 +1144,16 @@ def _check_privacy(config: RunConfig, refuse: Callable[[str, str, Any, str], Non
                 source,
                 f"set data.{name} to a file of the server",
             )
-        split, of_train = getattr(data, f"{name}_split"), (data.train, data.train_split)
-        if data.partitioner != "node-local" and source and (source, split) == of_train:
+        same_split = getattr(data, f"{name}_split") == data.train_split
+        if data.partitioner != "node-local" and _is_same_source(source, data.train, same_split=same_split):
             refuse(
                 f"privacy.dp and data.{name}",
                 "must not be the devices' text: epsilon does not cover what the server reads itself",
                 source,
                 f"set data.{name} to text of the server",
             )
-    if "train" in _names(data.choices):
+    same_split = data.choices_split == data.train_split
+    if "train" in _names(data.choices) or _is_same_source(data.choices, data.train, same_split=same_split):
         refuse(
             "privacy.dp and data.choices",
             "answers found in data.train are the devices' text, which epsilon does not cover",

@@ -187,14 +187,14 @@ def shapes_of(config: PretrainedConfig, ref: str) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def hold_frozen_weights_in(model: PreTrainedModel, dtype: str) -> None:
-    """Convert a model's weights in place, one after the other; its buffers (rotary frequencies) stay as they are.
+def hold_frozen_weights_in(weights: Iterable[torch.nn.Parameter], dtype: str) -> None:
+    """Convert weights in place, one after the other; a model's buffers (rotary frequencies) stay as they are.
 
     Args:
-        model: A frozen model.
+        weights: Of a frozen model.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
     """
-    for weight in model.parameters():
+    for weight in weights:
         weight.data = weight.data.to(_DTYPES[dtype])
 
 

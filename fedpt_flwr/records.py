@@ -450,6 +450,7 @@ class DeviceCard:
         try:
             groups = json.loads(str(config.get("groups", "{}")))
             groups = {str(name): int(count) for name, count in list(groups.items())[:_MAX_GROUPS]}
+            "".join(groups).encode()  # half of a surrogate pair cannot be written to a file
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             groups = {}
         code = str(config.get("code-hash", ""))

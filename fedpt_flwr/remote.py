@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fedpt_flwr.config import RemoteConfig
+from fedpt_flwr.config import RemoteConfig, RunConfig
 from fedpt_flwr.endpoint import NEXT, Endpoint, Usage
 from fedpt_flwr.errors import ModelError
 
@@ -264,6 +264,11 @@ def connect(url: str, tokenizer: PreTrainedTokenizerBase, config: RemoteConfig |
     model = RemoteModel(Endpoint(url, tokenizer, config, cache=_cache_folder(config.cache)), tokenizer)
     model.eval()
     return model
+
+
+def remote_large(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RemoteModel | None:
+    """A run's large model, asked as the run asked it, if it is behind an API."""
+    return connect(config.model.large_url, tokenizer, config.remote) if config.model.large_url else None
 
 
 def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> RemoteModel:

@@ -645,6 +645,12 @@ class FedPT(Strategy):
         if not card.lora_rank:
             return
         rule, remedy = other_rank(card.lora_rank, self.lora_rank, self.lora_aggregation)
+        if not rule and self.secure_sum is not None:
+            rule = "in a secure sum all devices must send arrays of the same shapes"
+            remedy = "leave lora-rank out of its node config"
+        if not rule and self.private is not None:
+            rule = "noise is accounted for on the plain mean of arrays of the same shapes"
+            remedy = "leave lora-rank out of its node config"
         if not rule and not _is_folded(self.inner):
             rule = f"{type(self.inner).__name__} compares the devices' arrays, which must then have one rank"
             remedy = "leave lora-rank out, or set strategy.name='FedAvg'"
@@ -951,7 +957,7 @@ class FedPT(Strategy):
         record = content.metric_records.get(METRICS, MetricRecord())
         if record.get(NORM_BIT) not in (0, 1):
             raise ReplyError("a reply must say whether it was clipped", value=record.get(NORM_BIT), place=place)
-        return {NORM_BIT: int(str(record.pop(NORM_BIT)))}
+        return {NORM_BIT: int(float(str(record.pop(NORM_BIT))))}
 
     def _metric_names(self) -> dict[str, Sequence[str]]:
         """What a private reply may hold: whatever more it said would not be accounted for, and so it is refused."""

@@ -350,7 +350,12 @@ def test_a_device_whose_memory_is_too_small_declines_every_round_and_the_others_
     assert now.hits + now.misses == loaded.hits + loaded.misses + 2  # device 0's two rounds: device 1 loaded nothing
 
 
-def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_the_wire_stays_float32(tmp_path):
+@pytest.mark.parametrize(
+    ("aggregation", "held"), [("average", {torch.bfloat16}), ("frozen-a", {torch.bfloat16, torch.float32})]
+)
+def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_the_wire_stays_float32(
+    aggregation, held, tmp_path
+):
     seen = []
 
     def watch(device, message, reply):
@@ -363,10 +368,11 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
         return reply
 
     settings = UNSCORED | {"min-devices": 1, "num-server-rounds": 1, "tuning.mode": "lora", "tuning.lora-rank": 2}
+    settings |= {"tuning.lora-aggregation": aggregation}
     config = parse_run_config(settings)
     client_app_arguments = (config.model, config.tuning, config.seed, "bfloat16", 0)
     federate(tmp_path, 1, settings, node_config=limited({"dtype": "bfloat16"}, 1), tamper=watch)
-    assert seen == [({torch.bfloat16}, {torch.float32}, {"float32"})]
+    assert seen == [(held, {torch.float32}, {"float32"})]  # a first matrix that is not tuned stays as it was drawn
 
 
 @pytest.mark.parametrize(

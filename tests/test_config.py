@@ -444,6 +444,31 @@ def test_all_that_is_wrong_is_reported_at_once():
             ["privacy.dp and data.public", "must not be the devices' text", "got 'demo:train'"],
         ),
         (
+            {"privacy.dp": "server-fixed", "data.train": "/d/t.jsonl", "data.validation": "/d/../d/t.jsonl"},
+            ["privacy.dp and data.validation", "must not be the devices' text"],
+        ),
+        (
+            {
+                "privacy.dp": "server-fixed",
+                "data.test": "owner/name",
+                "data.train": "owner/name",
+                "data.test-split": "train",
+            },
+            ["privacy.dp and data.test", "must not be the devices' text"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "data.choices": "/d/t.jsonl", "data.train": "/d/t.jsonl"},
+            ["privacy.dp and data.choices", "are the devices' text"],
+        ),
+        (
+            {"privacy.dp": "server-fixed", "privacy.secure-sum": True, "min-devices": 3},
+            ["privacy.secure-sum and privacy.dp", "a secure sum shows none of them", "set one of the two"],
+        ),
+        (
+            {"strategy.max-update-norm": 2.0, "privacy.secure-sum": True, "min-devices": 3},
+            ["privacy.secure-sum and strategy.max-update-norm", "cannot be seen in a secure sum"],
+        ),
+        (
             {"privacy.dp": "server-fixed", "data.choices": "test,train"},
             ["privacy.dp and data.choices", "answers found in data.train are the devices' text", "data.choices='test'"],
         ),
@@ -459,6 +484,7 @@ def test_settings_that_contradict_each_other_are_refused(flat, words):
     "flat",
     [
         {"train.max-steps": 0, "train.epochs": 1},
+        {"privacy.dp": "server-fixed", "data.train": "owner/name", "data.test": "owner/name"},
         {"min-devices": 3, "min-replies": 3},
         {"data.group-field": "", "data.partitioner": "iid"},
         {"data.group-field": "", "data.partitioner": "node-local"},

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.containers, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS = 4
 QUICK = (
+    "round-timeout-s=240.0 "  # in place of the compose file's
     "train.max-steps=2 train.batch-size=4 scoring.num-items=8 scoring.round-items=2 scoring.max-new-tokens=6 "
     "scoring.few-shot=2 distillation.final-steps=3 distillation.final-num-prompts=6"
 )

@@ -195,7 +195,7 @@ def test_real_lack_of_memory_is_told_from_other_errors():
 def test_rotary_frequencies_stay_as_they_are_when_frozen_weights_are_shortened():
     model = tiny_llama()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hold_frozen_weights_in(model.requires_grad_(False), "bfloat16")
+    hold_frozen_weights_in(model.requires_grad_(False).parameters(), "bfloat16")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert before
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

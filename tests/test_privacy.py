@@ -428,9 +428,11 @@ def test_a_device_that_tells_what_it_holds_is_refused(card):
         run.start(device=make_device(card=card))
 
 
-@pytest.mark.parametrize("mode", ["client-fixed", "client-adaptive"])
-def test_a_device_that_does_not_clip_is_refused(mode):
-    bits = {"norm_bit": 0} if mode == "client-adaptive" else {}
+@pytest.mark.parametrize(
+    ("mode", "bits"),
+    [("client-fixed", {}), ("client-adaptive", {"norm_bit": 0}), ("client-adaptive", {"norm_bit": 0.0})],
+)
+def test_a_device_that_does_not_clip_is_refused(mode, bits):
     run = Run(mode, clipping_norm=1.0)
     with pytest.raises(RoundError) as raised:
         run.start(device=make_device(clips=False, metrics=bits))

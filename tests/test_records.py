@@ -451,7 +451,20 @@ def test_a_reply_without_a_card_is_refused():
 
 @pytest.mark.parametrize(
     "groups",
-    [None, "", "no json", "[1]", "3", '{"a": "x"}', '{"a": null}', '{"a": NaN}', '{"a": Infinity}', "[" * 100_000, b""],
+    [
+        None,
+        "",
+        "no json",
+        "[1]",
+        "3",
+        '{"a": "x"}',
+        '{"a": null}',
+        '{"a": NaN}',
+        '{"a": Infinity}',
+        "[" * 100_000,
+        b"",
+        '{"\\ud800": 1}',
+    ],
 )
 def test_groups_that_cannot_be_read_are_left_out(groups):
     assert DeviceCard.from_content(card_content(groups=groups), place=PLACE).groups == {}

@@ -187,6 +187,23 @@ def test_strategies_that_must_see_single_updates_are_refused():
             FedPT(inner, secure_sum=RULES)
 
 
+def test_devices_of_a_lower_rank_have_no_part_in_a_sum():
+    def of_rank_1(device, message, reply):
+        if message.metadata.message_type == "query":
+            reply.content["config"]["lora-rank"] = 1
+        return reply
+
+    strategy = FedPT(
+        make_inner_strategy(StrategyConfig()),
+        wait_timeout_s=1.0,
+        secure_sum=RULES,
+        lora_rank=8,
+        lora_aggregation="frozen-a",
+    )
+    with pytest.raises(RoundError, match="in a secure sum all devices must send arrays of the same shapes, got 1"):
+        strategy.start(LocalGrid(handle, 3, tamper=of_rank_1), initial_arrays=start_arrays(), num_rounds=1, timeout=5)
+
+
 def test_flowers_own_loop_is_refused():
     strategy = FedPT(make_inner_strategy(StrategyConfig()), wait_timeout_s=1.0, secure_sum=RULES)
     with pytest.raises(RoundError, match="which Flower's own loop does not; call the method start of FedPT"):

@@ -34,6 +34,7 @@ from fedpt_flwr.models import cpu_threads, load_causal_lm, load_tokenizer, make_
 from fedpt_flwr.prompts import Example, Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.records import ARRAYS, CONFIG, check_arrays, from_reply, sent_as, to_array_record, to_tensors
+from fedpt_flwr.remote import remote_large
 from fedpt_flwr.runs import find_run, read_json, write_json
 from fedpt_flwr.scoring import answer_scores, model_scores
 
@@ -173,8 +174,9 @@ class _Readings:
 
     def __init__(self, config: RunConfig, run: Path, pool: Pool, canaries: Sequence[Canary]) -> None:
         self.config, self.pool, self.canaries = config, pool, canaries
-        self.proxy = ProxyModel.from_pretrained(run, device=config.model.device)
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(str((run / "proxy").resolve()))
+        large = remote_large(config, tokenizer)
+        self.proxy = ProxyModel.from_pretrained(run, large=large, device=config.model.device)
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.records, self.tokens = self._record_items(pool.examples, tokenizer)
         self.secrets: list[tuple[list[Item], list[tuple[int, int]]]] = []

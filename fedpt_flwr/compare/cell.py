@@ -30,6 +30,7 @@ from fedpt_flwr.grid import run_locally
 from fedpt_flwr.models import cpu_threads, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.records import code_hash
+from fedpt_flwr.remote import remote_large
 from fedpt_flwr.runs import RunFolder, find_run, read_json, write_json
 from fedpt_flwr.sources import device_shard, held_out_items, needs_tokenizer
 from fedpt_flwr.training import count_flops
@@ -204,13 +205,13 @@ def _read_run(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -> Re
 def _scored_again(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -> Result:
     """The rows on all validation items, of the models at the run's end, and how well calibrated they are."""
     wanted = [name for name in _SCORED_AGAIN if name in kind.rows]
-    proxy = ProxyModel.from_pretrained(run)
+    tokenizer = load_tokenizer(str((run / "proxy").resolve()))
+    proxy = ProxyModel.from_pretrained(run, large=remote_large(config, tokenizer))
     large_flops = (
         count_flops(proxy.large.requires_grad_(False), 1) / 2
     )  # of a token forward; the other half is backward
     if not wanted:
         return {"validation_rows": {}, "large_flops_per_token": large_flops}
-    tokenizer = load_tokenizer(str((run / "proxy").resolve()))
     items = held_out_items(config.data, "validation", seed=config.seed, tokenizer=tokenizer)
     evaluator = Evaluator(items, tokenizer, config, proxy, place="data.validation")
     scores = evaluator.score(proxy, rows=wanted)

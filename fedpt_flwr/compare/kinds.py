@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedpt_flwr.config import Scalar
+from fedpt_flwr.errors import ConfigError
 
 FEDPT, LARGE, LARGE_LORA = "fedpt", "large_federated", "large_federated_lora"
 UNTOUCHED, FEW_SHOT_SMALL, LOCAL = "untouched", "untuned_few_shot", "tuned_local"
@@ -98,6 +99,13 @@ def _direct(tuning: str) -> Told:
     """Devices tune the large model: it takes the small one's place; rounds, steps, data and strategy stay."""
 
     def told(flat: Mapping[str, Scalar], _num_devices: int) -> dict[str, Scalar]:
+        if flat["model.large-url"]:
+            raise ConfigError(
+                "devices cannot tune a large model that is behind an API",
+                value=flat["model.large-url"],
+                place="model.large-url",
+                remedy="leave out the kinds that tune the large model",
+            )
         # All weights are tuned in float32 alone; below an adapter the large model may be as short as it is elsewhere.
         dtype = "float32" if tuning == "full" else flat["model.large-dtype"]
         return {**_PLAIN, "model.small": flat["model.large"], "model.small-dtype": dtype, "tuning.mode": tuning}

@@ -30,8 +30,8 @@ from fedpt_flwr.secure_sum.collector import Collector, OpenedSum
 from fedpt_flwr.secure_sum.session import KEYS, RECORD, REVEAL, SHARES, Rules
 
 TRAIN = "train"
-SUMMED_METRICS = ("num-examples", "train-loss", "train-loss-last")
-"""Metrics that no device tells of itself: the first two are in the sum, the third is left out."""
+SUMMED_METRICS = ("num-examples", "train-loss", "train-loss-last", "num-examples-seen", "batch-size")
+"""Metrics that no device tells of itself: the first two are in the sum, the others are left out."""
 
 _MAX_REASONS = 5
 
@@ -196,6 +196,6 @@ def _arrays_of(sent: Mapping[int, Message]) -> ArrayRecord:
         raise RoundError(
             "in a secure sum all devices must be sent the same arrays",
             place="privacy.secure-sum",
-            remedy="have some of them a lower lora-rank in their node configs? Then all must have that one",
+            remedy="have some of them a lora-rank in their node configs? Leave it out",
         )
     return records[0]

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpt_flwr.config import RunConfig, parse_run_config
+from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
 from fedpt_flwr.endpoint import vocabulary_digest
 from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.remote import remote_large
 from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
@@ -121,6 +122,15 @@ class Loader:
         self._plausibility = plausibility
         self._prepare = prepare
         self._last: Version | None = None
+        self._remote: tuple[str, RemoteConfig, RemoteModel] | None = None
+
+    def _remote_of(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RemoteModel | None:
+        """The run's own model behind an API, if it has one; that of the last version where it is the same."""
+        asked = (config.model.large_url, config.remote)
+        if self._remote is None or self._remote[:2] != asked:
+            model = remote_large(config, tokenizer)
+            self._remote = None if model is None else (*asked, model)
+        return None if self._remote is None else self._remote[2]
 
     def load(self, run: Path) -> Version:
         """Load what a run's link ``proxy`` points at.
@@ -132,9 +142,10 @@ class Loader:
         target = proxy_target(run)
         config = _run_config(run)
         last = self._last
+        tokenizer = load_tokenizer(str(target))
         proxy = ProxyModel.from_pretrained(
             target,
-            large=self._large,
+            large=self._remote_of(config, tokenizer) if self._large is None else self._large,
             large_device_map=self._large_device_map,
             device=self._device,
             like=None if last is None else last.proxy,
@@ -150,7 +161,6 @@ class Loader:
         if self._prepare:  # after all that reads weights; what the last version shares is prepared already
             proxy.prepare()
         steppers = proxy.steppers(None if last is None else last.steppers)
-        tokenizer = load_tokenizer(str(target))
         context = proxy.config.max_position_embeddings
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
         template, is_chat = read_prompt_form(target, config)
