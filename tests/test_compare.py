@@ -27,7 +27,6 @@ from fedpt_flwr.compare import (
     Cell,
     Comparison,
     Plan,
-    comparison,
     default_jobs,
     summarise,
 )
@@ -344,7 +343,7 @@ def copy_of(done, tmp_path):
 @pytest.mark.slow
 def test_a_finished_comparison_runs_nothing_again(done, config, tmp_path, monkeypatch):
     folder = copy_of(done, tmp_path)
-    monkeypatch.setattr(comparison, "Worker", None)
+    monkeypatch.setattr("fedpt_flwr.compare.workers.Worker", None)
     again = Comparison(make_plan(config), folder, app=APP)
     assert (again.num_found, again.num_outdated) == (6, 0)
     again.run(jobs=2)

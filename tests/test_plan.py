@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -415,17 +416,20 @@ def test_a_run_that_has_not_ended_has_nothing_to_show(run):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/status", os.R_OK), reason="the system does not tell a process's memory")
 def test_a_model_of_70_billion_weights_is_planned_in_seconds_and_little_memory():
+    # Not getrusage: its peak is at least what the process that started this one held when it did.
     code = (
-        "import resource, time; from fedpt_flwr.config import parse_run_config; from fedpt_flwr.plan import make_plan\n"
+        "import time; from pathlib import Path\n"
+        "from fedpt_flwr.config import parse_run_config; from fedpt_flwr.plan import make_plan\n"
         "flat = {'model.small': 'Llama-3.2-1B', 'model.large': 'Llama-3.1-70B', 'tuning.mode': 'lora'}\n"
         "begun = time.process_time(); make_plan(parse_run_config(flat), 100)\n"
-        "print(time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(time.process_time() - begun, Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, peak = map(float, done.stdout.split())
     assert seconds < 60
-    assert peak < 1e9
+    assert peak < 1e6  # kB
 
 
 @pytest.mark.parametrize(("bits", "size"), [(32, 4), (16, 2)])
