@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import client_app
 import server_app
+from fedpt_flwr import server
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.data import load_examples, tokenize_examples
 from fedpt_flwr.distiller import Distiller
@@ -533,21 +534,21 @@ def test_two_vocabularies_that_differ_are_refused_with_the_first_differences(cap
 
 
 def test_an_error_that_nobody_foresaw_is_marked_too(caplog, tmp_path, monkeypatch):
-    monkeypatch.setattr("server_app.Server.load", lambda *_: 1 / 0)
+    monkeypatch.setattr("fedpt_flwr.server.Server.load", lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.INFO, logger="flwr"), pytest.raises(ZeroDivisionError):
         federate(tmp_path, 2)
     assert "FEDPT-RUN-FAILED: ZeroDivisionError" in caplog.text
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_whole_checkpoints(caplog, tmp_path, monkeypatch):
-    write = server_app.save_file
+    write = server.save_file
 
     def fills_up_in_round_2(tensors, path):
         if "0002" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(server_app, "save_file", fills_up_in_round_2)
+    monkeypatch.setattr(server, "save_file", fills_up_in_round_2)
     text = failing(caplog, tmp_path, RunError, "No space left on device")
     assert "what was written before is whole" in text
     run = next(path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())

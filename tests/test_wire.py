@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from federation import federate, final_arrays
 
-import server_app
-
 SHORT = {"num-server-rounds": 2, "distillation.mode": "off", "scoring.num-items": 2, "scoring.few-shot": 0}
 
 
@@ -56,7 +54,7 @@ def test_what_devices_kept_is_missed_and_not_needed(whole, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_models_that_rest_while_devices_train_change_no_array(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(server_app, "WORTH_RESTING_BYTES", 0)
+    monkeypatch.setattr("fedpt_flwr.server.WORTH_RESTING_BYTES", 0)
     run = federate(tmp_path, 2, SHORT)
     for name, values in final_arrays(run).items():
         np.testing.assert_array_equal(values, final_arrays(whole)[name], err_msg=name)
