@@ -1,15 +1,17 @@
 """Weights prepared once for decoding, in place and layer by layer.
 
-Decoding multiplies a few rows by every weight of a model. Laid out for that once, a weight costs little more for a few
-rows than for one, where the plain layout costs about twice as much from the second row on. For a single row it depends
-on the processor: :func:`suits_single_rows`.
+Decoding multiplies a few rows by every weight of a model, and torch takes about twice as long for two rows as for one.
+Two things help, and :func:`_product` says which on what processor: oneDNN's own layout, in which a few rows cost
+little more than one; or, with AVX2 alone, where that layout is slow for a single row, plain weights and a loop that is
+compiled for few rows (``few_rows.py``; needs the package numba).
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
 
-What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU for which oneDNN has a kernel of the weight's dtype
-(bfloat16 needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to
-the embedding: lookups need the plain layout, and a packed copy beside it would be memory that the model did not take.
+What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU that has a kernel for the weight's dtype (bfloat16
+needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to the
+embedding where the layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be memory that the
+model did not take.
 
 Nothing here knows proxies; a frozen model and its weights are all there is.
 """
@@ -21,6 +23,7 @@ import ctypes
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,30 +41,91 @@ _ROWS = 8
 """For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
 
 
+class _OneDnn:
+    """Weights in a layout that only oneDNN can read."""
+
+    keeps_plain = False
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """A weight ``(out_features, in_features)``, laid out."""
+        packed: Tensor = _pack(rows.contiguous(), _ROWS)
+        return packed
+
+    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        product: Tensor = _multiply(x, packed, bias, "none", [], "")
+        return product
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The weight again."""
+        dense: Tensor = packed.to_dense()
+        return dense
+
+
+class _FewRows:
+    """Weights as they are, and a compiled loop for few rows."""
+
+    keeps_plain = True
+
+    def __init__(self) -> None:
+        from fedpt_flwr import few_rows  # which needs a package that need not be there
+
+        self.multiply = few_rows.multiply
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """The weight, in the order of its outputs; a copy only if it lies otherwise."""
+        return rows.contiguous()
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The same tensor."""
+        return packed
+
+
+@cache
+def _product() -> _OneDnn | _FewRows | None:
+    """How packed weights lie and are multiplied on this machine; None where nothing is known that is faster.
+
+    Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
+    machine was.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        with suppress(ImportError):
+            return _FewRows()
+    has_onednn = _pack is not None and _multiply is not None and torch.backends.mkldnn.is_available()
+    return _OneDnn() if has_onednn else None
+
+
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN multiplies fastest, and can only be multiplied with.
+    """A linear layer whose weight is laid out for decoding and can only be multiplied with.
 
     Its parameter ``weight`` keeps the name, shape and dtype of the plain layer's, so that who asks for these is
     answered, but has no values (device ``meta``): whatever would read or write them fails instead of being wrong.
     ``state_dict()`` is right, for it unpacks.
 
+    A weight that is an embedding's as well is left where it is.
+
     Args:
         layer: The layer that this one stands for. **Its weight is given up**: it gets the one without values.
+        product: The layout.
+        is_shared: Whether something else needs the weight; only in a layout that keeps it plain.
     """
 
     prepared_for_decoding = True
     """What ``models.check_plain`` looks for."""
 
-    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows, *, is_shared: bool = False) -> None:
         super().__init__()
+        self._product = product
+        self._is_shared = is_shared
         weight = layer.weight
         self._is_transposed = isinstance(layer, Conv1D)
         dense = weight.detach()
         rows = dense.t() if self._is_transposed else dense
         self.out_features: int = rows.shape[0]
         self.in_features: int = rows.shape[1]
-        self._packed: Tensor = _pack(rows.contiguous(), _ROWS)
-        layer.weight = nn.Parameter(torch.empty_like(dense, device="meta"), requires_grad=weight.requires_grad)
+        self._packed: Tensor = product.pack(rows)
+        if not is_shared:
+            layer.weight = nn.Parameter(torch.empty_like(dense, device="meta"), requires_grad=weight.requires_grad)
         self.weight = layer.weight
         self.bias = layer.bias
         self._plain = (layer,)  # in a tuple, which hides it from the module's children
@@ -73,20 +137,24 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             product = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
         else:
-            product = _multiply(x, self._packed, self.bias, "none", [], "")
+            product = self._product.multiply(x, self._packed, self.bias)
         return product
 
     def dense_weight(self) -> Tensor:
-        """A plain copy of the weight, in the shape that the plain layer has it in."""
-        dense: Tensor = self._packed.to_dense()
+        """The weight as the plain layer has it; a copy where it lies otherwise."""
+        dense = self._product.unpack(self._packed)
         return dense.t().contiguous() if self._is_transposed else dense
+
+    def shows(self, weight: Tensor) -> bool:
+        """Whether this layer multiplies with the very memory of a plain weight."""
+        return self._product.keeps_plain and self._packed.data_ptr() == weight.data_ptr()
 
     def unpack(self) -> nn.Linear | Conv1D:
         """Give the plain layer its weight back. This layer is not usable any more."""
         (layer,) = self._plain
-        dense = self.dense_weight()
+        if not self._is_shared:
+            layer.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
         del self._packed
-        layer.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         layer.train(self.training)
         return layer
 
@@ -95,11 +163,14 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        # Nobody can write to the packed weight, so copies share it.
-        memo[id(self._packed)] = self._packed
+        memo[id(self._product)] = self._product
+        if not self._product.keeps_plain:  # nobody can write to such a weight, so copies share it
+            memo[id(self._packed)] = self._packed
         twin = PackedLinear.__new__(PackedLinear)
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if self._is_shared:  # with the embedding, which is copied, too
+            twin._packed = twin.weight.detach()
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:  # noqa: ARG002
@@ -155,14 +226,22 @@ def prepare(model: nn.Module) -> int:
     Returns:
         How many layers were packed; 0 where this machine has no kernel for them.
     """
+    product = _product()
+    if product is None:
+        return 0
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     files = _mapped_files()
     num_packed = 0
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
-        if uses[id(layer.weight)] == 1 and _can_pack(layer):
-            weight = layer.weight
-            setattr(parent, name, PackedLinear(layer))
-            _let_go(weight, files)
+        weight = layer.weight
+        is_shared = uses[id(weight)] > 1
+        if is_shared and not (product.keeps_plain and isinstance(layer, nn.Linear) and weight.is_contiguous()):
+            continue
+        if _can_pack(layer, product):
+            packed = PackedLinear(layer, product, is_shared=is_shared)
+            setattr(parent, name, packed)
+            if not packed.shows(weight):
+                _let_go(weight, files)
             num_packed += 1
     return num_packed
 
@@ -176,12 +255,12 @@ def restore(model: nn.Module) -> None:
 
 
 def suits_single_rows() -> bool:
-    """Whether the packed layout is no slower than the plain one for a single row.
+    """Whether a packed weight is no slower than a plain one for a single row.
 
-    It is not on an AMD processor with AVX2 (by a fifth; docs/decoding.md), it is with AVX512. Told by the instruction
-    set and not timed, so that the bits of a model's scores do not depend on how busy the machine was.
+    oneDNN's layout is slower on an AMD processor with AVX2 (by a fifth), and is not with AVX512.
     """
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    product = _product()
+    return product is not None and (product.keeps_plain or torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -198,20 +277,20 @@ def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tu
                 yield parent, name, layer
 
 
-def _can_pack(layer: nn.Linear | Conv1D) -> bool:
+def _can_pack(layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows) -> bool:
     weight = layer.weight
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-    return bool(weight.device.type == "cpu" and weight.numel() and not hooked and _has_kernel(weight.dtype))
+    return bool(weight.device.type == "cpu" and weight.numel() and not hooked and _has_kernel(weight.dtype, product))
 
 
 @cache
-def _has_kernel(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies such weights on this machine; it says so only when it is asked to."""
-    if _pack is None or _multiply is None or not torch.backends.mkldnn.is_available():
-        return False
+def _has_kernel(dtype: torch.dtype, product: _OneDnn | _FewRows) -> bool:
+    """Whether such weights are multiplied on this machine; oneDNN says so only when it is asked to."""
+    if product.keeps_plain:
+        return dtype == torch.float32
     try:
         weight = torch.eye(16, dtype=dtype)
-        return torch.equal(_multiply(weight, _pack(weight, _ROWS), None, "none", [], ""), weight)
+        return torch.equal(product.multiply(weight, product.pack(weight), None), weight)
     except RuntimeError:
         return False
 

@@ -19,12 +19,17 @@ from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, make_tu
 from fedpt_flwr.packing import PackedLinear, is_prepared, prepare, restore, suits_single_rows
 from fedpt_flwr.proxy import ProxyModel
 
-pytestmark = pytest.mark.skipif(not packing._has_kernel(torch.float32), reason="oneDNN is not on this machine")
+pytest.importorskip("numba", reason="compiled loops need the extra fast")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
+@pytest.fixture(autouse=True, params=[packing._OneDnn, packing._FewRows], ids=["onednn", "few rows"])
+def product(request, monkeypatch):
     torch.set_num_threads(1)
+    product = request.param()
+    if not packing._has_kernel(torch.float32, product):
+        pytest.skip("oneDNN is not on this machine")
+    monkeypatch.setattr(packing, "_product", lambda: product)
+    return product
 
 
 def layers():
@@ -117,11 +122,26 @@ def test_a_restored_model_is_the_one_that_it_was(model):
     assert torch.equal(model(ids).logits, scores)
 
 
-def test_a_tied_head_stays_one_tensor_with_the_embedding():
+def test_a_tied_head_stays_one_tensor_with_the_embedding(product):
     model = tiny_llama()
     prepare(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert type(model.lm_head) is nn.Linear
+    assert (type(model.lm_head) is PackedLinear) == product.keeps_plain
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    hidden = torch.randn(3, model.config.hidden_size)
+    torch.testing.assert_close(model.lm_head(hidden), hidden @ model.model.embed_tokens.weight.detach().T)
+
+
+def test_a_copy_of_a_tied_head_goes_with_the_copied_embedding():
+    model = tiny_llama()
+    prepare(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.zero_()
+    hidden = torch.randn(3, model.config.hidden_size)
+    assert not twin.lm_head(hidden).any()
+    assert model.lm_head(hidden).any()
 
 
 def test_a_model_restored_under_inference_mode_can_be_trained():
@@ -205,28 +225,32 @@ def test_layers_with_hooks_or_without_a_kernel_stay_as_they_are(monkeypatch):
     hooked[0].register_forward_hook(lambda *_: None)
     assert prepare(hooked) == 0
     assert prepare(in_a_model(nn.Linear(16, 24).double())) == 0
-    monkeypatch.setattr(packing, "_has_kernel", lambda dtype: False)
+    monkeypatch.setattr(packing, "_has_kernel", lambda dtype, product: False)
     assert prepare(tiny_llama()) == 0
 
 
-def test_packing_never_holds_more_than_one_layer_twice(monkeypatch):
-    model = tiny_llama(tie_word_embeddings=False)
-    sizes = [layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear)]
+def test_packing_never_holds_more_than_one_layer_twice(product, monkeypatch):
+    model = tiny_gpt2() if product.keeps_plain else tiny_llama(tie_word_embeddings=False)
+    sizes = [layer.weight.nbytes for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
     live = []
 
-    def counted(weight, rows):
-        plain = sum(part.weight.nbytes for part in model.modules() if type(part) is nn.Linear)
-        packed = sum(part._packed.nbytes for part in model.modules() if isinstance(part, PackedLinear))
+    def counted(weight):
+        plain = sum(part.weight.nbytes for part in model.modules() if type(part) in (nn.Linear, Conv1D))
+        packed = sum(
+            part._packed.nbytes for part in model.modules() if isinstance(part, PackedLinear) and not part._is_shared
+        )
         live.append(plain + packed + weight.nbytes)
-        return pack(weight, rows)
+        return pack(weight)
 
-    pack = packing._pack
-    monkeypatch.setattr(packing, "_pack", counted)
+    pack = product.pack
+    monkeypatch.setattr(product, "pack", counted)
     assert prepare(model) == len(sizes)
     assert max(live) <= sum(sizes) + max(sizes)
 
 
-def test_a_checkpoint_is_let_go_while_it_is_packed(tmp_path):
+def test_a_checkpoint_is_let_go_while_it_is_packed(product, tmp_path):
+    if product.keeps_plain:
+        pytest.skip("weights stay where they are")
     tiny_llama(hidden_size=512, intermediate_size=1536, num_attention_heads=8).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path))
     size, before = sum(weight.nbytes for weight in model.parameters()), resident_file_bytes()

@@ -1,0 +1,63 @@
+"""What a few rows times a weight cost, against one row: plain torch, oneDNN's layout, and loops compiled for few rows.
+
+    OMP_NUM_THREADS=1 python benchmarks/products.py
+
+Prints for each number of rows how fast the weights are read, in GB/s, best of several turns. There are so many weights
+of each size that no cache holds them. ``prepare()`` takes one of the last two (``fedpt_flwr/packing.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedpt_flwr import packing
+
+Product = Callable[[Tensor, int], object]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["2048x2048", "2048x5632", "960x2560", "640x1728"], metavar="OxI")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--megabytes", type=int, default=200, help="weights of each size, together")
+    asked = parser.parse_args()
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    for size in asked.sizes:
+        num_out, num_in = map(int, size.split("x"))
+        weights = [
+            torch.randn(num_out, num_in) for _ in range(max(2, asked.megabytes * 10**6 // (4 * num_out * num_in)))
+        ]
+        laid_out = {"torch": lambda x, number, weights=weights: F.linear(x, weights[number])}
+        for name, layout in (("oneDNN", packing._OneDnn()), ("few rows", packing._FewRows())):
+            packed = [layout.pack(weight) for weight in weights]
+            laid_out[name] = lambda x, number, packed=packed, layout=layout: layout.multiply(x, packed[number], None)
+        for num_rows in asked.rows:
+            x = torch.randn(num_rows, num_in)
+            speeds = read_speeds(laid_out, x, num_weights=len(weights), turns=asked.turns)
+            size_gb = 4e-9 * num_out * num_in * len(weights)
+            print(f"{size:>10} {num_rows:3} rows", *(f"{name} {size_gb / took:5.1f}" for name, took in speeds.items()))
+
+
+@torch.inference_mode()
+def read_speeds(products: dict[str, Product], x: Tensor, *, num_weights: int, turns: int) -> dict[str, float]:
+    """Seconds to multiply with all weights, the best of several turns, by name."""
+    best = dict.fromkeys(products, float("inf"))
+    for _ in range(turns):
+        for name, product in products.items():
+            begun = time.perf_counter()
+            for number in range(num_weights):
+                product(x, number)
+            best[name] = min(best[name], time.perf_counter() - begun)
+    return best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A few rows times a plain weight, for processors on which no library of torch is fast at that.
+
+Judging drafts multiplies two to eight rows by weights that are far larger than any cache, which need not cost more
+than to read the weights once. On processors with AVX2 and no AVX512, both of torch's libraries take two to four times
+as long for four rows as for one (``benchmarks/products.py``). The loops below read four rows of the weight (two for
+many rows of the input) side by side, and each of them once for all rows of the input; numba compiles them, once for a
+machine.
+
+Every sum is added up in an order that depends on nothing but its length and the number of rows, so results do not
+depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import prange
+from torch import Tensor
+
+FEWEST_ROWS, MOST_ROWS = 2, 8
+"""A single row, and more than these, are left to torch, whose libraries are made for that."""
+
+_ZERO = np.float32(0.0)
+_FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``torch.nn.functional.linear`` gives, up to the rounding of sums.
+
+    Args:
+        x: ``(..., in_features)`` float32 on the CPU.
+        weight: ``(out_features, in_features)``, the same, with rows one behind the other in memory.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(..., out_features)`` float32.
+
+    Raises:
+        RuntimeError: Dtypes or sizes do not fit, as torch says it.
+    """
+    num_out, num_in = weight.shape
+    num_rows = x.numel() // num_in if num_in else 0
+    if not FEWEST_ROWS <= num_rows <= MOST_ROWS or x.shape[-1] != num_in or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    padded = 4 if num_rows <= 4 else 8
+    rows = x.reshape(num_rows, num_in).contiguous()
+    if padded > num_rows:
+        rows = F.pad(rows, (0, 0, 0, padded - num_rows))
+    product = torch.empty(padded, num_out)
+    _kernel(padded, torch.get_num_threads() > 1)(weight.numpy(), rows.numpy(), product.numpy())
+    product = product[:num_rows]
+    if bias is not None:
+        product += bias
+    return product.view(*x.shape[:-1], num_out)
+
+
+@cache
+def _kernel(num_rows: int, in_threads: bool) -> Any:
+    """The compiled loop for so many rows; in threads, for as many as torch uses."""
+    matrix = numba.types.Array(numba.float32, 2, "C", readonly=True)
+    signature = numba.void(matrix, matrix, numba.float32[:, ::1])
+    compiled = numba.njit([signature], parallel=in_threads, fastmath=_FLAGS, nogil=True, cache=True)(_LOOPS[num_rows])
+    if not in_threads:
+        return compiled
+
+    def with_threads(weight: Any, x: Any, product: Any) -> None:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        compiled(weight, x, product)
+
+    return with_threads
+
+
+def _four(weight: Any, x: Any, product: Any) -> None:
+    # Sixteen sums, which is what fits into the registers of AVX2.
+    num_out, num_in = weight.shape
+    for block in prange(num_out // 4):
+        i = 4 * block
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
+        c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = _ZERO
+        for k in range(num_in):
+            a, b, c, d = weight[i, k], weight[i + 1, k], weight[i + 2, k], weight[i + 3, k]
+            x0, x1, x2, x3 = x[0, k], x[1, k], x[2, k], x[3, k]
+            a0 += a * x0
+            a1 += a * x1
+            a2 += a * x2
+            a3 += a * x3
+            b0 += b * x0
+            b1 += b * x1
+            b2 += b * x2
+            b3 += b * x3
+            c0 += c * x0
+            c1 += c * x1
+            c2 += c * x2
+            c3 += c * x3
+            d0 += d * x0
+            d1 += d * x1
+            d2 += d * x2
+            d3 += d * x3
+        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
+        product[0, i + 1], product[1, i + 1], product[2, i + 1], product[3, i + 1] = b0, b1, b2, b3
+        product[0, i + 2], product[1, i + 2], product[2, i + 2], product[3, i + 2] = c0, c1, c2, c3
+        product[0, i + 3], product[1, i + 3], product[2, i + 3], product[3, i + 3] = d0, d1, d2, d3
+    _rest(weight, x, product, num_out // 4 * 4)
+
+
+def _eight(weight: Any, x: Any, product: Any) -> None:
+    num_out, num_in = weight.shape
+    for block in prange(num_out // 2):
+        i = 2 * block
+        a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = _ZERO
+        b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = _ZERO
+        for k in range(num_in):
+            a, b = weight[i, k], weight[i + 1, k]
+            x0, x1, x2, x3 = x[0, k], x[1, k], x[2, k], x[3, k]
+            x4, x5, x6, x7 = x[4, k], x[5, k], x[6, k], x[7, k]
+            a0 += a * x0
+            a1 += a * x1
+            a2 += a * x2
+            a3 += a * x3
+            a4 += a * x4
+            a5 += a * x5
+            a6 += a * x6
+            a7 += a * x7
+            b0 += b * x0
+            b1 += b * x1
+            b2 += b * x2
+            b3 += b * x3
+            b4 += b * x4
+            b5 += b * x5
+            b6 += b * x6
+            b7 += b * x7
+        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
+        product[4, i], product[5, i], product[6, i], product[7, i] = a4, a5, a6, a7
+        product[0, i + 1], product[1, i + 1], product[2, i + 1], product[3, i + 1] = b0, b1, b2, b3
+        product[4, i + 1], product[5, i + 1], product[6, i + 1], product[7, i + 1] = b4, b5, b6, b7
+    _rest(weight, x, product, num_out // 2 * 2)
+
+
+@numba.njit(fastmath=_FLAGS, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _rest(weight: Any, x: Any, product: Any, first: int) -> None:
+    """The outputs that the blocks leave over, one by one."""
+    num_out, num_in = weight.shape
+    for i in range(first, num_out):
+        for row in range(x.shape[0]):
+            total = _ZERO
+            for k in range(num_in):
+                total += weight[i, k] * x[row, k]
+            product[row, i] = total
+
+
+_LOOPS = {4: _four, 8: _eight}

@@ -1,0 +1,62 @@
+"""Products of few rows with plain weights, against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+few_rows = pytest.importorskip("fedpt_flwr.few_rows", reason="compiled loops need the extra fast")
+
+SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (4, 1000)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def case(num_rows, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    num_out, num_in = size
+    return [torch.randn(shape, generator=generator) for shape in ((num_rows, num_in), (num_out, num_in), (num_out,))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_rows", range(1, 11))
+def test_products_are_those_of_torch(num_rows, size):
+    x, weight, bias = case(num_rows, size)
+    for added in (bias, None):
+        expected = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        torch.testing.assert_close(few_rows.multiply(x, weight, added).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [2, 4, 8])
+def test_the_number_of_threads_changes_no_bit(num_rows):
+    x, weight, bias = case(num_rows, (130, 257))
+    alone = few_rows.multiply(x, weight, bias)
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(few_rows.multiply(x, weight, bias), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_row_gives_the_same_bits_whatever_stands_beside_it():
+    x, weight, bias = case(4, (130, 257))
+    together = few_rows.multiply(x, weight, bias)
+    for number in (2, 3):
+        assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    x, weight, _ = case(3, (24, 16))
+    x[1, 5] = value
+    found = few_rows.multiply(x, weight, None).isfinite().all(-1)
+    assert found.tolist() == [True, False, True]
+
+
+def test_weights_that_nobody_may_write_to_are_read():
+    x, weight, _ = case(3, (24, 16))
+    with torch.inference_mode():
+        frozen = weight.clone()
+        torch.testing.assert_close(few_rows.multiply(x.clone(), frozen, None), x @ weight.T)
