@@ -63,8 +63,9 @@ class Acceptance:
 class StepCosts:
     """What a pass of each model costs, by the number of tokens in it; timed when first asked for.
 
-    Passes over 1, 2, 4, 8 … tokens are timed on a cache of its own and those between are interpolated: what counts is
-    where the cost begins to rise with the number of tokens, and that differs between machines, dtypes and packings.
+    Passes over 1, 2, 4, 5, 8, 16, 32 … tokens are timed on a cache of its own and those between are interpolated: what
+    counts is where the cost begins to rise with the number of tokens, and that differs between machines, dtypes and
+    packings. Behind four it may jump, because rows are often multiplied in blocks of four.
 
     Args:
         steps: A step function for each of ``large``, ``tuned`` and ``untuned``.
@@ -76,11 +77,12 @@ class StepCosts:
 
     def seconds(self, name: str, num_tokens: int) -> float:
         """Of one pass of a model over so many tokens of all rows together."""
-        low = 1 << (num_tokens.bit_length() - 1)
+        low = 5 if 5 <= num_tokens < 8 else 1 << (num_tokens.bit_length() - 1)
         if low == num_tokens:
-            return self._power(name, low)
-        below, above = self._power(name, low), self._power(name, 2 * low)
-        return below + (above - below) * (num_tokens - low) / low
+            return self._timing(name, low)
+        high = 8 if low == 5 else 2 * low
+        below, above = self._timing(name, low), self._timing(name, high)
+        return below + (above - below) * (num_tokens - low) / (high - low)
 
     def of_round(self, num_rows: int, num_drafts: int) -> float:
         """Seconds of a round that drafts so many tokens for each of so many rows."""
@@ -88,7 +90,7 @@ class StepCosts:
         drafting = (num_drafts + 1) * self.seconds("tuned", num_rows)
         return drafting + self.seconds("large", verified) + self.seconds("untuned", verified)
 
-    def _power(self, name: str, num_tokens: int) -> float:
+    def _timing(self, name: str, num_tokens: int) -> float:
         if (name, num_tokens) not in self._timed:
             self._timed[name, num_tokens] = _time_pass(self._steps[name], num_tokens)
         return self._timed[name, num_tokens]

@@ -13,7 +13,7 @@ class Costs(StepCosts):
         super().__init__({})
         self.models = models
 
-    def _power(self, name, num_tokens):
+    def _timing(self, name, num_tokens):
         base, slope = self.models[name]
         return base + slope * num_tokens
 
@@ -100,11 +100,11 @@ def test_passes_are_timed_once_and_interpolated():
             return step(cache, ids, keep=keep)
 
     costs = StepCosts({"large": Counting()})
-    four, eight = costs.seconds("large", 4), costs.seconds("large", 8)
-    assert four > 0
-    assert eight > 0
+    two, four, five, eight = (costs.seconds("large", tokens) for tokens in (2, 4, 5, 8))
+    assert min(two, four, five, eight) > 0
     number = len(passes)
-    assert costs.seconds("large", 6) == pytest.approx((four + eight) / 2)
+    assert costs.seconds("large", 3) == pytest.approx((two + four) / 2)
+    assert costs.seconds("large", 6) == pytest.approx((2 * five + eight) / 3)
     assert costs.seconds("large", 4) == four
     assert len(passes) == number
     assert costs.seconds("large", 16) > 0  # more than one row
