@@ -296,6 +296,7 @@ def serve(
     folder, config = _open_run(run)
     from transformers import logging as transformers_logging
 
+    from fedpt_flwr import packing
     from fedpt_flwr.generation import Drafts
     from fedpt_flwr.logits import check_alpha, check_plausibility
     from fedpt_flwr.service import server
@@ -326,6 +327,8 @@ def serve(
     if not api_key and not is_loopback:
         said = f"fedpt: anybody who reaches {host} may use the service; --api-key asks for a key"
         _err.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if prepare and (advice := packing.advice()):
+        _err.print(f"fedpt: {advice}", markup=False, highlight=False, soft_wrap=True)
     transformers_logging.disable_progress_bar()
     _err.print(f"Loading {folder}", markup=False, highlight=False, soft_wrap=True)
     # A run's own service is connected to with each run that is followed; only what is said here holds for all of them.

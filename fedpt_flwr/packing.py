@@ -263,6 +263,14 @@ def suits_single_rows() -> bool:
     return product is not None and (product.keeps_plain or torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
+def advice() -> str:
+    """What would make decoding faster on this machine; empty if there is nothing to install."""
+    product = _product()
+    if torch.backends.cpu.get_cpu_capability() != "AVX2" or (product is not None and product.keeps_plain):
+        return ""
+    return "this processor decodes faster with numba: pip install 'fedpt-flwr[fast]'"
+
+
 def is_prepared(model: nn.Module) -> bool:
     """Whether some weight of the model is packed."""
     return any(isinstance(part, PackedLinear) for part in model.modules())

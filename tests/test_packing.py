@@ -307,3 +307,22 @@ def test_a_proxy_like_a_prepared_one_shares_what_is_packed(form, tmp_path):
     ids = random_ids(2, 5) % 32
     with torch.no_grad():
         torch.testing.assert_close(second(ids).logits, proxy(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("processor", "is_advised"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_a_package_is_advised_where_it_would_help(product, processor, is_advised, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    assert bool(packing.advice()) == (is_advised and not product.keeps_plain)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"), [("AVX2", packing._FewRows), ("AVX512", packing._OneDnn), ("DEFAULT", packing._OneDnn)]
+)
+def test_the_processor_decides_how_weights_lie(processor, expected, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    packing._product.cache_clear()
+    try:
+        assert type(packing._product()) is expected
+    finally:
+        packing._product.cache_clear()
