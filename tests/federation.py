@@ -25,6 +25,7 @@ QUICK = {
     "distillation.final-steps": 3,
     "distillation.final-num-prompts": 6,
     "threads.server": 1,
+    "data.validation": str(Path(__file__).with_name("validation.jsonl")),  # every sixth of the demo world's
 }
 """A run of some seconds."""
 

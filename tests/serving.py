@@ -16,7 +16,7 @@ from federation import federate
 
 TRAINED = {
     "num-server-rounds": 3,
-    "train.max-steps": 20,
+    "train.max-steps": 12,
     "train.batch-size": 16,
     "distillation.mode": "off",
     "scoring.num-items": 24,

@@ -75,6 +75,7 @@ def test_alpha_0_answers_as_the_large_model(fedpt):
     assert fedpt("generate", *prompt, "--alpha", "0") == fedpt("generate", *prompt, "--model", "large")
 
 
+@pytest.mark.slow
 def test_a_seed_makes_sampling_repeatable(fedpt):
     sampled = ["generate", r"[Unit]\n", "--max-new-tokens", "12", "--temperature", "1.5"]
     assert fedpt(*sampled, "--seed", "1") == fedpt(*sampled, "--seed", "1")

@@ -391,6 +391,7 @@ def test_a_proxy_may_assist_another_model():
     assert torch.equal(output, large.generate(ids, max_new_tokens=8, do_sample=False))
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible_and_follows_the_scores():
     models = trio(spread=0.08)
     proxy = ProxyModel(*models)

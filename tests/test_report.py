@@ -779,6 +779,7 @@ def test_a_folder_of_something_else_is_an_error_with_a_remedy(tmp_path):
         make_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_speaks_of_the_option(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written .*; free some space, or give .* with --out"):
@@ -804,7 +805,7 @@ def mutated(value, generator, rate):
     return [mutated(entry, generator, rate) for entry in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 10))])
 @pytest.mark.parametrize("whole", [whole_run, whole_comparison])
 def test_whatever_the_files_hold_there_is_a_page_or_a_sentence(whole, seed, tmp_path):
     generator = random.Random(seed)

@@ -293,7 +293,7 @@ def assert_goes_on(kind, kills, federations, tiny, unbroken, root):
     assert len(RunFolder(only_run(root)).read_config()["flower_run_ids"]) == len(kills) + 1
 
 
-@pytest.mark.parametrize(("kind", "kill"), OFTEN)
+@pytest.mark.parametrize(("kind", "kill"), [OFTEN[0], pytest.param(*OFTEN[1], marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_files(kind, kill, federations, tiny, unbroken, tmp_path):
     assert_goes_on(kind, KILLS[kill], federations, tiny, unbroken, tmp_path)
 
@@ -314,6 +314,7 @@ def test_a_run_of_any_kind_goes_on_to_the_same_files(kind, number, federations, 
     assert_goes_on(kind, [("FedPT._evaluate_on_devices", number)], federations, tiny, unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_runs_that_are_left_alone_are_the_same(federations, tiny, unbroken, tmp_path):
     # Else the comparisons above would say nothing.
     federations.run(tmp_path, tiny | KINDS["FedAvg"])
@@ -340,6 +341,7 @@ def releases(folder):
     return json.loads((folder / "privacy.json").read_text())["releases"]
 
 
+@pytest.mark.slow
 def test_a_private_round_that_was_lost_after_it_was_spent_stays_spent(federations, tiny, tmp_path):
     """Killed between noise and checkpoint; the budget was for three rounds, and the run ends after two."""
     config = tiny | PRIVATE | {"privacy.max-epsilon": epsilon_after(4.0, NUM_ROUNDS, delta=1e-5)}
@@ -471,6 +473,7 @@ def test_a_run_waits_for_the_devices_that_it_had(stopped, federations, tiny, unb
     assert_same_run(stopped, unbroken("FedAvg"))
 
 
+@pytest.mark.slow
 def test_the_newest_run_goes_on_although_an_older_one_has_the_newest_model(finished, federations, tiny, unbroken):
     config = tiny | KINDS["FedAvg"]
     federations.run(finished.parent, config, ("LocalGrid.ask", 6))
@@ -542,9 +545,7 @@ WRONG_ARRAYS = {
 }
 FILES_OF_MODES = [
     ("FedAvg", "arrays"),
-    ("paired FedAvg", "tuned"),
-    ("paired FedAvg", "untuned"),
-    ("paired FedAvg", "next-untuned"),
+    *(pytest.param("paired FedAvg", name, marks=pytest.mark.slow) for name in ("tuned", "untuned", "next-untuned")),
 ]
 
 

@@ -181,7 +181,12 @@ MIX = [
 
 @pytest.mark.parametrize(
     ("kind", "draft_tokens"),
-    [("llama", 0), ("mixed", 2), ("related", 4), ("related", "auto")],
+    [
+        pytest.param("llama", 0, marks=pytest.mark.slow),
+        ("mixed", 2),
+        pytest.param("related", 4, marks=pytest.mark.slow),
+        ("related", "auto"),
+    ],
 )
 def test_texts_of_all_kinds_at_once_are_what_generate_writes(start, kind, draft_tokens):
     proxy = make_proxy(kind)

@@ -304,7 +304,9 @@ def assert_within_the_error(run, trained, there, rules=RULES):
     return largest, bound
 
 
-@pytest.mark.parametrize("gone", [[], [1]], ids=["nobody is gone", "as many are gone as may be"])
+@pytest.mark.parametrize(
+    "gone", [pytest.param([], marks=pytest.mark.slow), [1]], ids=["nobody is gone", "as many are gone as may be"]
+)
 def test_a_run_ends_with_the_mean_of_the_others_and_the_server_has_seen_nobodys_change(gone, plain, tmp_path):
     recorder = Recorder(silent(train=gone))
     run = federate(tmp_path, NUM_DEVICES, SECURE, tamper=recorder)

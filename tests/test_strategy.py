@@ -838,6 +838,7 @@ def test_going_on_after_any_round_gives_the_same_bits_as_not_stopping(name, repl
         assert_goes_on(name, whole, stopped, **settings)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(RESUMABLE),

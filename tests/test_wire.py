@@ -19,6 +19,7 @@ def bytes_of(run):
     return [row[key] for row in rows for key in ("bytes_down", "bytes_up") if "bytes_up" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_with_half_the_bytes_ends_near_the_run_with_all(dtype, whole, tmp_path):
     run = federate(tmp_path, 2, SHORT | {"wire.dtype": dtype})
