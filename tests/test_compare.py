@@ -556,7 +556,7 @@ class Command:
     """`fedpt compare` in a process of its own."""
 
     def __init__(self, folder, config, *options):
-        keys = (*TINY, "data.validation", "train.learning-rate")  # not the one that was chosen for the demo world
+        keys = (*TINY, "train.learning-rate")  # not the one that was chosen for the demo world
         lines = [f'"{key}" = {json.dumps(config[key])}' for key in keys]
         (folder / "config.toml").write_text("\n".join(lines))
         self.out = folder / "out"
@@ -819,7 +819,7 @@ def flower(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cell_gives_what_flwr_run_gives_bit_for_bit(flower, config, tmp_path):
-    log, entry = flower.run(3, {key: value for key, value in config.items() if key in (*TINY, "data.validation")})
+    log, entry = flower.run(3, {key: value for key, value in config.items() if key in TINY})
     assert entry["status"] == "finished:completed", log
     plan = make_plan(config, kinds=(FEDPT,), seeds=(1, 0), num_devices=3)
     comparison = Comparison(plan, tmp_path / "one", app=APP)
