@@ -51,7 +51,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(num_rows, num_in).contiguous()
     if padded > num_rows:
         rows = F.pad(rows, (0, 0, 0, padded - num_rows))
-    product = torch.empty(padded, num_out)
+    product = torch.empty(padded, num_out, dtype=torch.float32, device=x.device)
     _kernel(padded, torch.get_num_threads() > 1)(weight.numpy(), rows.numpy(), product.numpy())
     product = product[:num_rows]
     if bias is not None:
@@ -59,12 +59,21 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product.view(*x.shape[:-1], num_out)
 
 
+def _compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
+    """A loop for machine code, kept on disk for the next process if there is a place where it may be written."""
+    options |= {"fastmath": _FLAGS, "nogil": True}
+    try:
+        return numba.njit(signatures, cache=True, **options)(loop)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return numba.njit(signatures, **options)(loop)
+
+
 @cache
 def _kernel(num_rows: int, in_threads: bool) -> Any:
     """The compiled loop for so many rows; in threads, for as many as torch uses."""
     matrix = numba.types.Array(numba.float32, 2, "C", readonly=True)
     signature = numba.void(matrix, matrix, numba.float32[:, ::1])
-    compiled = numba.njit([signature], parallel=in_threads, fastmath=_FLAGS, nogil=True, cache=True)(_LOOPS[num_rows])
+    compiled = _compiled(_LOOPS[num_rows], [signature], parallel=in_threads)
     if not in_threads:
         return compiled
 
@@ -72,6 +81,12 @@ def _kernel(num_rows: int, in_threads: bool) -> Any:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         compiled(weight, x, product)
 
+    numba.config.THREADING_LAYER = "threadsafe"  # the one that is left otherwise ends the process if two threads ask
+    try:
+        one = np.zeros((num_rows, 1), np.float32)
+        with_threads(np.zeros((1, 1), np.float32), one, one.copy())
+    except ValueError:  # there is none here
+        return _kernel(num_rows, in_threads=False)
     return with_threads
 
 
@@ -141,7 +156,6 @@ def _eight(weight: Any, x: Any, product: Any) -> None:
     _rest(weight, x, product, num_out // 2 * 2)
 
 
-@numba.njit(fastmath=_FLAGS, nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _rest(weight: Any, x: Any, product: Any, first: int) -> None:
     """The outputs that the blocks leave over, one by one."""
     num_out, num_in = weight.shape
@@ -153,4 +167,5 @@ def _rest(weight: Any, x: Any, product: Any, first: int) -> None:
             product[row, i] = total
 
 
+_rest = _compiled(_rest)
 _LOOPS = {4: _four, 8: _eight}

@@ -60,3 +60,38 @@ def test_weights_that_nobody_may_write_to_are_read():
     with torch.inference_mode():
         frozen = weight.clone()
         torch.testing.assert_close(few_rows.multiply(x.clone(), frozen, None), x @ weight.T)
+
+
+@pytest.fixture
+def _fresh():
+    few_rows._kernel.cache_clear()
+    yield
+    few_rows._kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_where_nothing_can_be_kept_on_disk_loops_are_compiled_all_the_same(monkeypatch):
+    jit = few_rows.numba.njit
+
+    def nowhere(*arguments, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return jit(*arguments, **options)
+
+    monkeypatch.setattr(few_rows.numba, "njit", nowhere)
+    x, weight, _ = case(3, (24, 16))
+    torch.testing.assert_close(few_rows.multiply(x, weight, None), x @ weight.T)
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_without_threads_that_are_safe_there_are_none(monkeypatch):
+    def refuse(number):
+        raise ValueError("No threading layer could be loaded.")
+
+    monkeypatch.setattr(few_rows.numba, "set_num_threads", refuse)
+    x, weight, _ = case(3, (24, 16))
+    try:
+        torch.set_num_threads(2)
+        torch.testing.assert_close(few_rows.multiply(x, weight, None), x @ weight.T)
+    finally:
+        torch.set_num_threads(1)
