@@ -59,13 +59,33 @@ class Choices:
             Indices, ``(prompts,)``; of equally likely choices the first. -1 where no number is finite, as those of a
             model whose training diverged.
         """
+        usable = self._costs(nats)
+        best: IntArray = np.where(np.isinf(usable).all(axis=1), -1, usable.argmin(axis=1))
+        return best
+
+    def confidence(self, nats: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """How sure of the likeliest choice a model is: its share among all choices, by what they are chosen by.
+
+        Args:
+            nats: As for :meth:`best`.
+
+        Returns:
+            Shares in (0, 1], ``(prompts,)``; 0 where nothing is chosen.
+        """
+        usable = self._costs(nats)
+        least = usable.min(axis=1, keepdims=True)
+        logarithms = np.full_like(usable, -np.inf)
+        np.subtract(least, usable, out=logarithms, where=np.isfinite(usable))
+        found: npt.NDArray[np.float64] = np.isfinite(least[:, 0]) / np.maximum(np.exp(logarithms).sum(axis=1), 1.0)
+        return found
+
+    def _costs(self, nats: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What choices are chosen by, the least first; infinite where a number is not finite."""
         if self.length == "tokens":
             nats = nats / [len(ids) for ids in self.ids]
         elif self.length == "bytes":
             nats = nats / [len(text.encode()) for text in self.texts]
-        usable = np.where(np.isfinite(nats), nats, np.inf)
-        best: IntArray = np.where(np.isinf(usable).all(axis=1), -1, usable.argmin(axis=1))
-        return best
+        return np.where(np.isfinite(nats), nats, np.inf)
 
     def text_of(self, index: int) -> str:
         """The answer with this index; none for -1."""

@@ -335,7 +335,11 @@ def choice_scores(
 
 def chosen(losses: AnswerLosses, choices: Choices) -> IntArray:
     """The index of the likeliest choice after each prompt, ``(prompts,)``, from the losses of all pairs."""
-    return choices.best(losses.nats.reshape(-1, len(choices.texts)))
+    return choices.best(_by_prompt(losses, choices))
+
+
+def _by_prompt(losses: AnswerLosses, choices: Choices) -> npt.NDArray[np.float64]:
+    return losses.nats.reshape(-1, len(choices.texts))
 
 
 def choice_quality(losses: AnswerLosses, choices: Choices, right: IntArray) -> tuple[float, float]:
@@ -878,6 +882,7 @@ class Measurement:
         losses: Its losses on the right answers, or None if they were not computed.
         answers: What it wrote or chose, or None if it did neither.
         written: What it wrote as token ids, up to and with the token that ended each answer; None if it chose.
+        confidence: How sure it was of what it chose, ``(items,)``, see ``Choices.confidence``; None if it wrote.
         judged: A mark for every answer, by metric; see :func:`judge_answers`.
         shots: Public texts in each prompt, or None for a prompt without any.
     """
@@ -885,6 +890,7 @@ class Measurement:
     losses: AnswerLosses | None = None
     answers: list[str] | None = None
     written: list[list[int]] | None = None
+    confidence: FloatArray | None = None
     judged: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     shots: IntArray | None = None
 
@@ -896,6 +902,7 @@ class Measurement:
             and AnswerLosses(self.losses.nats[chosen], self.losses.tokens[chosen], self.losses.is_bound),
             answers=self.answers and [self.answers[index] for index in indices],
             written=self.written and [self.written[index] for index in indices],
+            confidence=None if self.confidence is None else self.confidence[chosen],
             judged={name: marks[chosen] for name, marks in self.judged.items()},
             shots=None if self.shots is None else self.shots[chosen],
         )
@@ -1084,12 +1091,16 @@ def score_models(
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
 
-    def judge(answers: list[str], losses: AnswerLosses, written: list[list[int]] | None = None) -> Measurement:
+    def judge(answers: list[str], losses: AnswerLosses) -> Measurement:
         references = [example.answer for example in examples]
         marks = judge_answers(
             answers, references, answer_pattern=answer_pattern, values=values, fields=fields, rouge_l=rouge_l
         )
-        return Measurement(losses=losses, answers=answers, written=written, judged=marks)
+        return Measurement(losses=losses, answers=answers, judged=marks)
+
+    def choose(costs: AnswerLosses, choices: Choices, losses: AnswerLosses) -> Measurement:
+        answers = [choices.text_of(index) for index in chosen(costs, choices)]
+        return replace(judge(answers, losses), confidence=choices.confidence(_by_prompt(costs, choices)))
 
     def measure(name: str, opener: _Opener, prompts: Sequence[Sequence[int]], losses: AnswerLosses) -> Measurement:
         nonlocal large_tokens
@@ -1106,7 +1117,7 @@ def score_models(
             answers = [decode_answer(answer, model, tokenizer) for answer in written]
         if name in ("large", "proxy", FEW_SHOT):
             large_tokens += sum(map(len, prompts)) + sum(len(answer) - 1 for answer in written)
-        return judge(answers, losses, written)
+        return replace(judge(answers, losses), written=written)
 
     pad_id = tokenizer.pad_token_id or 0
     measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
@@ -1141,10 +1152,7 @@ def score_models(
             scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
             costs = _losses_of_all(proxy, scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
             large_tokens += choices.tokens_read(prompts)
-            measurements |= {
-                name: judge([choices.text_of(index) for index in chosen(costs[name], choices)], losses[name])
-                for name in missing
-            }
+            measurements |= {name: choose(costs[name], choices, losses[name]) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
         context = max_positions(proxy.large) or 2**31
@@ -1191,7 +1199,7 @@ def score_models(
                 on_progress=progress(f"choices of {FEW_SHOT}"),
             )
             large_tokens += choices.tokens_read(few_shot_prompts)
-            measured = judge([choices.text_of(index) for index in chosen(found, choices)], few_shot_losses)
+            measured = choose(found, choices, few_shot_losses)
         measurements[FEW_SHOT] = replace(measured, shots=used)
 
     names = [name for name in (*MODELS, FEW_SHOT) if name in measurements]

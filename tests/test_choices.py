@@ -180,6 +180,19 @@ def test_of_equally_likely_choices_the_first_is_taken():
     assert Choices(texts=TEXTS, ids=IDS).best(np.array([[3.0, 1.0, 1.0]])).tolist() == [1]
 
 
+@pytest.mark.parametrize("length", ["sum", "tokens", "bytes"])
+def test_the_confidence_is_the_softmax_of_what_choices_are_chosen_by(length):
+    nats = np.array([[2.0, 4.0, 9.0], [800.0, 801.0, 950.0]])
+    lengths = {"sum": [1] * 3, "tokens": list(map(len, IDS)), "bytes": [len(text.encode()) for text in TEXTS]}[length]
+    shares = torch.softmax(torch.tensor(-nats / lengths), dim=1).amax(1)
+    assert Choices(texts=TEXTS, ids=IDS, length=length).confidence(nats) == pytest.approx(shares.numpy())
+
+
+def test_of_what_is_not_finite_nothing_is_sure():
+    nats = np.array([[np.nan, np.inf, np.nan], [np.nan, 1.0, np.inf]])
+    assert Choices(texts=TEXTS, ids=IDS).confidence(nats).tolist() == [0.0, 1.0]
+
+
 def test_no_choice_is_an_invalid_answer(tokenizer, prompts, choices):
     broken = tiny_llama(1)
     torch.nn.init.constant_(broken.model.norm.weight, torch.nan)

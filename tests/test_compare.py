@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -751,7 +752,7 @@ def test_the_gap_closed_is_taken_seed_by_seed_and_then_world_by_world(settled):
     assert f"Gap closed, b, off: {why}" in summary_text(summarise(plan, results))
     assert "why" not in gaps["a", "off"]
     assert gaps["all", "off"] == {
-        "world": "all", "mode": "off", "row": "proxy", "reference": LARGE,
+        "world": "all", "mode": "off", "row": "proxy", "reference": LARGE, "measure": "exact_match",
         "mean": None, "ci95": None, "values": [pytest.approx(0.775), None],
         "why": "no share: in world b there is none",
     }  # fmt: skip
@@ -760,6 +761,26 @@ def test_the_gap_closed_is_taken_seed_by_seed_and_then_world_by_world(settled):
     # World means 0.775 and 0.75, their standard deviation 0.025 / sqrt(2): 12.7062 * 0.025 / 2 = 0.158828.
     assert everywhere["mean"] == pytest.approx(0.7625)
     assert everywhere["ci95"] == pytest.approx([0.7625 - 0.158828, 0.7625 + 0.158828], abs=1e-5)
+
+
+def test_free_text_is_compared_by_rouge_l_too(settled):
+    plan, results = settled
+    items = {"keys": ["x", "y"], "tokens": [3, 5]}
+    for cell in results.values():
+        for row, scores in (cell or {"rows": {}})["rows"].items():
+            scores["rouge_l"] = value = {"proxy": 0.5, "large": 0.25}.get(row, 0.75)
+            columns = {"exact_match": [0, 0], "rouge_l": [value, value], "loss": [None, None]}
+            cell.setdefault("items", items | {"rows": {}})["rows"][row] = columns
+    summary = summarise(plan, results)
+    gaps = rows_by_place(summary["gap_closed"], "world", "reference", "measure")
+    assert gaps["a", LARGE, "rouge_l"]["values"] == pytest.approx([0.5, 0.5])
+    assert gaps["a", LARGE, "rouge_l"]["ci95_items"] == pytest.approx([0.5, 0.5])
+    differences = rows_by_place(summary["differences"], "world", "against", "measure")
+    assert differences["a", LARGE, "rouge_l"]["value"] == pytest.approx(-0.25)
+    assert ("a", LARGE, "loss") not in differences  # nobody has one
+    text = summary_text(summary)
+    assert "ROUGE-L %" in text
+    assert re.search(r"^a +off +proxy +large_federated +rouge_l +50 ", text, re.MULTILINE)
 
 
 def test_a_seed_without_its_reference_closes_no_gap(settled):

@@ -864,7 +864,8 @@ def test_a_comparison_shows_gap_costs_learning_rates_and_cells(comparison):
         part.id: block for part in comparison.sections for block in reversed(part.blocks) if isinstance(block, Table)
     }
     assert tables["gap"].rows[0][2:4] == ["proxy", "large_federated"]
-    assert (tables["gap"].rows[0][4].text, tables["gap"].rows[0][5]) == ("91.0", "[85.0, 95.0]")
+    assert tables["gap"].rows[0][4] == "exact match"
+    assert (tables["gap"].rows[0][5].text, tables["gap"].rows[0][6]) == ("91.0", "[85.0, 95.0]")
     assert tables["costs"].head[3:] == ["device MB up", "device GFLOP per round", "seconds"]
     assert tables["costs"].rows == [["demo", "carry", "proxy", "5.00", "2.00", "12.5"]]
     low, high = tables["learning-rates"].rows
@@ -908,11 +909,14 @@ def test_calibration_and_cost_plots_show_the_hand_computed_places(comparison):
 def test_the_tables_of_a_comparison_are_files_for_programs_and_papers(compared):
     folder = compared / "tables"
     lines = (folder / "gap.csv").read_text().splitlines()
-    assert lines[0] == 'world,mode,row,to,gap closed %,"gap closed %, interval",over the items,by seed'
-    assert lines[1].startswith('demo,carry,proxy,large_federated,91.0,"[81.0, 101.0]"')
+    assert lines[0] == 'world,mode,row,to,by,gap closed %,"gap closed %, interval",over the items,by seed'
+    assert lines[1].startswith('demo,carry,proxy,large_federated,exact match,91.0,"[81.0, 101.0]"')
     latex = (folder / "gap.tex").read_text()
-    assert "\\begin{tabular}{llllrrr}" in latex
-    assert "demo & carry & proxy & large\\_federated & 91.0 [81.0, 101.0] & [85.0, 95.0] & 90.0, 92.0 \\\\" in latex
+    assert "\\begin{tabular}{lllllrrr}" in latex
+    assert (
+        "demo & carry & proxy & large\\_federated & exact match & 91.0 [81.0, 101.0] & [85.0, 95.0] & 90.0, 92.0 \\\\"
+        in latex
+    )
 
 
 def test_a_table_as_a_file_is_nothing_that_a_program_would_run():
@@ -945,7 +949,7 @@ def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     files["summary.json"]["gap_closed"][0]["why"] = "no share: it gained nothing"
     page = comparison_page(write(tmp_path, files))
     table, said = section(page, "gap").blocks
-    assert table.rows == [["demo", "off", "proxy", "large_federated", "-", "-", "-, 50.0"]]
+    assert table.rows == [["demo", "off", "proxy", "large_federated", "exact match", "-", "-", "-, 50.0"]]
     assert said.text == "World demo, mode off: no share: it gained nothing."
 
 

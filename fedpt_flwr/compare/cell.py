@@ -23,6 +23,7 @@ from safetensors import safe_open
 from fedpt_flwr.compare.footprint import first_task_apart
 from fedpt_flwr.compare.kinds import ALONE, KINDS, POOLED, Kind
 from fedpt_flwr.compare.plan import Cell, Result
+from fedpt_flwr.compare.statistics import ITEM_MEASURES
 from fedpt_flwr.config import RunConfig, Scalar, parse_run_config, settings
 from fedpt_flwr.errors import ConfigError
 from fedpt_flwr.evaluation import Evaluator
@@ -219,12 +220,13 @@ def _scored_again(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -
     calibration, speed = {}, {}
     for name in wanted:
         model, measured = models[name], scores.measurements[name]
-        # Not of the tuned model with its adapter switched off, nor of answers that were chosen and not written.
-        if model is None or measured.written is None:
-            continue
-        right = measured.judged["exact_match"]
-        calibration[kind.rows[name]] = reliability(evaluator.answer_probabilities(model, measured), right.tolist())
-        if is_timed:
+        sure = None if measured.confidence is None else measured.confidence.tolist()
+        if sure is None:
+            if model is None:  # the tuned model with its adapter switched off
+                continue
+            sure = evaluator.answer_probabilities(model, measured)
+        calibration[kind.rows[name]] = reliability(sure, measured.judged["exact_match"].tolist())
+        if is_timed and measured.written is not None:
             speed[kind.rows[name]] = round(evaluator.tokens_per_second(model, number=_TIMED_ITEMS), 2)
     return {
         "validation_rows": {kind.rows[name]: row.to_json() for name, row in scores.rows.items() if name in kind.rows},
@@ -238,7 +240,7 @@ def reliability(probabilities: Sequence[float], right: Sequence[int]) -> dict[st
     """Whether answers that a model finds likely are right as often (Guo et al. 2017, arXiv:1706.04599).
 
     Args:
-        probabilities: That it gave to each answer that it wrote.
+        probabilities: That it gave to each answer that it wrote, or chose among all that might be chosen.
         right: 1 where that answer is right, else 0.
 
     Returns:
@@ -312,9 +314,9 @@ def _items(kind: Kind, answers: Sequence[Mapping[str, Any]]) -> Result:
         for own, row in kind.rows.items():
             made_of_it = line["models"].get(own)
             if made_of_it is not None:
-                columns = rows.setdefault(row, {"exact_match": [], "loss": []})
-                columns["exact_match"].append(made_of_it.get("exact_match"))
-                columns["loss"].append(made_of_it.get("loss"))
+                columns = rows.setdefault(row, {measure: [] for measure in ITEM_MEASURES})
+                for measure, column in columns.items():
+                    column.append(made_of_it.get(measure))
     return {"keys": keys, "tokens": [line.get("answer_tokens", 1) for line in answers], "rows": rows}
 
 

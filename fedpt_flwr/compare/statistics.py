@@ -28,6 +28,9 @@ FloatArray = npt.NDArray[np.float64]
 
 _SEED = 20_241_001  # of the bootstrap: the same cells give the same intervals
 
+ITEM_MEASURES = ("exact_match", "rouge_l", "loss")
+"""What is kept of every test item and compared item by item; of an item, what was not measured is None."""
+
 Items = Mapping[str, Any]
 """What a cell holds of its test items: ``keys``, ``tokens``, and ``rows`` with marks and losses by row."""
 
@@ -101,7 +104,7 @@ def item_sums(columns: Sequence[Sequence[tuple[Items, str]]], measure: str) -> F
 
     Args:
         columns: For each seed the rows to look at: the cell's items and the row's name.
-        measure: ``exact_match`` or ``loss``; a loss is weighted by the tokens of its answer.
+        measure: One of :data:`ITEM_MEASURES`; a loss is weighted by the tokens of its answer.
 
     Returns:
         ``(items, rows + 1)``, the last column the number of values (or tokens) in each sum; None where a row lacks the
@@ -131,7 +134,7 @@ def paired_difference(
 
     Args:
         columns: For each seed the two rows.
-        measure: ``exact_match`` or ``loss``.
+        measure: One of :data:`ITEM_MEASURES`.
 
     Returns:
         ``value``, ``ci95``, ``p``, ``items``, and ``by_seed`` with the mean over the seeds and its t interval; None

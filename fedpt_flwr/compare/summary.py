@@ -7,14 +7,14 @@ from typing import Any
 
 from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.plan import Cell, Plan, Result
-from fedpt_flwr.compare.statistics import gap_over_items, holm, mean_over_seeds, paired_difference
+from fedpt_flwr.compare.statistics import ITEM_MEASURES, gap_over_items, holm, mean_over_seeds, paired_difference
 from fedpt_flwr.compare.views import cost_to_target, curves, mean_costs, quality_under_budget, ratios, robustness
 from fedpt_flwr.scoring import gap_closed, render_table
 
 RIVALS = ("tuned", LARGE, LARGE_LORA)
 """The rows that the proxy is compared with, item by item."""
 
-_SCORES = ("exact_match", "loss", "invalid_rate", "contains_value", "right_field")
+_SCORES = ("exact_match", "rouge_l", "loss", "invalid_rate", "contains_value", "right_field")
 
 
 def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any]:
@@ -28,11 +28,12 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         ``rows``: for each world, mode and row its test scores over the seeds that are there; only ``fedpt`` has a mode.
         ``differences``: the proxy against each of :data:`RIVALS`, item by item, with p values that Holm's procedure has
         raised for the whole list. ``gap_closed``: the share of the way from ``large`` to ``large_federated`` that the
-        proxy goes, by exact match on the test items, each seed against the same seed; of the world ``all`` each value
-        is a world's mean, since the seeds of one world are no independent draws of it. ``learning_rates``: what was
-        tried, on the validation items. ``costs``: means over the seeds, and ``cost_ratios``, the proxy's over the large
-        rows'. ``curves``, ``quality_under_budget``, ``cost_to_target``, ``robustness``, ``calibration``: see
-        ``views.py``. ``ablations``: rows of the cells in which one key was varied. ``meanings``: what the rows are.
+        proxy goes, by exact match on the test items and by ROUGE-L where that was measured, each seed against the same
+        seed; of the world ``all`` each value is a world's mean, since the seeds of one world are no independent draws
+        of it. ``learning_rates``: what was tried, on the validation items. ``costs``: means over the seeds, and
+        ``cost_ratios``, the proxy's over the large rows'. ``curves``, ``quality_under_budget``, ``cost_to_target``,
+        ``robustness``, ``calibration``: see ``views.py``. ``ablations``: rows of the cells in which one key was varied.
+        ``meanings``: what the rows are.
 
         A mean has its values beside it, in the order of the seeds, and a 95 % interval over the seeds. A value that is
         not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is None, and then so
@@ -111,9 +112,9 @@ def _of_seed(cells: Sequence[Result], seed: int) -> Result | None:
 
 
 def _differences(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
-    """The family of comparisons: the proxy against its rivals, in every world and mode, by exact match; and by loss."""
-    found = [row for measure in ("exact_match", "loss") for row in _compared(plan, groups, measure)]
-    for measure in ("exact_match", "loss"):
+    """Families of comparisons, one for each measure: the proxy against its rivals, in every world and mode."""
+    found = [row for measure in ITEM_MEASURES for row in _compared(plan, groups, measure)]
+    for measure in ITEM_MEASURES:
         family = [row for row in found if row["measure"] == measure]
         for row, raised in zip(family, holm([row["p"] for row in family]), strict=True):
             row["p_holm"], row["family"] = raised, len(family)
@@ -136,10 +137,19 @@ def _compared(plan: Plan, groups: Mapping[Group, Sequence[Result]], measure: str
 
 
 def _gaps_closed(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
-    return [row for reference in (LARGE, LARGE_LORA) for row in _gaps_to(reference, plan, groups)]
+    scores = [row for cells in groups.values() for cell in cells for row in cell["rows"].values()]
+    measures = [name for name in ("exact_match", "rouge_l") if any(name in row for row in scores)]
+    return [
+        row
+        for measure in measures
+        for reference in (LARGE, LARGE_LORA)
+        for row in _gaps_to(reference, measure, plan, groups)
+    ]
 
 
-def _gaps_to(reference: str, plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
+def _gaps_to(
+    reference: str, measure: str, plan: Plan, groups: Mapping[Group, Sequence[Result]]
+) -> list[dict[str, Any]]:
     found, means = [], dict[str, list[float | None]]()
     for world in plan.worlds:
         references = {cell["seed"]: cell for cell in groups.get((world, reference, None), ())}
@@ -155,36 +165,36 @@ def _gaps_to(reference: str, plan: Plan, groups: Mapping[Group, Sequence[Result]
             larges = [_of_seed(untouched, cell["seed"]) or cell for cell in chosen]
             rows = [(cell, name) for cell in chosen], [(cell, "large") for cell in larges]
             compared = [*rows, [(references[cell["seed"]], reference) for cell in chosen]]
-            scores = [tuple(_exact_match(*part) for part in same) for same in zip(*compared, strict=True)]
+            columns = [[_score(cell, row, measure) for cell, row in column] for column in compared]
+            scores = list(zip(*columns, strict=True))
             seeds = [cell["seed"] for cell in chosen]
             mean = mean_over_seeds([gap_closed(*part) for part in scores])
             items = [[(cell.get("items", {}), row) for cell, row in same] for same in zip(*compared, strict=True)]
             why = [f"with seed {seed} {_no_gap(reference, *part)}" for seed, part in zip(seeds, scores, strict=True)]
             if name == "proxy":
                 means.setdefault(str(mode), []).append(mean["mean"])
-            place = {"world": world, "mode": mode, "row": name, "reference": reference}
-            found.append(
-                {**place, "seeds": seeds, **mean, "ci95_items": gap_over_items(items), **_undefined(mean, why)}
-            )
+            place = {"world": world, "mode": mode, "row": name, "reference": reference, "measure": measure}
+            over_items = gap_over_items(items, measure)
+            found.append({**place, "seeds": seeds, **mean, "ci95_items": over_items, **_undefined(mean, why)})
     for mode, values in means.items():
         mean = mean_over_seeds(values)
         why = [
             f"in world {row['world']} there is none" for row in found if (row["row"], row["mode"]) == ("proxy", mode)
         ]
-        place = {"world": "all", "mode": mode, "row": "proxy", "reference": reference}
+        place = {"world": "all", "mode": mode, "row": "proxy", "reference": reference, "measure": measure}
         found.append({**place, **mean, **_undefined(mean, why)})
     return found
 
 
-def _exact_match(cell: Result, row: str) -> float | None:
-    value: float | None = cell["rows"].get(row, {}).get("exact_match")
+def _score(cell: Result, row: str, measure: str) -> float | None:
+    value: float | None = cell["rows"].get(row, {}).get(measure)
     return value
 
 
 def _no_gap(name: str, proxy: float | None, large: float | None, reference: float | None) -> str:
     """Why there is no share of a gap to be closed."""
     if proxy is None or large is None or reference is None:
-        return "a model has no exact match"
+        return "a model was not measured"
     return f"{name} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
 
 
@@ -293,9 +303,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     tables = {
         "Test items, mean over the seeds [95 % interval over the seeds]": _scores_table(summary),
         "The proxy against others, item by item [95 % interval over the items]": _differences_table(summary),
-        "Share of the gap from large that the proxy closes, by exact match [over the seeds] (over the items)": (
-            _gaps_table(summary)
-        ),
+        "Share of the gap from large that the proxy closes [over the seeds] (over the items)": (_gaps_table(summary)),
         "Learning rates, by validation items with the first seed": _rates_table(summary),
         "Costs of a device in a round": _costs_table(summary),
         "The proxy's costs in per cent of the large model's": _ratios_table(summary),
@@ -307,9 +315,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
 
 def _scores_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    head = ["world", "mode", "row", "seeds", "exact match %", "invalid %", "loss"]
+    has_rouge = any("rouge_l" in row for row in summary["rows"])
+    rouge_l = ["ROUGE-L %"] if has_rouge else []
     return [
-        head,
+        ["world", "mode", "row", "seeds", "exact match %", "invalid %", *rouge_l, "loss"],
         *(
             [
                 *_place(row),
@@ -317,6 +326,7 @@ def _scores_table(summary: Mapping[str, Any]) -> list[list[str]]:
                 str(row["n_seeds"]),
                 _with_interval(row["exact_match"], 100),
                 _number(row.get("invalid_rate", {}).get("mean"), 100),
+                *([_with_interval(row["rouge_l"], 100) if "rouge_l" in row else "-"] if has_rouge else []),
                 _with_interval(row["loss"]),
             ]
             for row in summary["rows"]
@@ -342,7 +352,7 @@ def _differences_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _gaps_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    head = ["world", "mode", "row", "to", "gap closed %"]
+    head = ["world", "mode", "row", "to", "by", "gap closed %"]
     return [
         head,
         *(
@@ -350,6 +360,7 @@ def _gaps_table(summary: Mapping[str, Any]) -> list[list[str]]:
                 *_place(row),
                 row["row"],
                 row["reference"],
+                row["measure"],
                 _with_interval(row, 100)
                 + (f" ({', '.join(_number(end, 100) for end in row['ci95_items'])})" if row.get("ci95_items") else ""),
             ]

@@ -180,6 +180,8 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings:
     ]
     names = [[as_text(row.get("row")), as_text(row.get("mode")) or "-"] for row in rows]
     exact = [Estimated.of(row.get("exact_match")) for row in rows]
+    rouges = [Estimated.of(row.get("rouge_l")) for row in rows]
+    has_rouge = any(rouge.mean is not None for rouge in rouges)
     losses = [Estimated.of(row.get("loss")) for row in rows]
     seeds = [as_text(row.get("n_seeds")) or "-" for row in rows]
     invalid = [as_number(as_mapping(row.get("invalid_rate")).get("mean")) for row in rows]
@@ -187,16 +189,21 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings:
     means = Table(
         caption="Means over the seeds; 95 % intervals over the seeds in brackets, where there are enough of them"
         + (". Answers from which nothing could be extracted are invalid, and wrong." if has_invalid else ""),
-        head=["row", "mode", "seeds", "exact match %", "loss", *(["invalid %"] if has_invalid else [])],
+        head=[
+            *("row", "mode", "seeds", "exact match %"),
+            *(["ROUGE-L %"] if has_rouge else []),
+            *("loss", *(["invalid %"] if has_invalid else [])),
+        ],
         rows=[
             [
                 *name,
                 of,
                 share.cell(percent),
+                *([rouge.cell(percent)] if has_rouge else []),
                 loss.cell(nats),
                 *(["-" if wrong is None else percent(wrong)] if has_invalid else []),
             ]
-            for name, of, share, loss, wrong in zip(names, seeds, exact, losses, invalid, strict=True)
+            for name, of, share, rouge, loss, wrong in zip(names, seeds, exact, rouges, losses, invalid, strict=True)
         ],
         texts=2,
     )
@@ -251,27 +258,37 @@ def _gap_closed(rows: Sequence[Mapping[str, Any]]) -> Section:
         title=title,
         blocks=[
             Table(
-                caption="How much of the way from large to the large model tuned by the devices a row goes, by exact "
-                "match on the test items; 95 % intervals over the seeds in brackets. Of the world all, each value is a "
-                "world's mean.",
-                head=["world", "mode", "row", "to", "gap closed %", "over the items", "by seed"],
+                caption="How much of the way from large to the large model tuned by the devices a row goes, on the "
+                "test items; 95 % intervals over the seeds in brackets. Of the world all, each value is a world's "
+                "mean.",
+                head=["world", "mode", "row", "to", "by", "gap closed %", "over the items", "by seed"],
                 rows=[
                     [
                         as_text(row.get("world")),
                         as_text(row.get("mode")) or "-",
                         as_text(row.get("row")) or "proxy",
                         as_text(row.get("reference")) or "large_federated",
+                        _measure(row),
                         Estimated.of(row).cell(percent),
                         _ends(as_interval(row.get("ci95_items")), percent),
                         Estimated.of(row).by_seed(percent),
                     ]
                     for row in rows
                 ],
-                texts=4,
+                texts=5,
             ),
             *whys,
         ],
     )
+
+
+_MEASURES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "loss": "loss"}
+
+
+def _measure(row: Mapping[str, Any]) -> str:
+    """What a line is about, as people write it."""
+    name = as_text(row.get("measure")) or "exact_match"
+    return _MEASURES.get(name, name)
 
 
 def _ends(interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
@@ -284,21 +301,21 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
         return Section(id="differences", title=title, blocks=[absent("Not computed in this comparison.")])
     lines = []
     for row in rows:
-        write = percent if row.get("measure") == "exact_match" else nats
+        write = nats if row.get("measure") == "loss" else percent
         value, p_value = as_number(row.get("value")), as_number(row.get("p_holm"))
         lines.append(
             [
                 as_text(row.get("world")),
                 as_text(row.get("mode")) or "-",
                 as_text(row.get("against")),
-                as_text(row.get("measure")).replace("_", " "),
+                _measure(row),
                 estimate(value, as_interval(row.get("ci95")), write),
                 Estimated.of(row.get("by_seed")).cell(write),
                 "-" if p_value is None else f"{p_value:.2g}",
             ]
         )
     table = Table(
-        caption="Proxy minus the other, exact match in points and loss in nats per answer token. First by the paired "
+        caption="Proxy minus the other, shares in points and loss in nats per answer token. First by the paired "
         "bootstrap over the test items, what all seeds made of an item drawn together; then the mean over the seeds "
         "with its interval over the seeds. The p value is raised by Holm's procedure for all lines with this measure.",
         head=["world", "mode", "against", "measure", "difference, items", "difference, seeds", "p"],
@@ -543,7 +560,8 @@ def _calibration(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Se
             )
     table = Table(
         caption="Expected calibration error in points, on the validation items: how far the probability that a model "
-        "gives to the answer it writes is from the share of those answers that are right, in ten bins",
+        "gives to the answer it writes (or to its choice, among all choices) is from the share of those answers that "
+        "are right, in ten bins",
         head=["world", "row", "calibration error"],
         rows=[[as_text(row.get("world")), _named(row), Estimated.of(row.get("ece")).cell(percent)] for row in rows],
         texts=2,

@@ -57,6 +57,7 @@ _SERIES_MARKERS = "osD^vPX*"
 LOSS_UNIT = "nats per answer token"
 MEASURES: tuple[tuple[str, str, str, float, Callable[[float], str]], ...] = (
     ("exact_match", "Exact match", "% of the items", 100.0, "{:.1f}".format),
+    ("rouge_l", "ROUGE-L", "%", 100.0, "{:.1f}".format),
     ("loss", "Loss", LOSS_UNIT, 1.0, short),
 )
 """What plots show of a model: key, name, unit, factor from the key's value to the unit, and how a value is written."""
