@@ -11,6 +11,7 @@ children that it is known to have, and the scores must then agree with transform
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,17 @@ class LeanStepper(Stepper):
         device = self.device
         num_rows, num_new = ids.shape
         body = self._base.model
+        starts = list(cache.lengths)
         positions = cache.begin(num_new, device)
         config = self._base.config
         groups = config.num_attention_heads // config.num_key_value_heads
         folded = groups if num_new <= _FOLD_UP_TO else 1
         with self._context():
             x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
+            few_tokens = _few_tokens()
+            if few_tokens is not None and len(x) <= few_tokens.MOST_TOKENS and few_tokens.takes(body):
+                x = few_tokens.run(body, cache, x, body.rotary_emb(x, positions), starts)
+                return self._kept(x.view(num_rows, num_new, -1), keep)
             masks = {
                 window: None if mask is None else mask.repeat(1, 1, folded, 1)
                 for window, mask in cache.score_masks(positions, x.dtype).items()
@@ -93,9 +99,22 @@ class LeanStepper(Stepper):
                 states = _normed(layer.post_attention_layernorm, x)
                 gate = mlp.act_fn(_linear(mlp.gate_proj, states))
                 x = x + _linear(mlp.down_proj, gate * _linear(mlp.up_proj, states))
-            x = x.view(num_rows, num_new, -1)
-            x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(device)]
-            return _scores(self._base.lm_head, _normed(body.norm, x))
+            return self._kept(x.view(num_rows, num_new, -1), keep)
+
+    def _kept(self, x: Tensor, keep: int | Tensor) -> Tensor:
+        """Scores of the wanted positions, from what the last layer gave."""
+        x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
+        return _scores(self._base.lm_head, _normed(self._base.model.norm, x))
+
+
+@functools.cache
+def _few_tokens() -> Any:
+    """The module with the compiled loops, if there is numba."""
+    try:
+        from fedpt_flwr import few_tokens
+    except ImportError:
+        return None
+    return few_tokens
 
 
 def step_function(

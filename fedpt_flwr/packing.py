@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -144,6 +145,16 @@ class PackedLinear(nn.Module):
         """The weight as the plain layer has it; a copy where it lies otherwise."""
         dense = self._product.unpack(self._packed)
         return dense.t().contiguous() if self._is_transposed else dense
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight lies as rows of numbers, output by output; then :meth:`plain_array` shows it."""
+        return self._product.keeps_plain
+
+    def plain_array(self) -> npt.NDArray[Any]:
+        """The weight itself, ``(out_features, in_features)``, and no copy of it."""
+        found: npt.NDArray[Any] = self._packed.numpy()
+        return found
 
     def shows(self, weight: Tensor) -> bool:
         """Whether this layer multiplies with the very memory of a plain weight."""

@@ -72,6 +72,19 @@ class _RaggedLayer(CacheLayerMixin):
                 stored[rows, :, columns] = new.transpose(1, 2)
         return self.in_use()
 
+    def hold(self, num_heads: int, head_dim: int, like: Tensor) -> None:
+        """Have room for the new tokens, for who writes their keys and values himself.
+
+        Args:
+            num_heads: Of the keys.
+            head_dim: Their size.
+            like: A tensor of the dtype and on the device that they are to have.
+        """
+        if not self.is_initialized:
+            nothing = like.new_empty((0, num_heads, 0, head_dim))
+            self.lazy_initialization(nothing, nothing)
+        self.make_room(self._place.num_rows, self._place.width)
+
     def in_use(self) -> tuple[Tensor, Tensor]:
         """Views of the rows and columns that hold something."""
         rows, width = self._place.num_rows, self._place.width

@@ -1,0 +1,253 @@
+"""A few tokens through the layers of a Llama-type model, in loops that numba compiles.
+
+A decoding step reads every weight once, and between two weights there is next to nothing to compute. torch takes some
+twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights: a
+quarter of the time of a large model's step, and half of a small one's. Here they are four loops beside the products.
+
+Only float32 on a processor where weights stay plain (``packing.py``), and only models that ``lean.py`` takes. Which
+tokens and which rows, and what comes before and after the layers, is decided there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpt_flwr.few_rows import MOST_ROWS, Array, compiled, into, padded_rows
+from fedpt_flwr.packing import PackedLinear
+from fedpt_flwr.ragged import RaggedCache
+
+MOST_TOKENS = MOST_ROWS
+"""Tokens, of all rows together, that can be taken at once."""
+
+_NONE = np.empty(0, np.float32)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+def takes(body: Any) -> bool:
+    """Whether all weights in the layers of a model of Llama's build lie as the loops want them."""
+    return (
+        body.config.hidden_act == "silu"
+        and body.norm.weight.dtype == torch.float32
+        and all(
+            _is_plain(part)
+            for layer in body.layers
+            for half in (layer.self_attn, layer.mlp)
+            for part in half._modules.values()
+            if isinstance(part, nn.Linear | PackedLinear) or hasattr(part, "base_layer")
+        )
+    )
+
+
+def _is_plain(part: Any) -> bool:
+    return type(part) is PackedLinear and part.is_plain
+
+
+def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor], starts: Sequence[int]) -> Tensor:
+    """Put the tokens through all layers.
+
+    Args:
+        body: As in :func:`takes`, which said yes.
+        cache: Begun for these tokens; gets their keys and values.
+        x: The tokens' embeddings, ``(rows * new, hidden)``, float32 on the CPU.
+        rotation: Cosines and sines of their positions, ``(rows, new, head_dim)``.
+        starts: Tokens that each row had before.
+
+    Returns:
+        What comes out of the last layer, ``(rows * new, hidden)``.
+    """
+    num_tokens = len(x)
+    first = np.asarray(starts, dtype=np.int64)
+    cos, sin = (part.reshape(num_tokens, -1).float().contiguous().numpy() for part in rotation)
+    stream = np.zeros((padded_rows(num_tokens), x.shape[1]), np.float32)
+    stream[:num_tokens] = x.numpy()
+    states, change = np.empty_like(stream), np.empty_like(stream)
+    config = body.config
+    eps = np.float32(body.norm.variance_epsilon)
+    for number, layer in enumerate(body.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        _normed(stream, _array(layer.input_layernorm.weight), eps, states)
+        queries, keys, values = (
+            _product(part, states) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        stored = cache.layers[number]
+        stored.hold(config.num_key_value_heads, attention.head_dim, x)
+        has_norms = "q_norm" in attention._modules
+        _attended(
+            queries,
+            keys,
+            values,
+            _array(attention.q_norm.weight) if has_norms else _NONE,
+            _array(attention.k_norm.weight) if has_norms else _NONE,
+            eps,
+            cos,
+            sin,
+            stored.keys.numpy(),
+            stored.values.numpy(),
+            first,
+            num_tokens // len(starts),
+            cache.windows[number] or 2**62,
+            np.float32(attention.scaling),
+        )
+        _into(attention.o_proj, queries, change)
+        stream += change
+        _normed(stream, _array(layer.post_attention_layernorm.weight), eps, states)
+        gate = _product(mlp.gate_proj, states)
+        _gated(gate, _product(mlp.up_proj, states))
+        _into(mlp.down_proj, gate, change)
+        stream += change
+    return torch.from_numpy(stream[:num_tokens])
+
+
+def _array(weight: Tensor) -> Array:
+    return weight.detach().numpy()
+
+
+def _product(layer: PackedLinear, x: Array) -> Array:
+    product = np.empty((len(x), layer.out_features), np.float32)
+    _into(layer, x, product)
+    return product
+
+
+def _into(layer: PackedLinear, x: Array, product: Array) -> None:
+    into(product, x, layer.plain_array(), None if layer.bias is None else _array(layer.bias))
+
+
+# --- the loops -------------------------------------------------------------------------------------------------------
+
+_read = numba.types.Array(numba.float32, 1, "C", readonly=True)
+_table = numba.types.Array(numba.float32, 2, "C", readonly=True)
+_rows = numba.float32[:, ::1]
+_stored = numba.float32[:, :, :, ::1]
+
+
+def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """Root mean square norm of every row."""
+    num_rows, size = x.shape
+    for row in range(num_rows):
+        total = _ZERO
+        for k in range(size):
+            total += x[row, k] * x[row, k]
+        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
+        for k in range(size):
+            out[row, k] = x[row, k] * factor * weight[k]
+
+
+def _gated(gate: Any, up: Any) -> None:
+    """The gate's SiLU times what it lets through, in place."""
+    num_rows, size = gate.shape
+    for row in range(num_rows):
+        for k in range(size):
+            value = gate[row, k]
+            gate[row, k] = value / (_ONE + math.exp(-value)) * up[row, k]
+
+
+def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
+    """One head of one token normed, if there is a weight for that, and rotated, in place."""
+    begin, half = head * size, size // 2
+    if weight.shape[0]:
+        total = _ZERO
+        for k in range(size):
+            total += x[token, begin + k] * x[token, begin + k]
+        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
+        for k in range(size):
+            x[token, begin + k] *= factor * weight[k]
+    for k in range(half):
+        low, high = x[token, begin + k], x[token, begin + half + k]
+        x[token, begin + k] = low * cos[token, k] - high * sin[token, k]
+        x[token, begin + half + k] = high * cos[token, half + k] + low * sin[token, half + k]
+
+
+def _attended(
+    queries: Any,
+    keys: Any,
+    values: Any,
+    query_norm: Any,
+    key_norm: Any,
+    eps: Any,
+    cos: Any,
+    sin: Any,
+    all_keys: Any,
+    all_values: Any,
+    starts: Any,
+    num_new: int,
+    window: int,
+    scale: Any,
+) -> None:
+    """Attention of new tokens over those before them and themselves; the outcome takes the place of the queries.
+
+    Keys and values of the new tokens are written to ``all_keys`` and ``all_values``,
+    ``(rows, key heads, columns, head_dim)``, first. Heads that share keys read each of them together.
+    """
+    num_key_heads, size = all_keys.shape[1], all_keys.shape[3]
+    num_heads = queries.shape[1] // size
+    shared = num_heads // num_key_heads
+    num_tokens = starts.shape[0] * num_new
+    for token in range(num_tokens):
+        row, column = token // num_new, starts[token // num_new] + token % num_new
+        for head in range(num_heads):
+            _turned(queries, token, head, size, query_norm, eps, cos, sin)
+        for head in range(num_key_heads):
+            _turned(keys, token, head, size, key_norm, eps, cos, sin)
+            for k in range(size):
+                all_keys[row, head, column, k] = keys[token, head * size + k]
+                all_values[row, head, column, k] = values[token, head * size + k]
+    for row in range(starts.shape[0]):
+        start = starts[row]
+        end = start + num_new
+        begin = max(0, start - window + 1)
+        weights = np.empty((shared * num_new, end - begin), np.float32)
+        mixed = np.empty((shared * num_new, size), np.float32)
+        for key_head in range(num_key_heads):
+            for column in range(begin, end):
+                for place in range(shared * num_new):
+                    token, at = row * num_new + place % num_new, (key_head * shared + place // num_new) * size
+                    total = _ZERO
+                    for k in range(size):
+                        total += queries[token, at + k] * all_keys[row, key_head, column, k]
+                    weights[place, column - begin] = total * scale
+            for place in range(shared * num_new):
+                last = start + place % num_new
+                oldest = max(begin, last - window + 1)
+                largest = weights[place, oldest - begin]
+                for column in range(oldest, last + 1):
+                    largest = max(largest, weights[place, column - begin])
+                total = _ZERO
+                for column in range(begin, end):
+                    if oldest <= column <= last:
+                        weights[place, column - begin] = math.exp(weights[place, column - begin] - largest)
+                        total += weights[place, column - begin]
+                    else:
+                        weights[place, column - begin] = _ZERO
+                for column in range(begin, end):
+                    weights[place, column - begin] /= total
+            mixed[:] = _ZERO
+            for column in range(begin, end):
+                for place in range(shared * num_new):
+                    weight = weights[place, column - begin]
+                    for k in range(size):
+                        mixed[place, k] += weight * all_values[row, key_head, column, k]
+            for place in range(shared * num_new):
+                token, at = row * num_new + place % num_new, (key_head * shared + place // num_new) * size
+                for k in range(size):
+                    queries[token, at + k] = mixed[place, k]
+
+
+_turned = compiled(_turned)
+_normed = compiled(_normed, [numba.void(_rows, _read, numba.float32, _rows)])
+_gated = compiled(_gated, [numba.void(_rows, _rows)])
+_attended = compiled(
+    _attended,
+    [
+        numba.void(
+            *(_rows, _rows, _rows, _read, _read, numba.float32, _table, _table, _stored, _stored),
+            *(numba.int64[::1], numba.int64, numba.int64, numba.float32),
+        )
+    ],
+)

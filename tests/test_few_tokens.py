@@ -1,0 +1,160 @@
+"""A few tokens through compiled layers, against the lean pass through torch's own operations."""
+
+import pytest
+import torch
+from test_lean import TAKEN
+from test_packing import adapted
+from test_ragged import make, random_ids
+
+from fedpt_flwr import lean
+from fedpt_flwr.lean import step_function
+from fedpt_flwr.packing import prepare, restore
+from fedpt_flwr.proxy import ProxyModel
+
+few_tokens = pytest.importorskip("fedpt_flwr.few_tokens", reason="compiled loops need the extra fast")
+if torch.backends.cpu.get_cpu_capability() != "AVX2":
+    pytest.skip("weights lie otherwise on this processor", allow_module_level=True)
+
+COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tokens went through the compiled layers, call by call."""
+    seen = []
+    run = few_tokens.run
+
+    def watched(body, cache, x, *rest):
+        seen.append(len(x))
+        return run(body, cache, x, *rest)
+
+    monkeypatch.setattr(few_tokens, "run", watched)
+    return seen
+
+
+def steps(stepper, shapes, *, kept=()):
+    """Scores of some passes, one after the other; before some of them rows are cut to lengths of their own."""
+    cache = stepper.new_cache()
+    cache.add_rows(shapes[0][0])
+    found = []
+    for number, (rows, new) in enumerate(shapes):
+        if number in dict(kept):
+            cache.cut(dict(kept)[number])
+        found.append(stepper(cache, random_ids(rows, new, seed=number), keep=0))
+    return found
+
+
+SHAPES = {
+    "one row": [(1, 12), (1, 1), (1, 4), (1, 3), (1, 8), (1, 2), (1, 7), (1, 1)],
+    "rows": [(2, 12), (2, 1), (2, 4), (2, 3), (2, 2), (2, 1)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_scores_are_those_of_torch(name, shapes, calls, monkeypatch):
+    family, settings = COMPILED[name]
+    model = make(family, **settings)
+    prepare(model)
+    stepper = step_function(model)
+    calls.clear()
+    kept = [(3, [10, 7][: shapes[0][0]]), (5, [11, 11][: shapes[0][0]])]
+    found = steps(stepper, shapes, kept=kept)
+    assert calls == [rows * new for rows, new in shapes if rows * new <= 8]
+    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
+    for ours, expected in zip(found, steps(stepper, shapes, kept=kept), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_gives_the_same_bits_whatever_stands_beside_it(calls):
+    model = make("qwen3")
+    prepare(model)
+    stepper = step_function(model)
+    calls.clear()
+    caches = [stepper.new_cache(), stepper.new_cache()]
+    for cache, rows in zip(caches, (3, 2), strict=True):
+        cache.add_rows(rows)
+    for number in range(4):
+        ids = random_ids(3, 1, seed=number)
+        three, two = stepper(caches[0], ids, keep=0), stepper(caches[1], ids[:2], keep=0)
+        assert torch.equal(three[:2], two)
+    assert calls == [3, 2] * 4
+
+
+def test_what_was_written_in_inference_mode_can_be_read_and_gone_on_with(calls):
+    model = make("llama")
+    prepare(model)
+    stepper = step_function(model)
+    calls.clear()
+    with torch.inference_mode():
+        inside = steps(stepper, [(1, 4), (1, 1), (1, 2)])
+    assert calls == [4, 1, 2]
+    for ours, expected in zip(inside, steps(stepper, [(1, 4), (1, 1), (1, 2)]), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_only_plain_prepared_weights_are_taken(calls):
+    model = make("llama")
+    stepper = step_function(model)
+    steps(stepper, [(1, 2)])
+    assert calls == []  # not prepared
+    prepare(model)
+    steps(stepper, [(1, 2)])
+    assert calls == [2]
+    restore(model)
+    steps(stepper, [(1, 2)])
+    assert calls == [2]
+
+
+def test_an_adapter_goes_through_torch_and_the_large_model_does_not(calls):
+    proxy = ProxyModel(make("llama"), adapted(make("llama")))
+    proxy.prepare()
+    steppers = proxy.steppers()
+    calls.clear()
+    steps(steppers["tuned"], [(1, 2)])
+    steps(steppers["untuned"], [(1, 2)])
+    assert calls == []
+    steps(steppers["large"], [(1, 2)])
+    assert calls == [2]
+
+
+def test_another_gate_goes_through_torch(calls):
+    family, settings = TAKEN["llama, tied, gelu"]
+    model = make(family, **settings)
+    prepare(model)
+    steps(step_function(model), [(1, 2)])
+    assert calls == []
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 8])
+def test_the_number_of_threads_changes_no_bit(num_tokens, calls):
+    model = make("llama")
+    prepare(model)
+    stepper = step_function(model)
+    alone = steps(stepper, [(1, num_tokens)])
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(steps(stepper, [(1, num_tokens)])[0], alone[0])
+    finally:
+        torch.set_num_threads(1)
+    assert calls[-2:] == [num_tokens, num_tokens]
+
+
+def test_what_is_not_finite_stays_so(calls):
+    model = make("llama")
+    prepare(model)
+    stepper = step_function(model)
+    cache = stepper.new_cache()
+    cache.add_rows(2)
+    stepper(cache, random_ids(2, 2))
+    calls.clear()
+    cache.layers[0].values[1, 0, 1, 0] = torch.nan
+    found = stepper(cache, random_ids(2, 1), keep=0).isfinite().all(-1).all(-1)
+    assert (calls, found.tolist()) == ([2], [True, False])
