@@ -18,8 +18,9 @@ import torch
 
 from fedpt_flwr.ragged import Stepper
 
-LONGEST_DRAFT = 8
-"""Tokens drafted at most: beyond that, even good drafters gain little."""
+LONGEST_DRAFT = 7
+"""Tokens drafted at most: even good drafters gain little beyond that, and of one text eight are verified, for which
+there are loops (``few_rows.py``)."""
 
 _MOST_AT_ONCE = 64
 """Tokens of all rows that are verified in one pass at most; wider passes are bound by arithmetic and gain nothing."""
@@ -148,7 +149,7 @@ def _time_pass(step: Stepper, num_tokens: int) -> float:
     """Seconds of a pass over so many tokens in one row, or in eight."""
     if step.is_remote:  # a pass costs money
         return float(step.model.seconds(num_tokens))
-    num_rows = 1 if num_tokens <= LONGEST_DRAFT else 8
+    num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
     ids = torch.zeros((num_rows, num_tokens // num_rows), dtype=torch.int64)
     cache = step.new_cache()
     cache.add_rows(num_rows)
