@@ -157,7 +157,7 @@ class Endpoint:
             is_address = httpx.URL(self.url).scheme in ("http", "https") and httpx.URL(self.url).host
         except (httpx.InvalidURL, UnicodeError) as error:
             raise self._error(f"the address cannot be used ({error})", remedy="look at model.large-url") from error
-        if not is_address or "@" in self.url:
+        if not is_address or set("@?#") & set(self.url):  # where keys are put
             raise RemoteError(
                 "a remote large model's address must begin with http:// or https:// and hold no key",
                 place="model.large-url",

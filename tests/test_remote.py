@@ -426,8 +426,13 @@ def test_the_key_is_never_shown(proxy, settings, monkeypatch):
         with pytest.raises(RemoteError, match="FEDPT_LARGE_API_KEY") as error:
             connect(address, tiny_tokenizer(), settings)
     assert "sk-" not in str(error.value)
-    with pytest.raises(RemoteError, match="hold no key"):
-        connect("http://user:sk-other@127.0.0.1:1", tiny_tokenizer(), settings)
+    for address in (
+        "http://user:sk-other@127.0.0.1:1",
+        "http://127.0.0.1:1?api_key=sk-other",
+        "http://127.0.0.1:1/v1#sk",
+    ):
+        with pytest.raises(RemoteError, match="hold no key"):
+            connect(address, tiny_tokenizer(), settings)
 
 
 def test_nobody_there(settings):
