@@ -2,7 +2,7 @@
 
 Judging drafts multiplies two to eight rows by weights that are far larger than any cache, which need not cost more
 than to read the weights once. On processors with AVX2 and no AVX512, both of torch's libraries take two to four times
-as long for four rows as for one, and for one row of a small model up to twice as long as it takes to read the weights
+as long for four rows as for one, and with small weights for one row, too, longer than it takes to read them
 (``benchmarks/products.py``). The loops below read each weight once for all rows of the input; numba compiles them,
 once for a machine. :func:`multiply` is for tensors, whoever asks; :func:`into` is for arrays that are laid out as the
 loops want them, which ``few_tokens.py`` has.

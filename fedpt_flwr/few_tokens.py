@@ -1,8 +1,8 @@
 """A few tokens through the layers of a Llama-type model, in loops that numba compiles.
 
 A decoding step reads every weight once, and between two weights there is next to nothing to compute. torch takes some
-twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights: a
-quarter of the time of a large model's step, and half of a small one's. Here they are four loops beside the products.
+twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights. Here
+they are four loops beside the products.
 
 Only float32 on a processor where weights stay plain (``packing.py``), and only models that ``lean.py`` takes. Which
 tokens and which rows, and what comes before and after the layers, is decided there.
@@ -26,27 +26,41 @@ from fedpt_flwr.ragged import RaggedCache
 MOST_TOKENS = MOST_ROWS
 """Tokens, of all rows together, that can be taken at once."""
 
+_MOST_PAIRS = 1600
+"""Tokens times columns that they may look at: beyond that, torch's attention makes up for its calls."""
+
 _NONE = np.empty(0, np.float32)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
-def takes(body: Any) -> bool:
-    """Whether all weights in the layers of a model of Llama's build lie as the loops want them."""
+def takes(body: Any, num_tokens: int, width: int) -> bool:
+    """Whether tokens are to go through the loops.
+
+    Args:
+        body: The layers of a model of Llama's build; all weights must lie as the loops want them.
+        num_tokens: Tokens of all rows together.
+        width: Columns of the cache, the tokens' own among them.
+    """
     return (
-        body.config.hidden_act == "silu"
-        and body.norm.weight.dtype == torch.float32
+        num_tokens <= MOST_TOKENS
+        and num_tokens * width <= _MOST_PAIRS
+        and body.config.hidden_act == "silu"
         and all(
             _is_plain(part)
             for layer in body.layers
-            for half in (layer.self_attn, layer.mlp)
+            for half in (layer, layer.self_attn, layer.mlp)
             for part in half._modules.values()
-            if isinstance(part, nn.Linear | PackedLinear) or hasattr(part, "base_layer")
         )
     )
 
 
-def _is_plain(part: Any) -> bool:
-    return type(part) is PackedLinear and part.is_plain
+def _is_plain(part: nn.Module) -> bool:
+    if type(part) is PackedLinear:
+        return part.is_plain
+    if type(part) is nn.Linear or "base_layer" in part._modules:  # not prepared, or with an adapter
+        return False
+    weight = part._parameters.get("weight")  # a norm's
+    return weight is None or weight.dtype == torch.float32
 
 
 def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor], starts: Sequence[int]) -> Tensor:
@@ -68,8 +82,7 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
     stream = np.zeros((padded_rows(num_tokens), x.shape[1]), np.float32)
     stream[:num_tokens] = x.numpy()
     states, change = np.empty_like(stream), np.empty_like(stream)
-    config = body.config
-    eps = np.float32(body.norm.variance_epsilon)
+    num_key_heads, eps = body.config.num_key_value_heads, np.float32(body.config.rms_norm_eps)
     for number, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
         _normed(stream, _array(layer.input_layernorm.weight), eps, states)
@@ -77,7 +90,7 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
             _product(part, states) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         stored = cache.layers[number]
-        stored.hold(config.num_key_value_heads, attention.head_dim, x)
+        stored.hold(num_key_heads, attention.head_dim, x)
         has_norms = "q_norm" in attention._modules
         _attended(
             queries,

@@ -74,7 +74,7 @@ class LeanStepper(Stepper):
         with self._context():
             x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
             few_tokens = _few_tokens()
-            if few_tokens is not None and len(x) <= few_tokens.MOST_TOKENS and few_tokens.takes(body):
+            if few_tokens is not None and few_tokens.takes(body, len(x), max(starts) + num_new):
                 x = few_tokens.run(body, cache, x, body.rotary_emb(x, positions), starts)
                 return self._kept(x.view(num_rows, num_new, -1), keep)
             masks = {

@@ -6,20 +6,18 @@ from test_lean import TAKEN
 from test_packing import adapted
 from test_ragged import make, random_ids
 
-from fedpt_flwr import lean
+from fedpt_flwr import lean, packing
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
 
 few_tokens = pytest.importorskip("fedpt_flwr.few_tokens", reason="compiled loops need the extra fast")
-if torch.backends.cpu.get_cpu_capability() != "AVX2":
-    pytest.skip("weights lie otherwise on this processor", allow_module_level=True)
-
 COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(monkeypatch):
+    monkeypatch.setattr(packing, "_product", packing._FewRows)  # whatever this processor likes best
     torch.set_num_threads(1)
     with torch.no_grad():
         yield
@@ -123,6 +121,21 @@ def test_an_adapter_goes_through_torch_and_the_large_model_does_not(calls):
     assert calls == []
     steps(steppers["large"], [(1, 2)])
     assert calls == [2]
+
+
+def test_a_long_text_goes_through_torch_when_its_attention_takes_longer_than_its_calls(calls, monkeypatch):
+    model = make("llama")
+    prepare(model)
+    monkeypatch.setattr(few_tokens, "_MOST_PAIRS", 24)
+    steps(step_function(model), [(1, 4), (1, 1), (1, 3), (1, 4), (1, 1)])
+    assert calls[-3:] == [1, 3, 1]  # 4 x 12 pairs are too many, 3 x 8 are not
+
+
+def test_norms_of_another_dtype_go_through_torch(calls):
+    model = make("llama")
+    prepare(model)
+    model.model.layers[1].input_layernorm.double()
+    assert not few_tokens.takes(model.model, 1, 1)
 
 
 def test_another_gate_goes_through_torch(calls):
