@@ -115,7 +115,7 @@ def _kernel(num_rows: int, in_threads: bool) -> Any:
 
 
 # Blocks of weights' rows share what they read of x, but the sums over registers at the end of each row take their time:
-# where rows are short, one after the other is faster, and so it is for eight rows of x at any length.
+# where rows are short, one after the other is faster.
 
 
 def _one(weight: Any, x: Any, product: Any) -> None:
@@ -180,7 +180,36 @@ def _four(weight: Any, x: Any, product: Any) -> None:
 
 def _eight(weight: Any, x: Any, product: Any) -> None:
     num_out, num_in = weight.shape
-    for i in prange(num_out):
+    num_blocks = num_out // 2 if num_in >= _VERY_LONG else 0
+    for block in prange(num_blocks):
+        i = 2 * block
+        a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = _ZERO
+        b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = _ZERO
+        for k in range(num_in):
+            a, b = weight[i, k], weight[i + 1, k]
+            x0, x1, x2, x3 = x[0, k], x[1, k], x[2, k], x[3, k]
+            x4, x5, x6, x7 = x[4, k], x[5, k], x[6, k], x[7, k]
+            a0 += a * x0
+            a1 += a * x1
+            a2 += a * x2
+            a3 += a * x3
+            a4 += a * x4
+            a5 += a * x5
+            a6 += a * x6
+            a7 += a * x7
+            b0 += b * x0
+            b1 += b * x1
+            b2 += b * x2
+            b3 += b * x3
+            b4 += b * x4
+            b5 += b * x5
+            b6 += b * x6
+            b7 += b * x7
+        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
+        product[4, i], product[5, i], product[6, i], product[7, i] = a4, a5, a6, a7
+        product[0, i + 1], product[1, i + 1], product[2, i + 1], product[3, i + 1] = b0, b1, b2, b3
+        product[4, i + 1], product[5, i + 1], product[6, i + 1], product[7, i + 1] = b4, b5, b6, b7
+    for i in prange(2 * num_blocks, num_out):
         a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = _ZERO
         for k in range(num_in):
             a = weight[i, k]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 few_rows = pytest.importorskip("fedpt_flwr.few_rows", reason="compiled loops need the extra fast")
 
-SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (4, 1000)]
+SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (7, 1000), (7, 2050)]
 
 
 @pytest.fixture(autouse=True)
