@@ -69,6 +69,8 @@ class _SystemNoise:
     noise_multiplier: float
     clipping_norm: float
     num_sampled_clients: int
+    last_noise_stddev: float | None = None
+    """Of the last round that had noise; its norm may have moved since."""
 
     @property
     def noise_stddev(self) -> float:
@@ -76,6 +78,7 @@ class _SystemNoise:
         return self.noise_multiplier * self.clipping_norm / self.num_sampled_clients
 
     def _add_noise_to_aggregated_arrays(self, aggregated: ArrayRecord) -> ArrayRecord:
+        self.last_noise_stddev = self.noise_stddev
         # Added in float64 and rounded once: the last bits of a float32 sum would say something of its parts.
         return ArrayRecord(
             {
@@ -98,10 +101,10 @@ class _Following(_SystemNoise):
         return (count + self.clipped_count_stddev * float(system_normal((1,))[0])) / total
 
     def _geometric_update(self, clipped_fraction: float) -> None:
-        # Not yet: the noise of this round is for the norm that its changes were clipped to.
-        self.following_norm = self.clipping_norm * math.exp(
-            self.clip_norm_lr * (clipped_fraction - self.target_clipped_quantile)
-        )
+        # Not yet: the noise of this round is for the norm that its changes were clipped to. A share outside 0 to 1 can
+        # only be noise: followed all the way, a few devices' norm grew by orders of magnitude within rounds.
+        share = min(max(clipped_fraction, 0.0), 1.0)
+        self.following_norm = self.clipping_norm * math.exp(self.clip_norm_lr * (share - self.target_clipped_quantile))
 
 
 class _ServerFixed(_SystemNoise, DifferentialPrivacyServerSideFixedClipping):
@@ -352,7 +355,7 @@ class PrivateAverage(Strategy):
             "dp": self.config.dp,
             "noise_multiplier": self.config.noise_multiplier,
             "clipping_norm": wrapper.clipping_norm,
-            "noise_stddev": wrapper.noise_stddev,
+            "noise_stddev": wrapper.noise_stddev if wrapper.last_noise_stddev is None else wrapper.last_noise_stddev,
             "devices": len(self.devices),
             "devices_per_round": self.sampled,
             "max_epsilon": self.config.max_epsilon or None,

@@ -198,9 +198,20 @@ def test_noise_is_for_the_norm_that_the_changes_of_the_round_were_clipped_to(mod
     run = Run(mode, clipping_norm=1.0, noise_multiplier=1.0, clipped_count_stddev=1000.0)
     got = run.start()
     mean = (0.6 + 0.3 + 0.0 + 0.06) / 4
-    # z * C / n = 1 / 4 with C = 1; the noisy number of those clipped is 1002, which makes the next norm quite another.
+    # z * C / n = 1 / 4 with C = 1; the noisy number of those clipped is 1002, which makes the next norm another.
     assert got["weight"][0] == pytest.approx(1 + mean + 0.25, rel=1e-5)
-    assert run.private.clipping_norm == pytest.approx(math.exp(0.2 * (1002 / 4 - 0.5)))
+    assert run.private.described()["noise_stddev"] == pytest.approx(0.25, rel=1e-5)
+    assert run.private.clipping_norm == pytest.approx(math.exp(0.2 * 0.5))
+
+
+@pytest.mark.parametrize("mode", ADAPTIVE)
+@pytest.mark.parametrize(("noise", "share"), [(1.0, 1.0), (-1.0, 0.0)])
+def test_the_norm_of_a_few_devices_does_not_follow_their_noise_far(mode, noise, share, monkeypatch):
+    """Two of four are clipped, and noise says it were about 250 or -250."""
+    monkeypatch.setattr(privacy, "system_normal", lambda shape: np.full(shape, noise))
+    run = Run(mode, clipping_norm=1.0, noise_multiplier=1.0, clipped_share=0.25, clipped_count_stddev=1000.0)
+    run.start()
+    assert run.private.clipping_norm == pytest.approx(math.exp(0.2 * (share - 0.25)))
 
 
 @pytest.mark.parametrize("mode", ADAPTIVE)
