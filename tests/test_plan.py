@@ -30,6 +30,7 @@ from fedpt_flwr.models import fingerprint, load_causal_lm, make_tunable, shapes_
 from fedpt_flwr.plan import FEDPT, LARGE, LARGE_LORA, Rates, Told, counting, make_plan
 from fedpt_flwr.plan.counting import Counting
 from fedpt_flwr.plan.texts import find_texts
+from fedpt_flwr.plan.wording import plan_notes, plan_table
 from fedpt_flwr.records import array_bytes, message_bytes, to_array_record
 from fedpt_flwr.results import device_cost_row, run_results
 from fedpt_flwr.runs import read_json, write_json
@@ -382,6 +383,21 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(tmp_path):
     assert large["device_state_bytes"] == 4 * 4 * 5136
     assert ours["money"] == pytest.approx(ours["server_large_tokens"] * 0.3 / 1e6)
     assert "money" not in large_lora
+
+
+def test_a_large_model_behind_an_api_is_not_asked_and_only_its_tokens_are_counted(few):
+    here = make_plan(parse_run_config(few), 4).columns[0].to_json()
+    plan = make_plan(parse_run_config(few | {"model.large-url": "http://127.0.0.1:9/v1", "model.large": "no/such"}), 4)
+    (column,) = plan.columns
+    there = column.to_json()
+    assert plan.to_json()["models"]["large"] == "http://127.0.0.1:9/v1"
+    assert there["server_large_tokens"] == here["server_large_tokens"]
+    memory = here["server_memory_bytes"]
+    assert there["server_memory_bytes"] == memory | {"large": 0, "peak": memory["peak"] - memory["large"]}
+    assert 0 < there["server_flops"] < here["server_flops"]
+    assert ("decoding_flops_in_large" in there, "decoding_flops_in_large" in here) == (False, True)
+    assert "-" in plan_table(plan)[-1]
+    assert "http://127.0.0.1:9/v1 and was not asked" in " ".join(plan_notes(plan))
 
 
 @pytest.fixture

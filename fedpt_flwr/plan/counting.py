@@ -88,12 +88,13 @@ class Column:
         flops: Operations of that.
         seconds: Time of that, at the rate that was told.
         server_memory: Bytes by what holds them; ``peak`` is the most at one time.
-        server_flops: Operations of the server in the whole run.
+        server_flops: Operations of the server in the whole run; those of a large model behind an API are not its own.
         server_seconds: Time of that.
         large_tokens: Tokens through the large model in the whole run, by phase as in ``costs.jsonl``; empty where
             devices tune it and nobody sells it.
         money: What these cost; None where there is no price or no such token.
-        decoding: Operations of one token that the result writes, in those of one of the large model.
+        decoding: Operations of one token that the result writes, in those of one of the large model; None where that is
+            behind an API.
     """
 
     name: str
@@ -112,7 +113,7 @@ class Column:
     server_seconds: float
     large_tokens: Mapping[str, float]
     money: float | None
-    decoding: float
+    decoding: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The column in the names of ``results.json``, where that measures the same."""
@@ -137,7 +138,7 @@ class Column:
             **total,
             **tokens,
             **({} if self.money is None else {"money": self.money}),
-            "decoding_flops_in_large": self.decoding,
+            **({} if self.decoding is None else {"decoding_flops_in_large": self.decoding}),
         }
 
 
@@ -157,14 +158,16 @@ class Counting:
         self._key = "model.small" if kind == FEDPT else "model.large"
         with naming(self._key):
             self._tuned = tunable_shape(_shapes(model.small), config.tuning)
-        with naming("model.large"):
-            self._large = _shapes(model.large) if kind == FEDPT else self._tuned
+        self._large: PreTrainedModel | None = self._tuned  # None: behind an API, and nobody here knows its shape
+        if kind == FEDPT:
+            with naming("model.large"):
+                self._large = None if model.large_url else _shapes(model.large)
         self._arrays = {
             name: tuple(weight.shape) for name, weight in self._tuned.named_parameters() if weight.requires_grad
         }
         self._trainable: int = sum(math.prod(shape) for shape in self._arrays.values())
         self._sampled = num_sampled(len(texts.shards), config.fraction_train, config.min_replies)
-        self._vocab = min(output_size(self._large), output_size(self._tuned))
+        self._vocab = min(map(output_size, filter(None, (self._large, self._tuned))))
 
     def column(self) -> Column:
         """Everything."""
@@ -180,13 +183,12 @@ class Counting:
         server_memory = self.server_memory(memory)
         reads = self.server_reads()
         server_flops = (
-            count_forward_flops(self._large, sum(reads.large.values()))
+            (0.0 if self._large is None else count_forward_flops(self._large, sum(reads.large.values())))
             + count_forward_flops(self._tuned, reads.small)
             + count_flops(self._tuned, reads.learnt)
         )
         is_sold = self._kind == FEDPT
         large_tokens = reads.large if is_sold else {}
-        one, small = count_forward_flops(self._large, 1), count_forward_flops(self._tuned, 1)
         return Column(
             name=self._kind,
             title=self._title(),
@@ -204,8 +206,15 @@ class Counting:
             server_seconds=server_flops / rates.server_flops,
             large_tokens=large_tokens,
             money=None if rates.price is None or not is_sold else rates.price * sum(large_tokens.values()) / 1e6,
-            decoding=(one + 2 * small) / one if is_sold else 1.0,
+            decoding=self._decoding(),
         )
+
+    def _decoding(self) -> float | None:
+        if self._kind != FEDPT:
+            return 1.0
+        if self._large is None:
+            return None
+        return 1.0 + 2 * count_forward_flops(self._tuned, 1) / count_forward_flops(self._large, 1)
 
     def _title(self) -> str:
         tuning = self._config.tuning
@@ -262,7 +271,7 @@ class Counting:
         """Bytes by what holds them: weights and arrays, no caches of decoding."""
         config, mode = self._config, self._config.distillation.mode
         large = 0
-        if self._kind == FEDPT:
+        if self._kind == FEDPT and self._large is not None:
             large = BYTES_OF[config.model.large_dtype] * sum(weight.numel() for weight in self._large.parameters())
         # All weights: a second copy is the untuned model. An adapter can be switched off.
         copies = 2 if self._kind == FEDPT and config.tuning.mode == "full" else 1

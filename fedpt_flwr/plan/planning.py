@@ -37,8 +37,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as numbers."""
+        model = self.config.model
         return {
-            "models": {"small": self.config.model.small, "large": self.config.model.large},
+            "models": {"small": model.small, "large": model.large_url or model.large},
             "devices": self.num_devices,
             "devices_per_round": self.num_sampled,
             "rounds": self.config.num_server_rounds,
@@ -50,6 +51,8 @@ class Plan:
 
 def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, rates: Rates | None = None) -> Plan:
     """Plan a run, and beside it the same run with devices that tune the large model, in full and with an adapter.
+
+    A large model behind an API (``model.large-url``) is never asked, and has no such columns: nobody can tune it.
 
     Args:
         config: Of the run. Its models may also be what :func:`fedpt_flwr.architectures.find_architecture` finds.
@@ -68,17 +71,17 @@ def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, 
             place="min-devices",
             remedy="plan with more (--devices), or lower min-devices",
         )
-    with naming("model.large"):
-        large = find_architecture(config.model.large)
+    is_remote = bool(config.model.large_url)
     with naming("model.small"):
         small = find_architecture(config.model.small)
-    check_sizes(large, small)
+    if not is_remote:
+        with naming("model.large"):
+            check_sizes(find_architecture(config.model.large), small)
     check_context(small, config.train.max_length)
     texts = find_texts(config, num_devices, Told() if told is None else told)
-    columns = [
-        Counting(config, FEDPT, texts, rates).column(),
-        *(Counting(_direct(config, kind), kind, texts, rates).column() for kind in (LARGE, LARGE_LORA)),
-    ]
+    columns = [Counting(config, FEDPT, texts, rates).column()]
+    if not is_remote:
+        columns += [Counting(_direct(config, kind), kind, texts, rates).column() for kind in (LARGE, LARGE_LORA)]
     return Plan(
         config=config,
         num_devices=num_devices,

@@ -163,7 +163,8 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
 
 def _tokenizer_here(model: ModelConfig) -> PreTrainedTokenizerBase | None:
     """The small model's tokenizer, if it lies in a folder here; where the large one's does too, they must agree."""
-    found = [load_tokenizer(ref) for ref in (model.large, model.small) if _has_tokenizer(ref)]
+    refs = [model.small] if model.large_url else [model.large, model.small]
+    found = [load_tokenizer(ref) for ref in refs if _has_tokenizer(ref)]
     if len(found) == 2:
         match_vocabularies(*found)
     return found[-1] if _has_tokenizer(model.small) else None
@@ -237,7 +238,8 @@ def _some(found: list[_Found], place: str) -> list[_Found]:
 
 def _context(model: ModelConfig) -> int | None:
     """What both models can read, in tokens; None where neither says."""
-    configs = (find_architecture(ref) for ref in (model.large, model.small))
+    refs = [model.small] if model.large_url else [model.large, model.small]
+    configs = map(find_architecture, refs)
     said = [getattr(config, "max_position_embeddings", None) for config in configs]
     return min((context for context in said if context is not None), default=None)
 

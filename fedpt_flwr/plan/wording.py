@@ -43,7 +43,7 @@ def plan_table(plan: Plan) -> list[list[str]]:
             add(f"  {what}", functools.partial(_spent, phases=phases))
     if plan.rates.price is not None:
         add("price of these tokens", lambda column: "-" if column.money is None else f"{column.money:,.2f}")
-    add("operations of a written token", lambda column: f"{column.decoding:.3g} x large")
+    add("operations of a written token", _written)
     return table
 
 
@@ -63,6 +63,12 @@ def plan_notes(plan: Plan) -> list[str]:
         f"{_percent(ours.flops, other.flops)} of the operations."
         for other in others
     ]
+    if config.model.large_url:
+        notes.append(
+            f"The large LM is behind {config.model.large_url} and was not asked: what it does there is not counted, "
+            "and devices cannot tune it. Its tokens are counted once; a service reads a text again with every request, "
+            "so that written answers cost more there (remote.token-budget is a limit; docs/remote.md)."
+        )
     if plan.assumed:
         notes.append("Assumed, since nothing here says: " + "; ".join(plan.assumed) + ".")
     return notes
@@ -118,6 +124,10 @@ def _seconds(number: float) -> str:
 
 def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.3g} %"
+
+
+def _written(column: Column) -> str:
+    return "-" if column.decoding is None else f"{column.decoding:.3g} x large"
 
 
 def _spent(column: Column, phases: Sequence[str]) -> str:
