@@ -88,10 +88,17 @@ _PATH_LIKE = re.compile(r"^[.~]|^[^:]*/[^:]*/|\.(jsonl|json|csv|tsv|parquet|txt)
 
 
 def _setting(
-    default: Scalar, doc: str, rule: str = "", holds: Callable[[Any], bool] | None = None, *, path: bool = False
+    default: Scalar,
+    doc: str,
+    rule: str = "",
+    holds: Callable[[Any], bool] | None = None,
+    *,
+    path: bool = False,
+    key_variable: str = "",
 ) -> Any:
     """A field of a settings class: its default, what it means, and the rule that its value must obey."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule, "holds": holds, "path": path})
+    metadata = {"doc": doc, "rule": rule, "holds": holds, "path": path, "key_variable": key_variable}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
@@ -152,6 +159,7 @@ class ModelConfig:
         "its key is in the environment variable `FEDPT_LARGE_API_KEY` ([remote.md](remote.md)). Empty: `model.large`.",
         "must begin with http:// or https://, and hold no key",
         lambda value: not value or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value) is not None,
+        key_variable="FEDPT_LARGE_API_KEY",
     )
     large_device_map: str = _setting(
         "",
@@ -746,6 +754,7 @@ class Setting:
         rule: What a value must obey, or empty.
         holds: The rule as a function, or None.
         path: True if the value may be a path, which then must be absolute.
+        key_variable: Environment variable for the key that the value may hold against the rule; no error shows it.
     """
 
     key: str
@@ -755,6 +764,7 @@ class Setting:
     rule: str
     holds: Callable[[Any], bool] | None
     path: bool
+    key_variable: str
 
 
 def settings() -> dict[str, Setting]:
@@ -857,6 +867,9 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
     if isinstance(value, float) and not (abs(value) <= sys.float_info.max):
         return ConfigError("must be a finite number", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
+        if setting.key_variable:
+            remedy = f"give the key in {setting.key_variable}; the value may hold one and is not shown here"
+            return ConfigError(setting.rule, place=setting.key, remedy=remedy)
         return ConfigError(setting.rule, value=value, place=setting.key)
     meant_as_path = setting.key == "output-dir" or _PATH_LIKE.search(value) if setting.path and value else False
     if meant_as_path and not Path(value).is_absolute():

@@ -60,6 +60,13 @@ def complaint(flat):
 # --- the two lists ---
 
 
+def test_an_address_that_may_hold_a_key_is_not_shown():
+    for address in ("http://user:sk-other@host", "https://host/v1?api_key=sk-other", "https://host/v1#sk-other"):
+        with pytest.raises(ConfigError, match="hold no key; give the key in FEDPT_LARGE_API_KEY") as raised:
+            parse_run_config({"model.large-url": address})
+        assert "sk-" not in str(raised.value)
+
+
 def test_pyproject_and_settings_list_the_same_keys_with_the_same_types_and_defaults():
     in_pyproject = keys_of_pyproject()
     in_code = {key: setting.default for key, setting in settings().items()}
