@@ -10,6 +10,7 @@ from federation import federate
 from typer.testing import CliRunner
 
 from fedpt_flwr import cli
+from fedpt_flwr.cli.loading import load_proxy
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.models import load_causal_lm
 
@@ -121,7 +122,7 @@ def test_score_of_a_pair_gives_what_the_run_wrote(fedpt, paired, tmp_path):
 def test_untuned_is_the_model_of_round_0_for_a_pair_too(fedpt, paired, home):
     asked = ["generate", r"[Unit]\n", "--max-new-tokens", "12", "--model", "untuned", "--run"]
     assert fedpt(*asked, str(paired)) == fedpt(*asked, "latest")
-    twin, _ = cli._load_proxy(paired, None, "cpu", None, None)
+    twin, _ = load_proxy(paired, None, "cpu", None, None)
     assert not torch.equal(twin.untuned.lm_head.weight, load_causal_lm("demo:small").lm_head.weight)
 
 

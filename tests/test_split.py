@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedpt_flwr import cli
+from fedpt_flwr.cli.making import prompt_fields
 from fedpt_flwr.config import DataConfig, parse_run_config
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.split import PARTS, SplitPlan, divide, write_division
@@ -181,7 +182,7 @@ def test_the_command_takes_key_and_groups_from_the_tasks_config(tmp_path):
     [("instruction", ["instruction"]), ("completion", ["prompt"]), ("text", ["text"]), ("chat", [])],
 )
 def test_a_shape_says_which_fields_are_the_prompt_unless_that_is_a_conversation(data_format, fields):
-    assert cli._prompt_fields(DataConfig(format=data_format)) == fields
+    assert prompt_fields(DataConfig(format=data_format)) == fields
 
 
 def test_the_command_asks_for_a_key(tmp_path):

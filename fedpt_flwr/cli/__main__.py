@@ -1,0 +1,5 @@
+"""``python -m fedpt_flwr.cli``."""
+
+from fedpt_flwr.cli import main
+
+main()
