@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -767,12 +768,18 @@ class Setting:
     key_variable: str
 
 
+@functools.cache
+def _kinds(cls: type) -> Mapping[str, Any]:
+    """The types of a settings class's fields; a simulation reads its config for every device and message."""
+    return get_type_hints(cls)
+
+
 def settings() -> dict[str, Setting]:
     """Every key of the run config, in the order of the classes above."""
     found: dict[str, Setting] = {}
 
     def collect(cls: type, prefix: str) -> None:
-        kinds = get_type_hints(cls)
+        kinds = _kinds(cls)
         for field in dataclasses.fields(cls):
             key = prefix + field.name.replace("_", "-")
             if dataclasses.is_dataclass(kinds[field.name]):
@@ -884,7 +891,7 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
 
 
 def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    kinds = get_type_hints(cls)
+    kinds = _kinds(cls)
     arguments = {}
     for field in dataclasses.fields(cls):
         key = prefix + field.name.replace("_", "-")
