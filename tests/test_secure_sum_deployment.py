@@ -17,9 +17,9 @@ from fedpt_flwr.secure_sum.session import Rules
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2400),
-    # Four questions a round to each of five SuperNodes, a process for each: on two cores it has not come to an end yet.
+    # Four questions a round to each of five SuperNodes, a process for each: some 12 minutes of two cores.
     pytest.mark.skipif(
-        not os.environ.get("FEDPT_FIVE_NODES"), reason="needs cores for five SuperNodes: FEDPT_FIVE_NODES=1"
+        not os.environ.get("FEDPT_FIVE_NODES"), reason="takes two cores for 12 minutes: FEDPT_FIVE_NODES=1"
     ),
 ]
 
