@@ -467,7 +467,7 @@ def test_bad_options_are_one_clear_sentence(options, match, tmp_path):
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def result_of(part, *, epsilon=None):
+def result_of(part, *, epsilon=None, right=0.75):
     """A federation that learnt by heart what it trained on, in numbers."""
     inside = (np.arange(200) + part.half) % 2 == 0
     difficulty = 1 + np.arange(200) / 100
@@ -482,7 +482,7 @@ def result_of(part, *, epsilon=None):
         "candidates": 100,
         "absent": {"device_last": "no device has replied"} if part.kind == FEDPT else {},
         "pool": {"digest": "x", "source": "demo:train", "devices": 2},
-        "rows": {"tuned": {"exact_match": 0.25, "loss": 0.5}, "proxy": {"exact_match": 0.75, "loss": 0.25}},
+        "rows": {"tuned": {"exact_match": 0.25, "loss": 0.5}, "proxy": {"exact_match": right, "loss": 0.25}},
         "alpha": 0.5,
         "plausibility": 0.001,
         **({"privacy": {"epsilon": epsilon, "delta": 1e-5}} if epsilon is not None else {}),
@@ -551,6 +551,15 @@ def test_secrets_of_all_federations_count_by_their_copies(summary):
     assert rows["tuned", 1]["canaries"] == 6  # two seeds and four shadows
 
 
+def test_what_the_models_are_worth_is_the_mean_of_the_seeds_with_each_of_them():
+    plan = make_plan(targets=("tuned", "proxy"))
+    done = {part.name: result_of(part, right=0.25 + 0.5 * part.seed) for part in plan.federations()}
+    (row,) = summarise(plan, done)["utility"]
+    assert row["proxy_exact_match"] == 0.5
+    assert row["proxy_exact_match_by_seed"] == [0.25, 0.75]
+    assert "50.0 % (25.0 to 75.0)" in summary_text(summarise(plan, done))
+
+
 def test_without_all_shadows_there_is_no_likelihood_ratio():
     plan = make_plan(targets=("tuned",))
     done = {part.name: result_of(part) for part in plan.federations()[:-1]}
@@ -569,6 +578,7 @@ def test_the_summary_is_fit_for_a_terminal(summary):
     text = summary_text(summary)
     assert "train.max-steps=5" in text
     assert "infinite" in text
+    assert "25.0 % (25.0 to 25.0)" in text
     assert "1.000 [1.000, 1.000]" in text
 
 
@@ -579,7 +589,7 @@ def test_the_report_has_the_tables_and_escapes_what_it_is_given(summary, tmp_pat
     text = page.read_text()
     assert evil not in text
     assert "&lt;script&gt;" in text
-    for part in ("Membership inference", "Canary exposure", "likelihood ratio", "epsilon 2", "as configured"):
+    for part in ("Membership inference", "Canary exposure", "likelihood ratio", "epsilon 2", "as configured", "[75.0, 75.0]"):
         assert part in text, part
     assert (tmp_path / "plot-membership.png").exists()
     assert (tmp_path / "tables" / "membership-1.csv").exists()

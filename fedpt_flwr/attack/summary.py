@@ -156,7 +156,7 @@ def _exposure(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _utility(results: Sequence[Result]) -> dict[str, Any]:
-    """What the models of the same runs are worth: means over the seeds on the test items."""
+    """What the models of the same runs are worth on the test items: means over the seeds, and each of them."""
     found: dict[str, Any] = {}
     for model in ("tuned", "proxy"):
         rows = [result.get("rows", {}).get(model, {}) for result in results]
@@ -164,6 +164,7 @@ def _utility(results: Sequence[Result]) -> dict[str, Any]:
             values = [row.get(measure) for row in rows]
             if all(isinstance(value, int | float) for value in values):
                 found[f"{model}_{measure}"] = statistics.fmean(values)
+                found[f"{model}_{measure}_by_seed"] = values
     for key in ("alpha", "plausibility"):
         found[key] = [result.get(key) for result in results]
     return found
@@ -207,7 +208,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         [
             row["setting"],
             epsilon_text(row["epsilon"]),
-            *(_share(row.get(f"{model}_exact_match")) for model in ("tuned", "proxy")),
+            *(_share(row.get(f"{model}_exact_match_by_seed")) for model in ("tuned", "proxy")),
         ]
         for row in summary["utility"]
     ]
@@ -227,5 +228,8 @@ def _rate(found: Mapping[str, Any] | None, write: str) -> str:
     return f"{write.format(found['value'])} [{write.format(low)}, {write.format(high)}]"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _share(values: Sequence[float] | None) -> str:
+    """Mean, lowest and highest."""
+    if not values:
+        return "-"
+    return f"{100 * statistics.fmean(values):.1f} % ({100 * min(values):.1f} to {100 * max(values):.1f})"

@@ -142,7 +142,10 @@ def _allowed(row: Mapping[str, Any]) -> str:
 
 
 def _seeds(row: Mapping[str, Any]) -> list[float]:
-    values = as_mapping(as_mapping(row.get("auc")).get("by_seed")).get("values")
+    return _numbers(as_mapping(as_mapping(row.get("auc")).get("by_seed")).get("values"))
+
+
+def _numbers(values: Any) -> list[float]:
     return [
         number for value in (values if isinstance(values, list) else []) if (number := as_number(value)) is not None
     ]
@@ -225,14 +228,15 @@ def _about(found: Mapping[str, Any]) -> Section:
     pool, canaries = as_mapping(found.get("pool")), as_mapping(found.get("canaries"))
     utility = _rows(found, "utility")
     worth = Table(
-        caption="What the attacked models are worth: test questions right and loss, means over the seeds",
+        caption="What the attacked models are worth: test questions right and loss, means over the seeds; in brackets "
+        "the lowest and the highest",
         head=["setting", "epsilon", "tuned right %", "proxy right %", "tuned loss", "proxy loss"],
         rows=[
             [
                 as_text(row.get("setting")),
                 _epsilon(row),
-                *(_number(row.get(f"{name}_exact_match"), percent) for name in ("tuned", "proxy")),
-                *(_number(row.get(f"{name}_loss"), "{:.4g}".format) for name in ("tuned", "proxy")),
+                *(_spread(row, f"{name}_exact_match", percent) for name in ("tuned", "proxy")),
+                *(_spread(row, f"{name}_loss", "{:.4g}".format) for name in ("tuned", "proxy")),
             ]
             for row in utility
         ],
@@ -253,6 +257,8 @@ def _about(found: Mapping[str, Any]) -> Section:
     )
 
 
-def _number(value: Any, write: Callable[[float], str]) -> str:
-    number = as_number(value)
-    return "-" if number is None else write(number)
+def _spread(row: Mapping[str, Any], name: str, write: Callable[[float], str]) -> str | Cell:
+    """The mean of a measure, and the least and the most of any seed."""
+    seeds = _numbers(row.get(f"{name}_by_seed"))
+    ends = (min(seeds), max(seeds)) if len(seeds) > 1 else None
+    return estimate(as_number(row.get(name)), ends, write)
