@@ -36,10 +36,10 @@ from benchmarks.families import FAMILIES, LARGE_ONLY, Checkpoints
 from fedpt_flwr.config import flat_values, parse_run_config
 from fedpt_flwr.data import TokenizedExample, collate_prompts, tokenize_prompts
 from fedpt_flwr.grid import run_locally
+from fedpt_flwr.losses import answer_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer, make_tunable, output_size, tunable_arrays
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import find_run, read_json
-from fedpt_flwr.scoring import answer_losses
 
 PROMPTS = ("> hey, what's the juice on this one?\n[Skomund]\n", "filter =", "light = amber - good to go!\nmaker")
 NEW_TOKENS = 12

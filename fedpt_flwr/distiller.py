@@ -37,10 +37,11 @@ from fedpt_flwr.distillation import (
 )
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.logits import combine_logits, drift_along
+from fedpt_flwr.losses import tokens_read, untuned_of
 from fedpt_flwr.models import cpu_threads, set_arrays
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import generate_ids, tokens_read, untuned_of
 from fedpt_flwr.vocabulary import IdMap
+from fedpt_flwr.writing import generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

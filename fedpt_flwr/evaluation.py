@@ -21,26 +21,13 @@ from fedpt_flwr.config import RunConfig
 from fedpt_flwr.data import TokenizedExample, collate, tokenize_answers, tokenize_examples, tokenize_prompts
 from fedpt_flwr.distillation import answer_scores, num_answer_tokens
 from fedpt_flwr.errors import DataError, naming
+from fedpt_flwr.losses import MODELS, answer_losses, choice_quality, choose_answers, greedy_quality, tokens_read
 from fedpt_flwr.models import cpu_threads, input_device, max_positions
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import (
-    MODELS,
-    Measurement,
-    Row,
-    Scores,
-    answer_losses,
-    choice_quality,
-    choose_answers,
-    end_token_ids,
-    generate_ids,
-    greedy_quality,
-    make_row,
-    measure_model,
-    score_models,
-    tokens_read,
-)
+from fedpt_flwr.scoring import Measurement, Row, Scores, make_row, measure_model, score_models
 from fedpt_flwr.shift import Shift, ShiftPoint, choice_curve, choose_shift, shift_curve
 from fedpt_flwr.sources import Items, answer_choices
+from fedpt_flwr.writing import end_token_ids, generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpt_flwr.config import RunConfig, StopConfig
 from fedpt_flwr.errors import ConfigError, RunError
-from fedpt_flwr.scoring import render_table, results_table, verdict
+from fedpt_flwr.verdict import render_table, results_table, verdict
 
 _log = logging.getLogger(__name__)
 

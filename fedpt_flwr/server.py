@@ -38,6 +38,7 @@ from fedpt_flwr.endpoint import Usage
 from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.losses import MODELS
 from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
     bring_back,
@@ -67,7 +68,6 @@ from fedpt_flwr.results import (
     worse_by,
 )
 from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, read_json, write_json
-from fedpt_flwr.scoring import MODELS
 from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape

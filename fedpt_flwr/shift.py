@@ -19,8 +19,8 @@ import torch
 from fedpt_flwr.choices import Choices
 from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.logits import combine_logits, plausible_tokens
+from fedpt_flwr.losses import AnswerLosses, GreedyMistakes, choice_quality, choice_scores, model_scores
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import AnswerLosses, GreedyMistakes, choice_quality, choice_scores, model_scores
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)
 """Strengths that are tried."""

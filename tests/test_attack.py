@@ -38,9 +38,9 @@ from fedpt_flwr.config import DataConfig, flat_values, parse_run_config
 from fedpt_flwr.data import TokenizedExample, read_records
 from fedpt_flwr.demo_world import request_pool
 from fedpt_flwr.errors import ConfigError, DataError, RunError
+from fedpt_flwr.losses import answer_losses, answer_scores
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.report import find_folder, make_report
-from fedpt_flwr.scoring import answer_losses, answer_scores
 from fedpt_flwr.sources import device_shard
 
 APP = Path(__file__).parents[1]
@@ -589,7 +589,14 @@ def test_the_report_has_the_tables_and_escapes_what_it_is_given(summary, tmp_pat
     text = page.read_text()
     assert evil not in text
     assert "&lt;script&gt;" in text
-    for part in ("Membership inference", "Canary exposure", "likelihood ratio", "epsilon 2", "as configured", "[75.0, 75.0]"):
+    for part in (
+        "Membership inference",
+        "Canary exposure",
+        "likelihood ratio",
+        "epsilon 2",
+        "as configured",
+        "[75.0, 75.0]",
+    ):
         assert part in text, part
     assert (tmp_path / "plot-membership.png").exists()
     assert (tmp_path / "tables" / "membership-1.csv").exists()

@@ -15,9 +15,10 @@ from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.data import TokenizedExample, tokenize_answers
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.losses import MODELS, answer_losses, choice_scores, choose_answers, chosen, proxy_losses
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import MODELS, answer_losses, choice_scores, choose_answers, chosen, proxy_losses, score_models
+from fedpt_flwr.scoring import score_models
 from fedpt_flwr.sources import Items, answer_choices
 
 LABELS = ["card", "card lost", "refund", "b", "top up 9"]

@@ -10,10 +10,11 @@ from tiny import EOS, tiny_llama, tiny_tokenizer
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.evaluation import Evaluator
+from fedpt_flwr.losses import MODELS
 from fedpt_flwr.models import load_tokenizer
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import MODELS, make_row
+from fedpt_flwr.scoring import make_row
 from fedpt_flwr.shift import ALPHAS, MASKS
 from fedpt_flwr.sources import Items
 

@@ -13,9 +13,9 @@ import torch
 from tiny import generate_answers
 
 from fedpt_flwr.data import TokenizedExample
+from fedpt_flwr.losses import answer_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import answer_losses
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import fedpt_flwr.proxy; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"

@@ -23,13 +23,14 @@ from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.endpoint import vocabulary_digest
 from fedpt_flwr.errors import RemoteError, VocabularyMismatch
 from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
+from fedpt_flwr.losses import answer_losses, proxy_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.recall import Recall
 from fedpt_flwr.remote import connect
 from fedpt_flwr.results import _summed_costs, server_cost_row
 from fedpt_flwr.runs import read_json
-from fedpt_flwr.scoring import Measurement, answer_losses, make_row, proxy_losses
+from fedpt_flwr.scoring import Measurement, make_row
 from fedpt_flwr.service.app import create_app
 from fedpt_flwr.service.guard import Service, ServiceConfig
 from fedpt_flwr.service.metrics import Metrics

@@ -33,7 +33,7 @@ from fedpt_flwr.report.plots import (
 from fedpt_flwr.report.run import run_page
 from fedpt_flwr.report.tables import as_csv, as_latex
 from fedpt_flwr.report.wording import duration, short
-from fedpt_flwr.scoring import results_table, verdict
+from fedpt_flwr.verdict import results_table, verdict
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)> --> </style>'
 

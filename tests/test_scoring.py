@@ -10,27 +10,16 @@ from tiny import generate_answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedpt_flwr import scoring
+from fedpt_flwr import losses, scoring
 from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.errors import DataError, ModelError
+from fedpt_flwr.losses import AnswerLosses, answer_losses, proxy_losses
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import (
-    AnswerLosses,
-    Measurement,
-    answer_losses,
-    bootstrap_sums,
-    few_shot_prompt,
-    gap_closed,
-    make_row,
-    paired_bootstrap,
-    proxy_losses,
-    render_table,
-    results_table,
-    score_models,
-    verdict,
-    wilson_interval,
-)
+from fedpt_flwr.scoring import Measurement, make_row, score_models
+from fedpt_flwr.uncertainty import bootstrap_sums, gap_closed, paired_bootstrap, wilson_interval
+from fedpt_flwr.verdict import render_table, results_table, verdict
+from fedpt_flwr.writing import few_shot_prompt
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 =;\n>"
 VOCAB = len(LETTERS) + 3
@@ -107,7 +96,7 @@ def trained(model, examples, tokenizer, steps=150):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     model.train()
     for _ in range(steps):
-        batch = scoring.collate(items, 0)
+        batch = losses.collate(items, 0)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
@@ -171,8 +160,8 @@ def test_batches_padding_and_chunks_do_not_change_an_items_loss(model, monkeypat
         batched = answer_losses(model, items, pad_id=pad_id, batch_size=batch_size)
         np.testing.assert_allclose(batched.nats, one_by_one.nats, rtol=1e-5)
         np.testing.assert_array_equal(batched.tokens, one_by_one.tokens)
-    monkeypatch.setattr(scoring, "_MAX_SCORES", 30 * VOCAB)
-    monkeypatch.setattr(scoring, "_MAX_SCORES_IN_FLOAT32", 7 * VOCAB)
+    monkeypatch.setattr(losses, "_MAX_SCORES", 30 * VOCAB)
+    monkeypatch.setattr(losses, "_MAX_SCORES_IN_FLOAT32", 7 * VOCAB)
     np.testing.assert_allclose(answer_losses(model, items, pad_id=0).nats, one_by_one.nats, rtol=1e-5)
 
 
@@ -181,7 +170,7 @@ def test_a_large_vocabulary_means_small_batches(monkeypatch):
     model = llama(0)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
-    monkeypatch.setattr(scoring, "_MAX_SCORES", 40 * VOCAB)
+    monkeypatch.setattr(losses, "_MAX_SCORES", 40 * VOCAB)
     answer_losses(model, random_items(), pad_id=0, batch_size=64)
     scored = [inputs["input_ids"].shape[0] * inputs["logits_to_keep"] for inputs in seen]
     assert len(seen) > 2

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import EOS, PAD, VOCAB, generate_answers, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.data import collate, tokenize_examples
+from fedpt_flwr.losses import proxy_losses
 from fedpt_flwr.models import cpu_threads
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import proxy_losses
 from fedpt_flwr.shift import ALPHAS, MASKS, Shift, ShiftPoint, choose_shift, shift_curve
 
 # peft asks transformers by a name that it has deprecated.

@@ -14,10 +14,10 @@ from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.distiller import check_translated
 from fedpt_flwr.errors import ConfigError, ModelError, VocabularyMismatch
+from fedpt_flwr.losses import answer_losses
 from fedpt_flwr.models import cpu_threads, fingerprint, output_size
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.scoring import answer_losses
 from fedpt_flwr.vocabulary import IdMap, match_vocabularies, translate, translation_of
 
 

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedpt_flwr.scoring import decode_answer, generate_ids
+from fedpt_flwr.writing import decode_answer, generate_ids
 
 PAD, BOS, EOS = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 =;\n>"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_flwr.scoring import bootstrap_ratio
+from fedpt_flwr.uncertainty import bootstrap_ratio
 
 _SEED = 20_241_001
 

@@ -30,13 +30,13 @@ from fedpt_flwr.data import TokenizedExample, tokenize_examples
 from fedpt_flwr.errors import ReplyError
 from fedpt_flwr.grid import run_locally
 from fedpt_flwr.logits import combine_logits
+from fedpt_flwr.losses import answer_scores, model_scores
 from fedpt_flwr.models import cpu_threads, load_causal_lm, load_tokenizer, make_tunable, set_arrays
 from fedpt_flwr.prompts import Example, Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.records import ARRAYS, CONFIG, check_arrays, from_reply, sent_as, to_array_record, to_tensors
 from fedpt_flwr.remote import remote_large
 from fedpt_flwr.runs import find_run, read_json, write_json
-from fedpt_flwr.scoring import answer_scores, model_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

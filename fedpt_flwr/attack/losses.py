@@ -23,7 +23,7 @@ MOST_NATS = 1000.0
 """What an answer costs at most: a mask makes some impossible, and an infinite loss has no difference to another."""
 
 Batches = Iterable[tuple[IntArray, Tensor, list[Tensor]]]
-"""As :func:`~fedpt_flwr.scoring.model_scores` yields them."""
+"""As :func:`~fedpt_flwr.losses.model_scores` yields them."""
 
 Combine = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
 """From the scores of the models that were read to those of what is attacked, by name."""

@@ -25,7 +25,7 @@ from fedpt_flwr.attack.membership import (
 )
 from fedpt_flwr.attack.plan import CONTROLS, DEVICE_TARGETS, TARGETS, Federation, Plan
 from fedpt_flwr.compare.kinds import FEDPT
-from fedpt_flwr.scoring import render_table
+from fedpt_flwr.verdict import render_table
 
 ATTACK = "attack.json"
 

@@ -36,8 +36,8 @@ def score(
     folder, config = open_run(run)
     from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.runs import write_json
-    from fedpt_flwr.scoring import render_table, results_table, verdict
     from fedpt_flwr.sources import held_out_items, public_texts
+    from fedpt_flwr.verdict import render_table, results_table, verdict
 
     found = find_large(folder, config, large, large_url, large_name)
     proxy, tokenizer = load_proxy(folder, found, device, alpha, plausibility, large_device_map=large_device_map)

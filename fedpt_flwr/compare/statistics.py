@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_flwr.scoring import bootstrap_sums
+from fedpt_flwr.uncertainty import bootstrap_sums
 
 FloatArray = npt.NDArray[np.float64]
 

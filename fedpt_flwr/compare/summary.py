@@ -9,7 +9,8 @@ from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, U
 from fedpt_flwr.compare.plan import Cell, Plan, Result
 from fedpt_flwr.compare.statistics import ITEM_MEASURES, gap_over_items, holm, mean_over_seeds, paired_difference
 from fedpt_flwr.compare.views import cost_to_target, curves, mean_costs, quality_under_budget, ratios, robustness
-from fedpt_flwr.scoring import gap_closed, render_table
+from fedpt_flwr.uncertainty import gap_closed
+from fedpt_flwr.verdict import render_table
 
 RIVALS = ("tuned", LARGE, LARGE_LORA)
 """The rows that the proxy is compared with, item by item."""

@@ -51,7 +51,7 @@ from fedpt_flwr.report.privacy import KEPT, privacy_section, spent
 from fedpt_flwr.report.reading import Reader, as_interval, as_mapping, as_mappings, as_number, as_text, as_whole
 from fedpt_flwr.report.wording import GIGA, MEGA, count_of, duration, in_unit, nats, percent, short
 from fedpt_flwr.runs import RunFolder
-from fedpt_flwr.scoring import results_table, verdict
+from fedpt_flwr.verdict import results_table, verdict
 
 ROWS = {
     "large": "the large model as it is",
