@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.distiller import IN_ROUNDS
 from fedpt_flwr.errors import FedPTError
+from fedpt_flwr.inner import check_resumable, make_inner_strategy
 from fedpt_flwr.records import code_hash
 from fedpt_flwr.runs import RunFolder, find_run_to_resume, runs_root
 from fedpt_flwr.secure_sum.session import Rules
 from fedpt_flwr.server import Server, make_private
-from fedpt_flwr.strategy import FedPT, RoundOutcome, check_resumable, make_inner_strategy
+from fedpt_flwr.strategy import FedPT, RoundOutcome
 
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
@@ -101,6 +102,7 @@ def _federate(
         arrays, last_round = server.resume(inner, arrays)
         if server.is_over(last_round) and (run.path / "results.json").is_file():
             log(INFO, "This run has ended after round %d and has its results: it is left as it is", last_round)
+            server.leave()
             return
 
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:

@@ -125,6 +125,7 @@ class Endpoint:
         sends_ids: Whether texts go as token ids.
         context: The longest text in tokens that the service takes, or None where it does not say.
         usage: What it has cost so far.
+        spent_before: Tokens that count in the budget besides, such as those of earlier processes of a run.
 
     Raises:
         RemoteError: The service cannot be reached, refuses, or gives no log-probabilities.
@@ -144,6 +145,7 @@ class Endpoint:
         self._tokenizer = tokenizer
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._lock = threading.Lock()
+        self.spent_before = 0
         self._reserved = 0
         self._adds_first = False  # the service itself puts the tokenizer's first token before a text
         self._spelling: dict[str, int | None] | None = None
@@ -403,7 +405,7 @@ class Endpoint:
         """
         budget = self.config.token_budget
         with self._lock:
-            spent = self.usage.tokens_sent + self.usage.tokens_received + self._reserved
+            spent = self.spent_before + self.usage.tokens_sent + self.usage.tokens_received + self._reserved
             if budget and spent + num_tokens > budget:
                 raise RemoteError(
                     f"the remote large model's budget of {budget:,} tokens does not allow another request",

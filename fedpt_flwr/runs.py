@@ -355,6 +355,17 @@ class RunFolder:
         """
         return _parsed_lines(self._head(name, self.sizes(server_round)[name]), self.path / name)
 
+    def read_lines_after(self, name: str, server_round: int) -> list[dict[str, Any]]:
+        """The rows that such a file got since a round was saved; half a line, as of a process that was killed, is none.
+
+        Raises:
+            RunError: The file cannot be read, or a line is damaged.
+        """
+        path, before = self.path / name, self.sizes(server_round)[name] if server_round else 0
+        with _writing(path):
+            data = path.read_bytes()[before:] if path.exists() else b""
+        return _parsed_lines(data[: data.rfind(b"\n") + 1], path)
+
     def round_path(self, server_round: int) -> Path:
         """Where the checkpoint of a round lies."""
         return self.path / "rounds" / f"{server_round:0{_ROUND_DIGITS}d}"

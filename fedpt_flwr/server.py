@@ -38,6 +38,7 @@ from fedpt_flwr.endpoint import Usage
 from fedpt_flwr.errors import ConfigError, FedPTError, RoundError, RunError, naming
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.inner import set_inner_state
 from fedpt_flwr.losses import MODELS
 from fedpt_flwr.models import (
     WORTH_RESTING_BYTES,
@@ -71,7 +72,7 @@ from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, read_json, write_json
 from fedpt_flwr.shapes import Shape
 from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
-from fedpt_flwr.strategy import RoundOutcome, set_inner_state
+from fedpt_flwr.strategy import RoundOutcome
 from fedpt_flwr.training import check_packing
 from fedpt_flwr.vocabulary import match_vocabularies, translate
 
@@ -410,10 +411,26 @@ class Server:
     def go_on(self, last_round: int, flower_run_id: int) -> None:
         """Take over the folder of a run that was stopped: remove what belongs to no complete round."""
         self.run.add_flower_run(flower_run_id)  # first, so that a process that is killed while it rewinds is on record
+        undone = self.run.read_lines_after("costs.jsonl", last_round)
         self.run.rewind(last_round)
+        self._keep_remote_costs(undone, last_round)
         self.resumed_after = last_round
         if last_round and self.config.distillation.mode == "paired" and self.rounds_scored is not None:
             self._score_untouched(self.rounds_scored, last_round, "resume")
+
+    def _keep_remote_costs(self, undone: Sequence[Mapping[str, Any]], last_round: int) -> None:
+        """What a service was paid stays paid, whatever became of it, and counts in the token budget."""
+        large = self.proxy.large
+        if not isinstance(large, RemoteModel):
+            return
+        names = dict.fromkeys(name for row in undone for name in row if name.startswith("remote_"))
+        spent = {name: sum(row.get(name, 0) for row in undone) for name in names}
+        if any(spent.values()):
+            self._spend(server_cost_row(last_round, "unfinished", large_tokens=0, seconds=0.0, remote=spent))
+        counted = ("remote_tokens_sent", "remote_tokens_received")
+        large.endpoint.spent_before = sum(
+            row.get(name, 0) for row in self.run.read_lines("costs.jsonl") for name in counted
+        )
 
     def write_shards(self, cards: Sequence[DeviceCard]) -> None:
         """Write who has how many examples of what, and how unlike all others; of one number's nodes, the first's."""
@@ -655,6 +672,10 @@ class Server:
             return {}
         earlier, self.remote_usage = self.remote_usage, large.endpoint.usage.copy()
         return large.usage_since(earlier)
+
+    def leave(self) -> None:
+        """A run that was over is left as it is: what it took to see that is not written into its folder."""
+        self._remote_costs()
 
     def settle(self) -> None:
         """Write what a remote large model has cost and no phase has accounted for: that of one which failed."""

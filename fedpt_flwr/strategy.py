@@ -5,24 +5,22 @@ it, this one makes a run reproducible (devices have stable numbers, sampling and
 alone), checks every reply before it is used, says what it refused, waits no longer than told, and hands each round's
 outcome to a callback: that is where the server writes its checkpoint, scores, and distils.
 
-Where the inner strategy begins with a weighted mean (:data:`FOLDED`), replies are fetched one by one in the order of
+Where the inner strategy begins with a weighted mean (``inner.FOLDED``), replies are fetched one by one in the order of
 the devices' numbers and added up, so that memory does not grow with the number of devices. The others (medians, Krum)
 need all replies beside each other, and get them.
 
 A run can go on in another process as if it had never stopped. What a round depends on is its number, the seed, the
-arrays that it sends and what the inner strategy carries over from the rounds before (:func:`inner_state`).
+arrays that it sends and what the inner strategy carries over from the rounds before
+(``inner.inner_state``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import logging
 import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from logging import INFO, WARNING
 from typing import Any
 
@@ -32,17 +30,23 @@ from flwr.app.exception import AppExitException
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp import strategy as flower_strategies
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.answers import answers
 from fedpt_flwr.bounds import norm, shortened, update_norm
-from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, PrivacyError, ReplyError, RoundError, RunError
 from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.inner import (
+    FOLDED,
+    WEIGHT,
+    carried,
+    flower_is_quiet,
+    inner_state,
+    is_folded,
+)
 from fedpt_flwr.limits import other_rank, parse_limits
 from fedpt_flwr.lora import ProductMean, completed, leading
 from fedpt_flwr.privacy import NORM_BIT, PrivateAverage
@@ -67,21 +71,13 @@ from fedpt_flwr.secure_sum.collector import changed
 from fedpt_flwr.secure_sum.rounds import SecureRound
 from fedpt_flwr.secure_sum.session import MIN_DEVICES, Rules
 
-RESUMABLE = INNER_STRATEGIES
-"""Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
-
-FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
-"""Strategies that see no more of the replies than their weighted mean."""
-
-_OURS = ("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
 # Errors that the SuperLink makes when a question, its answer or the node is gone: the device has said nothing.
 _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 _MAX_REASONS = 5  # shown of what devices say when they all fail
 _MAX_DEVICES = 20  # shown one by one in the log
-_WEIGHT = "num-examples"
-_FORWARDED_METRICS = (_WEIGHT, "train-loss")
+_FORWARDED_METRICS = (WEIGHT, "train-loss")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +111,7 @@ class RoundOutcome:
         server_round: From 1.
         sent: The arrays that the devices began with; whoever gets them may clear the record.
         arrays: The aggregated arrays, float32.
-        inner_state: What the inner strategy carries into the next round, see :func:`inner_state`.
+        inner_state: What the inner strategy carries into the next round, see :func:`~fedpt_flwr.inner.inner_state`.
         train_loss: Mean over the devices' examples of the training loss, nats per answer token; None in a private run,
             in which devices do not tell.
         devices: One entry per sampled device, by number.
@@ -136,160 +132,6 @@ class RoundOutcome:
 
 AfterAggregate = Callable[[RoundOutcome], ArrayRecord | None]
 """Called with every round's outcome; returns the arrays that the next round begins with, None for the aggregated."""
-
-
-def make_inner_strategy(config: StrategyConfig) -> Strategy:
-    """Build the Flower strategy that a config names; FedPT does the sampling, so it takes every device it is shown.
-
-    Raises:
-        ConfigError: The strategy does not take these arguments.
-    """
-    cls = getattr(flower_strategies, config.name)
-    accepted = sorted(set(inspect.signature(cls).parameters) - {*_OURS, "self"} - set(_record_keys(cls)))
-    arguments = config.parsed_arguments()
-    for name, value in arguments.items():
-        if name in _OURS:
-            raise ConfigError(
-                f"{name} is set by this app",
-                place="strategy.arguments",
-                remedy="use fraction-train, min-devices and min-replies",
-            )
-        if name not in accepted:
-            raise ConfigError(
-                f"{config.name} takes no argument {name} here",
-                place="strategy.arguments",
-                remedy=f"it takes {', '.join(accepted) or 'none'}",
-            )
-        if isinstance(value, bool) or not isinstance(value, int | float):  # all that they take are numbers
-            raise ConfigError(f"{name} must be a number", value=value, place="strategy.arguments")
-    if config.name == "FedProx" and "proximal_mu" not in arguments:
-        arguments["proximal_mu"] = 0.0
-    try:
-        with _flower_is_quiet():  # it warns that evaluation on devices is off; here that is meant
-            strategy: Strategy = cls(
-                fraction_train=1.0,
-                fraction_evaluate=0.0,
-                min_train_nodes=1,
-                min_evaluate_nodes=0,
-                min_available_nodes=1,
-                **arguments,
-            )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{config.name} refuses its arguments ({error})", place="strategy.arguments") from error
-    return strategy
-
-
-@contextmanager
-def _flower_is_quiet() -> Iterator[None]:
-    """Keep what Flower logs from users to whom it says nothing."""
-    flower_log = logging.getLogger("flwr")
-    flower_log.disabled = True
-    try:
-        yield
-    finally:
-        flower_log.disabled = False
-
-
-def _is_folded(strategy: Strategy) -> bool:
-    """Whether a strategy, as it is set, sees no more of the replies than their weighted mean."""
-    return (
-        type(strategy) in FOLDED
-        and isinstance(strategy, FedAvg)
-        and strategy.weighted_by_key == _WEIGHT
-        and strategy.train_metrics_aggr_fn is aggregate_metricrecords
-    )
-
-
-def _record_keys(cls: type) -> list[str]:
-    names = inspect.signature(cls).parameters
-    return [name for name in names if name.endswith(("_key", "_fn"))]
-
-
-def check_resumable(name: str) -> None:
-    """Check that a run with this inner strategy can go on where it stopped.
-
-    Raises:
-        ConfigError: It cannot.
-    """
-    if name not in RESUMABLE:
-        raise ConfigError(
-            "what this strategy remembers from round to round cannot be saved",
-            value=name,
-            place="strategy.name",
-            remedy=f"a run can be resumed with {', '.join(RESUMABLE)}",
-        )
-
-
-def inner_state(strategy: Strategy) -> dict[str, NDArray[Any]]:
-    """What a strategy carries from one round into the next, besides the arrays that it sends.
-
-    Args:
-        strategy: Of those in :data:`RESUMABLE`; of any other nothing is known.
-
-    Returns:
-        Arrays by flat names such as ``m_t/<name of an array>``, in the types in which the strategy computes. Empty for
-        a strategy that carries nothing, and before the first round. They are the strategy's own: not to be written to.
-    """
-    state: dict[str, NDArray[Any]] = {}
-    for field, value in _carried(strategy).items():
-        if isinstance(strategy, FedAvgM) and value is not None:  # a list, in the order of these
-            value = dict(zip(strategy.current_arrays or (), value, strict=True))
-        for name, part in (value or {}).items():
-            state[f"{field}/{name}"] = np.asarray(part, order="C")  # safetensors writes memory as it lies
-    return state
-
-
-def set_inner_state(strategy: Strategy, state: Mapping[str, NDArray[Any]], arrays: ArrayRecord) -> None:
-    """Give a new strategy what :func:`inner_state` took from another after a complete round.
-
-    Args:
-        strategy: Of those in :data:`RESUMABLE`, made with the same arguments.
-        state: What was saved; it is not trusted.
-        arrays: Those that the next round sends: the state has the same names and shapes.
-
-    Raises:
-        ConfigError: The strategy is none that can be resumed.
-        RunError: Names, shapes or types are not those of this strategy and these arrays, or a value is not finite.
-    """
-    check_resumable(type(strategy).__name__)
-    fields = tuple(_carried(strategy))
-    shapes = {f"{field}/{name}": tuple(array.shape) for field in fields for name, array in arrays.items()}
-    if state.keys() != shapes.keys():
-        missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-        raise RunError(
-            f"the saved state of {type(strategy).__name__} must hold {len(shapes)} arrays",
-            value=f"{len(missing)} missing {missing[:1]}, {len(extra)} unknown {extra[:1]}",
-            remedy="was it saved with other strategy.arguments?",
-        )
-    for name, shape in shapes.items():
-        _check_state(name, state[name], shape)
-    for field in fields:
-        parts = {name: state[f"{field}/{name}"] for name in sorted(arrays)}  # FedPT sends them in this order
-        setattr(strategy, field, list(parts.values()) if isinstance(strategy, FedAvgM) else parts)
-
-
-def _carried(strategy: Strategy) -> dict[str, Any]:
-    """The attributes that a strategy reads in a round and wrote in an earlier one; None before it has.
-
-    ``current_arrays`` is none of them: it is what the round sends, see :meth:`FedPT.configure_train`.
-    """
-    if isinstance(strategy, FedAvgM) and strategy.server_momentum > 0:
-        return {"momentum_vector": strategy.momentum_vector}
-    if isinstance(strategy, FedAdagrad | FedAdam | FedYogi):
-        return {"m_t": strategy.m_t, "v_t": strategy.v_t}
-    return {}
-
-
-def _check_state(name: str, value: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if value.dtype not in (np.float32, np.float64):
-        rule, found = "must be float32 or float64", value.dtype.name
-    elif value.shape != shape:
-        rule, found = f"must have shape {shape}", str(value.shape)
-    elif not np.isfinite(value).all():
-        rule, found = "must be finite numbers", f"{int((~np.isfinite(value)).sum())} that are not"
-    else:
-        return
-    raise RunError(f"the strategy's saved {name} {rule}", value=found, remedy="is the checkpoint damaged?")
 
 
 class _SelectedNodes(Grid):
@@ -374,7 +216,7 @@ class FedPT(Strategy):
         lora_aggregation: str = "average",
         taken: Mapping[int, int] | None = None,
     ) -> None:
-        if secure_sum is not None and not _is_folded(inner_strategy):
+        if secure_sum is not None and not is_folded(inner_strategy):
             raise ConfigError(
                 "a secure sum shows no single update, and this strategy must see them",
                 value=type(inner_strategy).__name__,
@@ -438,7 +280,7 @@ class FedPT(Strategy):
     ) -> Result:
         """Run the rounds, as Flower's strategies do, from any round on and until the result is good enough.
 
-        To go on after round ``n`` as if nothing had happened, call :func:`set_inner_state` with what was saved, and
+        To go on after round ``n`` as if nothing had happened, call ``inner.set_inner_state`` with what was saved, and
         this with the arrays that round ``n + 1`` sends and ``first_round = n + 1``.
 
         Args:
@@ -651,7 +493,7 @@ class FedPT(Strategy):
         if not rule and self.private is not None:
             rule = "noise is accounted for on the plain mean of arrays of the same shapes"
             remedy = "leave lora-rank out of its node config"
-        if not rule and not _is_folded(self.inner):
+        if not rule and not is_folded(self.inner):
             rule = f"{type(self.inner).__name__} compares the devices' arrays, which must then have one rank"
             remedy = "leave lora-rank out, or set strategy.name='FedAvg'"
         if rule:
@@ -841,7 +683,7 @@ class FedPT(Strategy):
         mean: WeightedMean | ProductMean | None = None
         if self._is_exact:
             mean = ProductMean(expected, self.lora_rank)
-        elif _is_folded(self.inner):
+        elif is_folded(self.inner):
             mean = WeightedMean(expected)
         usable: list[Message] = []
         devices: list[DeviceRound] = []
@@ -886,7 +728,7 @@ class FedPT(Strategy):
             self._log_refused(server_round, devices)
             mean = WeightedMean(opened.num_examples)
             mean.add(changed(self._broadcast, opened), opened.num_examples)
-            told = MetricRecord({_WEIGHT: opened.num_examples, "train-loss": opened.train_loss})
+            told = MetricRecord({WEIGHT: opened.num_examples, "train-loss": opened.train_loss})
             reply = Message(RecordDict({METRICS: told}), reply_to=self._any_sent())
             arrays, metrics = self._finish_round(server_round, [reply], mean, devices)
         self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
@@ -927,7 +769,7 @@ class FedPT(Strategy):
             if own is not self._broadcast:
                 tuned = ((name, completed(name, part, self._broadcast[name].numpy())) for name, part in tuned)
             if mean is not None:
-                mean.add(tuned, metrics[_WEIGHT])
+                mean.add(tuned, metrics[WEIGHT])
             else:
                 reply.content[ARRAYS] = ArrayRecord({name: Array(values) for name, values in tuned})
             usable.append(reply)
@@ -1070,11 +912,11 @@ class FedPT(Strategy):
             RoundError: It cannot, or what it makes or carries into the next round is not finite. It then carries what
                 it carried before, so that the next round can be tried.
         """
-        carried = _carried(self.inner)
+        before = carried(self.inner)
         try:
             return self._finite_aggregate(server_round, usable, mean)
         except RoundError:
-            for field, value in carried.items():
+            for field, value in before.items():
                 setattr(self.inner, field, value)
             raise
 
@@ -1086,7 +928,7 @@ class FedPT(Strategy):
         try:
             with np.errstate(all="ignore"):  # what is not finite is found below
                 if self.private is not None:
-                    with _flower_is_quiet():  # its wrappers log a line for every reply
+                    with flower_is_quiet():  # its wrappers log a line for every reply
                         arrays, metrics = self.private.aggregate_train(server_round, usable)
                 elif mean is None:
                     arrays, metrics = self.inner.aggregate_train(server_round, usable)
@@ -1113,13 +955,13 @@ class FedPT(Strategy):
         self, server_round: int, usable: list[Message], mean: WeightedMean | ProductMean
     ) -> tuple[ArrayRecord | None, MetricRecord]:
         """What the inner strategy makes of the replies' weighted mean, which is all that it would see of them."""
-        metrics = aggregate_metricrecords([reply.content for reply in usable], _WEIGHT)
+        metrics = aggregate_metricrecords([reply.content for reply in usable], WEIGHT)
         means = ArrayRecord({name: Array(values) for name, values in mean.take()})
         if type(self.inner) in (FedAvg, FedProx):
             return means, metrics
         # As if one device had sent it: the mean of one is itself, bit for bit.
-        content = RecordDict({ARRAYS: means, METRICS: MetricRecord({**metrics, _WEIGHT: 1})})
-        with _flower_is_quiet():
+        content = RecordDict({ARRAYS: means, METRICS: MetricRecord({**metrics, WEIGHT: 1})})
+        with flower_is_quiet():
             arrays, _ = self.inner.aggregate_train(server_round, [Message(content, reply_to=self._any_sent())])
         return arrays, metrics
 

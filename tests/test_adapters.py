@@ -8,9 +8,10 @@ from local_grid import LocalGrid
 
 from fedpt_flwr.config import StrategyConfig
 from fedpt_flwr.errors import RoundError
+from fedpt_flwr.inner import make_inner_strategy
 from fedpt_flwr.lora import completed, is_right, leading, products
 from fedpt_flwr.records import DeviceCard, sent_as, to_int8_reply, to_reply, to_tensors
-from fedpt_flwr.strategy import FedPT, make_inner_strategy
+from fedpt_flwr.strategy import FedPT
 
 RANK = 4
 SHAPES = {"up.lora_A.default.weight": (RANK, 9), "up.lora_B.default.weight": (14, RANK)}

@@ -25,6 +25,7 @@ from fedpt_flwr.compare.kinds import KINDS
 from fedpt_flwr.config import TuningConfig, flat_values, parse_run_config
 from fedpt_flwr.data import batches, num_drawn
 from fedpt_flwr.errors import ConfigError, DataError, FedPTError, ModelError, VocabularyMismatch
+from fedpt_flwr.inner import make_inner_strategy
 from fedpt_flwr.memory import MemoryNeed
 from fedpt_flwr.models import fingerprint, load_causal_lm, make_tunable, shapes_of, tunable_arrays
 from fedpt_flwr.plan import FEDPT, LARGE, LARGE_LORA, Rates, Told, counting, make_plan
@@ -34,7 +35,7 @@ from fedpt_flwr.plan.wording import plan_notes, plan_table
 from fedpt_flwr.records import array_bytes, message_bytes, to_array_record
 from fedpt_flwr.results import device_cost_row, run_results
 from fedpt_flwr.runs import read_json, write_json
-from fedpt_flwr.strategy import FedPT, make_inner_strategy
+from fedpt_flwr.strategy import FedPT
 from fedpt_flwr.training import count_flops, count_forward_flops
 
 TOLD = Told(examples=6, prompt_tokens=10, answer_tokens=5, validation_items=4, test_items=3, prompts=20)

@@ -14,9 +14,10 @@ from fedpt_flwr.accounting import epsilon_after
 from fedpt_flwr.clipping import clip_update
 from fedpt_flwr.config import DP_MODES, PrivacyConfig, StrategyConfig
 from fedpt_flwr.errors import ConfigError, PrivacyError, RoundError, RunError
+from fedpt_flwr.inner import make_inner_strategy
 from fedpt_flwr.privacy import PrivateAverage, system_normal
 from fedpt_flwr.records import DeviceCard
-from fedpt_flwr.strategy import FedPT, make_inner_strategy
+from fedpt_flwr.strategy import FedPT
 
 MODES = [mode for mode in DP_MODES if mode != "off"]
 FIXED = ["server-fixed", "client-fixed"]

@@ -520,6 +520,44 @@ def test_a_run_with_a_remote_large_model_is_that_with_a_local_one(tmp_path, monk
 
 
 @pytest.mark.slow
+def test_what_a_run_paid_a_service_stays_paid_and_counts_in_its_budget_over_every_resume(tmp_path, monkeypatch):
+    from serving import make_run, serving
+
+    from fedpt_flwr.errors import FedPTError
+
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    small = {"num-server-rounds": 1, "train.max-steps": 2, "scoring.num-items": 8, "scoring.few-shot": 0}
+    small |= {"scoring.round-items": 4, "remote.cache": "off"}
+    with serving(make_run(tmp_path / "local", small)) as running:
+        small |= {"model.large-url": running.url}
+        whole = read_json(make_run(tmp_path / "whole", small) / "results.json")["costs"]
+        needed = whole["remote_tokens_sent"] + whole["remote_tokens_received"]
+        budget = {"remote.token-budget": needed - 100}
+        with pytest.raises(FedPTError, match="budget of .* tokens does not allow another request"):
+            make_run(tmp_path / "runs", small | budget)
+        (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
+
+        def paid():
+            rows = [json.loads(line) for line in (run / "costs.jsonl").read_text().splitlines()]
+            return sum(row.get(f"remote_tokens_{way}", 0) for row in rows for way in ("sent", "received"))
+
+        before = paid()
+        assert needed - 300 < before <= needed - 100
+        with pytest.raises(FedPTError, match="budget of .* tokens does not allow another request") as raised:
+            make_run(tmp_path / "runs", small | budget | {"resume": "latest"})
+        assert before <= int(str(raised.value).split(" spent")[0].split("'")[-1].replace(",", ""))
+        assert paid() >= before
+        before = paid()
+        make_run(tmp_path / "runs", small | {"resume": "latest"})
+        assert paid() > before + 100
+        costs = read_json(run / "results.json")["costs"]
+        assert costs["remote_tokens_sent"] + costs["remote_tokens_received"] == paid()
+        lines = (run / "costs.jsonl").read_bytes()
+        make_run(tmp_path / "runs", small | {"resume": "latest"})
+        assert (run / "costs.jsonl").read_bytes() == lines
+
+
+@pytest.mark.slow
 def test_answers_through_a_server_that_this_project_did_not_write(tmp_path):
     from serving import generated
 

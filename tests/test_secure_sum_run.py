@@ -15,11 +15,12 @@ from local_grid import LocalGrid
 from fedpt_flwr.config import StrategyConfig
 from fedpt_flwr.errors import ConfigError, DeviceError, RoundError
 from fedpt_flwr.grid import to_bytes
+from fedpt_flwr.inner import FOLDED, inner_state, make_inner_strategy
 from fedpt_flwr.records import DeviceCard, refusal
 from fedpt_flwr.secure_sum.device import Device
 from fedpt_flwr.secure_sum.ring import Ring
 from fedpt_flwr.secure_sum.session import KEYS, RECORD, REVEAL, SHARES, Rules
-from fedpt_flwr.strategy import FOLDED, FedPT, inner_state, make_inner_strategy
+from fedpt_flwr.strategy import FedPT
 
 TRAIN = "train"
 RULES = Rules(0.7, 1.0, 32)

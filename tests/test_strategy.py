@@ -17,17 +17,9 @@ from local_grid import LocalGrid
 
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, RoundError, RunError, WireError
+from fedpt_flwr.inner import FOLDED, RESUMABLE, check_resumable, inner_state, make_inner_strategy, set_inner_state
 from fedpt_flwr.records import DeviceCard, refusal, to_array_record, to_reply, to_tensors
-from fedpt_flwr.strategy import (
-    FOLDED,
-    RESUMABLE,
-    FedPT,
-    check_resumable,
-    inner_state,
-    make_inner_strategy,
-    sample_devices,
-    set_inner_state,
-)
+from fedpt_flwr.strategy import FedPT, sample_devices
 
 NUM_DEVICES = 6
 
@@ -138,7 +130,7 @@ def test_the_order_in_which_replies_arrive_changes_no_bit(inner):
 @pytest.mark.parametrize("name", [strategy.__name__ for strategy in FOLDED])
 def test_replies_added_up_one_by_one_give_flowers_own_bits(name, monkeypatch):
     ours = outcomes_of(name)
-    monkeypatch.setattr("fedpt_flwr.strategy.FOLDED", ())
+    monkeypatch.setattr("fedpt_flwr.inner.FOLDED", ())
     flowers = outcomes_of(name)
     assert len(ours) == len(flowers) > 2
     for (mine, _), (expected, _) in zip(ours, flowers, strict=True):

@@ -60,6 +60,7 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     from fedpt_flwr.accounting import privacy_outlook
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.distiller import check_translated
+    from fedpt_flwr.inner import make_inner_strategy
     from fedpt_flwr.models import large_placement, load_tokenizer
     from fedpt_flwr.sources import (
         answer_choices,
@@ -69,7 +70,6 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         public_prompts,
         public_texts,
     )
-    from fedpt_flwr.strategy import make_inner_strategy
     from fedpt_flwr.vocabulary import match_vocabularies
 
     config, problems = examine_run_config(flat)

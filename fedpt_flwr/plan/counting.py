@@ -21,13 +21,14 @@ from fedpt_flwr.distiller import (
 )
 from fedpt_flwr.errors import ConfigError, DeviceError, ModelError, naming
 from fedpt_flwr.evaluation import WRITTEN_POINTS
+from fedpt_flwr.inner import FOLDED
 from fedpt_flwr.lora import dense_size
 from fedpt_flwr.losses import tokens_read
 from fedpt_flwr.memory import BYTES_OF, UNTOLD_BASE_BYTES, MemoryNeed, memory_of, tunable_shape
 from fedpt_flwr.models import WORTH_RESTING_BYTES, output_size, shapes_of
 from fedpt_flwr.plan.texts import PlannedTexts, Texts, length, mean
 from fedpt_flwr.records import array_bytes, sent_as
-from fedpt_flwr.strategy import FOLDED, num_sampled, sample_devices
+from fedpt_flwr.strategy import num_sampled, sample_devices
 from fedpt_flwr.training import count_flops, count_forward_flops, num_steps
 
 if TYPE_CHECKING:
