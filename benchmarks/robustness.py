@@ -54,16 +54,21 @@ from fedpt_flwr.sources import Items, held_out_items  # noqa: E402
 ATTACKS = ("label-flip", "sign-flip", "noise", "scaled", "backdoor", "scaled-backdoor")
 PHRASE, TARGET = "by the way, ", "filter = gold - good to go!"
 NOISE_LENGTH, SCALE = 3.0, 10.0
+REFUSED = 1.25  # a change is refused that is so many times as long as the longest honest one
 
 
-def defences(num_devices: int, num_malicious: int, bound: float) -> dict[str, dict[str, Scalar]]:
-    """The ways to aggregate, each told how many malicious devices there are where it wants to know."""
+def defences(num_devices: int, num_malicious: int, norms: Sequence[float] = ()) -> dict[str, dict[str, Scalar]]:
+    """The ways to aggregate, each told how many malicious devices there are where it wants to know.
+
+    Of the norms of honest changes, the median is what all are clipped to; what is refused is far above the longest.
+    """
+    usual, longest = (float(np.median(norms)), REFUSED * max(norms)) if norms else (1e9, 1e9)
     few = max(1, num_malicious)
     share = few / num_devices
     told: dict[str, dict[str, Scalar]] = {
         "FedAvg": {},
-        "FedAvg, norm clipped": {"strategy.max-update-norm": bound, "strategy.above-norm": "clip"},
-        "FedAvg, norm refused": {"strategy.max-update-norm": bound, "strategy.above-norm": "refuse"},
+        "FedAvg, norm clipped": {"strategy.max-update-norm": usual, "strategy.above-norm": "clip"},
+        "FedAvg, norm refused": {"strategy.max-update-norm": longest, "strategy.above-norm": "refuse"},
         "FedMedian": {"strategy.name": "FedMedian"},
         "FedTrimmedAvg": {"strategy.name": "FedTrimmedAvg", "strategy.arguments": f"beta = {share}"},
         "Krum": {"strategy.name": "Krum", "strategy.arguments": f"num-malicious-nodes = {few}"},
@@ -171,12 +176,12 @@ def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int, int]]:
     """Defence, attack, number of malicious devices and seed of every cell; those without an attack first."""
     found = []
     for seed in arguments.seeds:
-        for name in defences(arguments.devices, 1, 1.0):
+        for name in defences(arguments.devices, 1):
             found.append((name, "", 0, seed))
         for share in arguments.shares:
             number = round(share * arguments.devices)
             for attack in arguments.attacks:
-                found += [(name, attack, number, seed) for name in defences(arguments.devices, number, 1.0)]
+                found += [(name, attack, number, seed) for name in defences(arguments.devices, number)]
     return [cell for cell in found if not arguments.defences or cell[0] in arguments.defences]
 
 
@@ -212,7 +217,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--items", type=int, default=112)
-    parser.add_argument("--bound", type=float, default=0.0, help="norm; 0: the median of honest changes in the file")
     parser.add_argument("-c", "--config", action="append", default=[], help="key=value of the run config, in JSON")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     arguments = parser.parse_args(words)
@@ -238,12 +242,11 @@ def main(words: Sequence[str] | None = None) -> None:
         if key in results:
             continue
         norms = [norm for part in results.values() if not part["attack"] for norm in part.get("norms", [])]
-        bound = arguments.bound or (float(np.median(norms)) if norms else 1e9)
-        told = base | defences(arguments.devices, number, bound)[name] | {"seed": seed}
+        told = base | defences(arguments.devices, number, norms)[name] | {"seed": seed}
         if name == "FedAvg" and not attack:
             told["strategy.max-update-norm"] = 1e9  # bounds nothing; norms are measured
         begun, spent = time.perf_counter(), time.process_time()
-        head = {"defence": name, "attack": attack, "malicious": number, "seed": seed, "bound": bound, "config": told}
+        head = {"defence": name, "attack": attack, "malicious": number, "seed": seed, "config": told}
         try:
             results[key] = head | run_one(told, Malicious(attack, number, arguments.devices), arguments.devices)
         except FedPTError as error:  # an attack may end the run, and that is a result
