@@ -186,24 +186,40 @@ def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int, int]]:
 
 
 def render(results: dict[str, Any], num_devices: int) -> str:
-    """The table: exact match of tuned and proxy, in per cent, and how often the backdoor opens in each."""
-    grouped: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for result in results.values():
-        key = (result["attack"] or "none", result["malicious"], result["defence"])
-        grouped.setdefault(key, []).append(result)
-    lines = ["| attack | malicious | aggregation | seeds | tuned | proxy | backdoor tuned | backdoor proxy |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (attack, number, name), parts in sorted(grouped.items(), key=lambda item: item[0][:2]):
-        if "error" in parts[0]:
-            values = [parts[0]["error"].splitlines()[0], "", "", ""]
-        else:
-            values = [
-                f"{100 * float(np.mean([part[measure][row] for part in parts])):.1f}"
-                for measure in ("exact_match", "backdoor")
-                for row in ("tuned", "proxy")
-            ]
-        lines.append(f"| {attack} | {number} of {num_devices} | {name} | {len(parts)} | {' | '.join(values)} |")
-    return "\n".join(lines)
+    """A table for each number of malicious devices; in each cell tuned and proxy, in per cent, mean over the seeds."""
+    tables = []
+    for number in sorted({part["malicious"] for part in results.values()} - {0}):
+        parts = [part for part in results.values() if part["malicious"] in (0, number)]
+        attacks = [name for name in ("", *ATTACKS) if any(part["attack"] == name for part in parts)]
+        seeds = len({part["seed"] for part in parts})
+        for measure, title, shown in (
+            ("exact_match", "right answers", attacks),
+            ("backdoor", "the attacker's answers", [name for name in attacks if "backdoor" in name]),
+        ):
+            if not shown:
+                continue
+            lines = [f"{number} of {num_devices} devices malicious, {seeds} seed(s): {title}, tuned / proxy, %", ""]
+            lines.append("| aggregation | " + " | ".join(name or "none" for name in shown) + " |")
+            lines.append("| --- " * (1 + len(shown)) + "|")
+            for defence in dict.fromkeys(part["defence"] for part in parts):
+                cells = [
+                    _cell([part for part in parts if (part["defence"], part["attack"]) == (defence, name)], measure)
+                    for name in shown
+                ]
+                lines.append(f"| {defence} | " + " | ".join(cells) + " |")
+            tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _cell(parts: Sequence[dict[str, Any]], measure: str) -> str:
+    """``-``: not run; ``stopped``: with any seed the run ended, because too few replies could be used."""
+    if not parts:
+        return "-"
+    if any("error" in part for part in parts):
+        return "stopped"
+    return " / ".join(
+        f"{100 * float(np.mean([part[measure][row] for part in parts])):.1f}" for row in ("tuned", "proxy")
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
