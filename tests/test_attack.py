@@ -602,6 +602,18 @@ def test_the_report_has_the_tables_and_escapes_what_it_is_given(summary, tmp_pat
     assert (tmp_path / "tables" / "membership-1.csv").exists()
 
 
+def test_settings_are_named_in_the_report_by_what_tells_them_apart(tmp_path):
+    settings = (Ablation.parse("privacy.noise-multiplier=1.5,3.0 privacy.dp='server-fixed'"),)
+    plan = make_plan(targets=("tuned",), settings=settings, shadows=0)
+    done = {part.name: result_of(part, epsilon=2.0 if part.changes else None) for part in plan.federations()}
+    (tmp_path / "attack.json").write_text(json.dumps(summarise(plan, done)))
+    text = make_report(tmp_path).read_text()
+    assert ">privacy.noise-multiplier=1.5<" in text
+    assert "also changes privacy.dp=server-fixed" in text
+    assert "epsilon 2, privacy.noise-multiplier=3.0" in text
+    assert (tmp_path / "plot-utility.png").exists()
+
+
 @pytest.mark.parametrize("found", [{}, {"membership": 3, "exposure": [1], "utility": {}, "cells": []}])
 def test_a_report_of_little_or_of_nonsense_is_a_page_nonetheless(found, tmp_path):
     (tmp_path / "attack.json").write_text(json.dumps(found))

@@ -68,7 +68,32 @@ def attack_inside(folder: Path, reader: Reader) -> list[Section]:
 
 def attack_sections(found: Mapping[str, Any]) -> list[Section]:
     """Membership, exposure, and what was attacked, of what ``attack.json`` holds."""
-    return [_membership(found), _exposure(found), _about(found)]
+    found, common = _shortened(found)
+    return [_membership(found), _exposure(found), _about(found, common)]
+
+
+def _shortened(found: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The same, its settings without what all that change something change alike; and what that is."""
+    tables = {name: _rows(found, name) for name in ("membership", "exposure", "utility")}
+    changes = {
+        as_text(row.get("setting")): [f"{key}={value}" for key, value in as_mapping(row.get("changes")).items()]
+        for rows in tables.values()
+        for row in rows
+        if as_mapping(row.get("changes"))
+    }
+    if len(changes) < 2:
+        return dict(found), ""
+    common = set.intersection(*map(set, changes.values()))
+    short = {
+        setting: " ".join(part for part in parts if part not in common) or setting for setting, parts in changes.items()
+    }
+
+    def shorten(row: Mapping[str, Any]) -> dict[str, Any]:
+        setting = as_text(row.get("setting"))
+        return {**row, "setting": short.get(setting, setting)}
+
+    shortened = {name: [shorten(row) for row in rows] for name, rows in tables.items()}
+    return {**found, **shortened}, " ".join(part for part in next(iter(changes.values())) if part in common)
 
 
 def _epsilon(row: Mapping[str, Any]) -> str:
@@ -77,8 +102,8 @@ def _epsilon(row: Mapping[str, Any]) -> str:
 
 
 def _place(row: Mapping[str, Any]) -> str:
-    """A setting with what it promises."""
-    return f"{as_text(row.get('setting'))}, epsilon {_epsilon(row)}"
+    """What a setting promises, and the setting."""
+    return f"epsilon {_epsilon(row)}, {as_text(row.get('setting'))}"
 
 
 def _measured(value: Any, write: Callable[[float], str]) -> str | Cell:
@@ -167,10 +192,10 @@ def _auc_points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     return points
 
 
-def _plot(name: str, title: str, points: Sequence[Point], unit: str) -> list[Plots]:
+def _plot(name: str, title: str, points: Sequence[Point], unit: str, write: str = "{:.3f}") -> list[Plots]:
     if not points:
         return []
-    plot: Plot = plot_points(name, title, points, unit=unit, write="{:.3f}".format)
+    plot: Plot = plot_points(name, title, points, unit=unit, write=write.format)
     return [Plots(plots=[plot])]
 
 
@@ -224,7 +249,7 @@ def _exposure(found: Mapping[str, Any]) -> Section:
 # --- what was attacked -----------------------------------------------------------------------------------------------
 
 
-def _about(found: Mapping[str, Any]) -> Section:
+def _about(found: Mapping[str, Any], common: str) -> Section:
     pool, canaries = as_mapping(found.get("pool")), as_mapping(found.get("canaries"))
     utility = _rows(found, "utility")
     worth = Table(
@@ -242,7 +267,16 @@ def _about(found: Mapping[str, Any]) -> Section:
         ],
         texts=2,
     )
+    points = [
+        Point(name, _COLOURS[name], 100 * value, None, tuple(100 * seed for seed in seeds), _place(row))
+        for row in utility
+        for name in ("tuned", "proxy")
+        if (value := as_number(row.get(f"{name}_exact_match"))) is not None
+        for seeds in [_numbers(row.get(f"{name}_exact_match_by_seed"))]
+    ]
     terms = {name: as_text(meaning) for name, meaning in as_mapping(found.get("meanings")).items()}
+    if common:
+        terms["every setting that changes something"] = f"also changes {common}"
     terms |= {
         "records": f"{as_text(pool.get('records'))} of {as_text(pool.get('source'))}, of which each federation trains "
         "on a random half",
@@ -250,7 +284,8 @@ def _about(found: Mapping[str, Any]) -> Section:
         f"of {as_text(canaries.get('candidates'))} numbers, in every federation",
     }
     terms |= {name: f"not attacked: {as_text(why)}" for name, why in as_mapping(found.get("absent")).items()}
-    blocks: list[Block] = [*([worth] if utility else []), Terms(terms=terms)]
+    plots = _plot("plot-utility", "Test questions right", points, "%", "{:.1f}")
+    blocks: list[Block] = [*plots, *([worth] if utility else []), Terms(terms=terms)]
     command = as_text(found.get("command"))
     return Section(
         id="attacked", title="What was attacked", blocks=[*blocks, *([Code(text=command)] if command else [])]
