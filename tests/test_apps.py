@@ -40,11 +40,6 @@ def federate(root, num_devices=3, run_config=None, **settings):
     return federation.federate(root, num_devices, SHORT_LESSONS | (run_config or {}), **settings)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def assert_same(first, second):
     assert first.keys() == second.keys()
     for name in first:
@@ -54,7 +49,6 @@ def assert_same(first, second):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One run of three devices."""
-    torch.set_num_threads(1)
     return federate(tmp_path_factory.mktemp("runs"))
 
 
@@ -654,7 +648,6 @@ class Watched:
 
 
 def taught(tmp_path_factory, mode):
-    torch.set_num_threads(1)
     watched = Watched()
     run = federate(tmp_path_factory.mktemp(mode), 2, TAUGHT | {"distillation.mode": mode}, tamper=watched)
     return run, watched
@@ -678,7 +671,6 @@ def paper(tmp_path_factory):
 @pytest.fixture(scope="module")
 def off(tmp_path_factory):
     """The run of the fixture ``run`` without any distillation."""
-    torch.set_num_threads(1)
     return federate(tmp_path_factory.mktemp("off"), 3, {"distillation.mode": "off"})
 
 
@@ -903,7 +895,6 @@ def test_a_shift_that_was_given_is_shown_beside_what_others_would_have_given(run
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
     """A run that chooses alpha and mask, and that ends by patience: nothing is right after its first two rounds."""
-    torch.set_num_threads(1)
     settings = {
         "num-server-rounds": 4, "keep-rounds": 0, "train.max-steps": 5, "proxy.alpha": "auto",
         "stop.metric": "exact_match", "stop.patience": 1, "train.learning-rate": 0.02, "distillation.mode": "carry",

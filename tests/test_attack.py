@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from federation import QUICK
 from tiny import tiny_llama
 from typer.testing import CliRunner
@@ -634,7 +633,6 @@ TINY = QUICK | {"data.partitioner": "iid", "train.batch-size": 8, "train.max-ste
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """An attack on tiny shards that are learnt by heart, interrupted after a federation and gone on with."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("attacks") / "one"
     few = folder.parent / "few.jsonl"
     few.write_text("".join((APP / "fedpt_demo_world" / "train.jsonl").read_text().splitlines(keepends=True)[:240:5]))

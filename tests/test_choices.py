@@ -25,14 +25,6 @@ LABELS = ["card", "card lost", "refund", "b", "top up 9"]
 PROMPTS = ["where is my card", "q", "refund pls\n", "how do i top up my card again and again"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()

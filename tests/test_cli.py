@@ -20,7 +20,6 @@ APP = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A FEDPT_HOME with one run of the demo world."""
-    torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("home")
     federate(home / "runs", 2, {"num-server-rounds": 1, "scoring.round-items": 0})
     return home
@@ -104,7 +103,6 @@ def test_score_gives_what_the_run_wrote(fedpt, home, tmp_path):
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
     """A run whose proxy's untuned model has learnt as well."""
-    torch.set_num_threads(1)
     told = {"distillation.mode": "paired", "distillation.learning-rate": 0.01, "distillation.steps": 8}
     return federate(tmp_path_factory.mktemp("paired"), 2, told)
 

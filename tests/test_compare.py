@@ -295,7 +295,6 @@ def test_a_cell_equals_the_same_federation_without_workers(done, config, tmp_pat
     """Not the first one of its worker: what ran there before must not matter."""
     folder, told = done
     assert told[-2].name == "demo-fedpt-off-seed1"
-    torch.set_num_threads(1)
     alone = federate(tmp_path, 2, config | {"seed": 1, "output-dir": str(tmp_path), "scoring.rows": "tuned,proxy"})
     kept = folder / "runs" / "demo-fedpt-off-seed1"
     assert_same(final_arrays(alone), final_arrays(kept))

@@ -44,15 +44,6 @@ MICRO_MODEL = ModelRecipe(
 MICRO = Recipe(small=MICRO_MODEL, large=MICRO_MODEL, num_documents=300)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small train fastest on one thread, and tests that run beside each other do not wait for cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def texts():
     return world_texts(0)

@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from deployment import Deployment, wait_until
 from federation import federate, final_arrays
 from pyarrow import Table, parquet
@@ -59,7 +58,6 @@ def assert_same_arrays(expected, got):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same run in this process; tests/test_simulation.py holds that a simulation gives its arrays, bit for bit."""
-    torch.set_num_threads(1)
     return federate(tmp_path_factory.mktemp("alone"), 2)
 
 

@@ -13,18 +13,11 @@ from fedpt_flwr.config import DistillationConfig
 from fedpt_flwr.data import TokenizedExample, batches, collate
 from fedpt_flwr.distillation import Targets, answer_scores, distil, num_answer_tokens, remembering
 from fedpt_flwr.errors import RoundError
-from fedpt_flwr.models import cpu_threads
 
 # peft asks transformers by a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 RATE = 3e-3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 def lesson(number=12, seed=0):

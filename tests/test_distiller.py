@@ -15,7 +15,7 @@ from fedpt_flwr.data import collate
 from fedpt_flwr.distillation import answer_scores
 from fedpt_flwr.distiller import IN_ROUNDS, SHARES, WITH_DEVICE_COPY, Distiller
 from fedpt_flwr.errors import DataError
-from fedpt_flwr.models import cpu_threads, make_tunable, tunable_arrays
+from fedpt_flwr.models import make_tunable, tunable_arrays
 from fedpt_flwr.proxy import ProxyModel
 
 # peft asks transformers by a name that it has deprecated.
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 NEW = 6
 PROMPTS = [f"> ask {number} {'abc'[number % 3] * (number % 5)}\n" for number in range(24)]
 TEXTS = ["the end", "a = 1", "x", "", "hello there", "b;c"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ CONTEXT = 64
 NEW = 8
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()

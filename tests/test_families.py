@@ -11,7 +11,7 @@ from benchmarks import conformance
 from benchmarks.families import FAMILIES, LARGE_ONLY, Checkpoints
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.data import collate_prompts, tokenize_prompts
-from fedpt_flwr.models import cpu_threads, load_causal_lm, load_tokenizer, make_tunable, tunable_arrays
+from fedpt_flwr.models import load_causal_lm, load_tokenizer, make_tunable, tunable_arrays
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.vocabulary import match_vocabularies
 
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Using .httpx. with .starlette.testclient. is deprecated",
     "ignore:The anyio.abc.BlockingPortal alias is deprecated:DeprecationWarning",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,6 @@ few_rows = pytest.importorskip("fedpt_flwr.few_rows", reason="compiled loops nee
 SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (7, 1000), (7, 2050)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def case(num_rows, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     num_out, num_in = size

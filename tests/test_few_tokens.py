@@ -16,9 +16,8 @@ COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
+def _few_rows_without_gradients(monkeypatch):
     monkeypatch.setattr(packing, "_product", packing._FewRows)  # whatever this processor likes best
-    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 

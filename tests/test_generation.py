@@ -25,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 NEW = 10
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def proxy():
     return ProxyModel(*relatives(eos_token_id=None), tokenizer=tiny_tokenizer())

@@ -42,8 +42,7 @@ TAKEN = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _without_gradients():
     with torch.no_grad():
         yield
 

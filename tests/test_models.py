@@ -32,12 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 LORA = TuningConfig(mode="lora", lora_rank=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A folder with a model and its tokenizer."""

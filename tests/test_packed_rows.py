@@ -13,11 +13,6 @@ from fedpt_flwr.models import make_tunable, tunable_arrays
 from fedpt_flwr.training import check_packing, train_locally
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def examples(number=12):
     """Of very different lengths."""
     rng = np.random.default_rng(0)

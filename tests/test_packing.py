@@ -24,7 +24,6 @@ pytest.importorskip("numba", reason="compiled loops need the extra fast")
 
 @pytest.fixture(autouse=True, params=[packing._OneDnn, packing._FewRows], ids=["onednn", "few rows"])
 def product(request, monkeypatch):
-    torch.set_num_threads(1)
     product = request.param()
     if not packing._has_kernel(torch.float32, product):
         pytest.skip("oneDNN is not on this machine")

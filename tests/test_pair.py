@@ -20,14 +20,6 @@ from fedpt_flwr.vocabulary import match_vocabularies
 TINY = LlamaShape(hidden_size=8, num_layers=1, num_heads=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- text -------------------------------------------------------------------------------------------------------------
 
 

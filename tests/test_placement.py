@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.errors import ConfigError, ModelError
-from fedpt_flwr.models import cpu_threads, fingerprint, input_device, load_causal_lm
+from fedpt_flwr.models import fingerprint, input_device, load_causal_lm
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import read_json
@@ -24,12 +24,6 @@ PLACEMENTS = {
     "layers on disk": Placement(device_map=LAYERS_ON_DISK),
     "found automatically": Placement(device_map="auto", max_memory=json.dumps({"cpu": 12_000})),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,6 @@ MEASURED = {
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """A run config of a few of the demo world's texts."""
-    torch.set_num_threads(1)
     root, data = tmp_path_factory.mktemp("data"), {}
     for name, every in (("train", 60), ("validation", 24), ("test", 60), ("prompts", 60)):
         lines = resources.files("fedpt_demo_world").joinpath(f"{name}.jsonl").read_text().splitlines()

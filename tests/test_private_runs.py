@@ -5,7 +5,6 @@ import logging
 
 import federation
 import pytest
-import torch
 
 from fedpt_flwr.accounting import epsilon_after
 from fedpt_flwr.errors import ConfigError, RoundError
@@ -14,11 +13,6 @@ from fedpt_flwr.results import privacy_line
 
 PLAIN = {"distillation.mode": "off", "scoring.few-shot": 0, "scoring.rows": "tuned", "train.max-steps": 1}
 PRIVATE = PLAIN | {"privacy.dp": "client-adaptive", "privacy.clipped-count-stddev": 10.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

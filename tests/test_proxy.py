@@ -38,11 +38,6 @@ VOCAB = 64
 PAD, BOS, EOS = 0, 1, 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def llama(seed, *, vocab=VOCAB, spread=0.3, layers=2, **settings):
     torch.manual_seed(seed)
     config = LlamaConfig(

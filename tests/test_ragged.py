@@ -75,7 +75,6 @@ def make(name, **settings):
 
 @pytest.fixture(autouse=True)
 def _without_gradients():
-    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
 

@@ -116,7 +116,6 @@ def passed(answer):
 
 @pytest.fixture(scope="module")
 def proxy():
-    torch.set_num_threads(1)
     return ProxyModel(tiny_llama(1), tiny_llama(2), tiny_llama(3), vocab_size=VOCAB, tokenizer=tiny_tokenizer())
 
 
@@ -564,7 +563,6 @@ def test_answers_through_a_server_that_this_project_did_not_write(tmp_path):
     python = interpreter()
     if python is None:
         pytest.skip("no interpreter with xllamacpp and gguf; FEDPT_LLAMA_PYTHON names one")
-    torch.set_num_threads(1)
     tokenizer, large = load_tokenizer("demo:large"), load_causal_lm("demo:large")
     small = load_causal_lm("demo:small")
     tuned = load_causal_lm("demo:small")

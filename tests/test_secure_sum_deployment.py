@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from deployment import Deployment
 from federation import federate
 from safetensors.numpy import load_file
@@ -65,7 +64,6 @@ def arrays_of(run, server_round):
 
 def test_every_round_gives_the_arrays_of_the_same_round_in_one_process_with_the_same_devices(secure, tmp_path):
     """Those are compared with sums in the clear in test_secure_sum_run.py; a sum depends on no key that is drawn."""
-    torch.set_num_threads(1)
     gone = silent(**{f"train_{number}": devices for number, devices in GONE.items()})
     alone = federate(tmp_path, NUM_DEVICES, SETTINGS, tamper=gone)
     rows = [json.loads(line) for line in (secure[0] / "costs.jsonl").read_text().splitlines()]
@@ -78,7 +76,6 @@ def test_every_round_gives_the_arrays_of_the_same_round_in_one_process_with_the_
 
 def test_no_change_of_a_device_has_passed_in_any_form(site, secure, tmp_path):
     """Round 1 trains the same on a device whether its change is summed unseen or told, so that it is known here."""
-    torch.set_num_threads(1)
     clear = Recorder()
     federate(tmp_path, NUM_DEVICES, BRIEF, tamper=clear)
     # The learning rate of round 1 is the first round's whatever their number.

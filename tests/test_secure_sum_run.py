@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from federation import federate, final_arrays
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
@@ -275,7 +274,6 @@ def found_in(log, forms):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A run in the clear: its folder and what the server saw."""
-    torch.set_num_threads(1)
     recorder = Recorder()
     return federate(tmp_path_factory.mktemp("plain"), NUM_DEVICES, BRIEF, tamper=recorder), recorder
 
@@ -365,7 +363,6 @@ def kill_in_round_2(kind):
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
-    torch.set_num_threads(1)
     return federate(tmp_path_factory.mktemp("whole"), NUM_DEVICES, SECURE | {"num-server-rounds": 2})
 
 

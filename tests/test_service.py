@@ -34,7 +34,6 @@ def service(run):
 
 @pytest.fixture(scope="module")
 def proxy(run):
-    torch.set_num_threads(1)
     return ProxyModel.from_pretrained(run)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from serving import generated, make_run, serving, wait_for_metric
 from transformers import AutoTokenizer
 
@@ -41,7 +40,6 @@ def run(tmp_path_factory):
 
 def expected_texts(run):
     """What each round's proxy writes for each kind of request."""
-    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(run / "proxy")
     texts = {}
     for server_round in ROUNDS:

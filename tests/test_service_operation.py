@@ -13,7 +13,6 @@ import sys
 import httpx
 import openai
 import pytest
-import torch
 from serving import generated, make_run, serving, wait_for_metric
 from transformers import AutoTokenizer
 
@@ -34,7 +33,6 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def proxy(run):
-    torch.set_num_threads(1)
     return ProxyModel.from_pretrained(run)
 
 

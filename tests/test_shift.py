@@ -11,7 +11,6 @@ from tiny import EOS, PAD, VOCAB, generate_answers, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.data import collate, tokenize_examples
 from fedpt_flwr.losses import proxy_losses
-from fedpt_flwr.models import cpu_threads
 from fedpt_flwr.prompts import Example
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.shift import ALPHAS, MASKS, Shift, ShiftPoint, choose_shift, shift_curve
@@ -22,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 NEW = 11  # tokens that may be written
 HIDDEN = {"hidden_size": 32, "intermediate_size": 48}
 TRIED = [(0.5, 0.0), (1.0, 0.0), (1.5, 0.0), (0.0, 0.01), (1.0, 0.01), (1.0, 0.3)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

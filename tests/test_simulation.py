@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from federation import QUICK, federate, final_arrays
 
 from fedpt_flwr.runs import find_run
@@ -105,7 +104,6 @@ def test_a_simulation_completes_and_equals_the_same_run_in_one_process(flower, t
     assert log.index(f"Run folder: {run}") < log.index("Shards: 3 devices") < log.index("Round 1: devices 0, 1, 2")
     assert "The proxy" in log
     assert json.loads((run / "results.json").read_text())["devices"] == 3
-    torch.set_num_threads(1)
     alone = federate(tmp_path, 3)
     expected, got = final_arrays(alone), final_arrays(run)
     assert expected.keys() == got.keys()
@@ -119,7 +117,6 @@ def test_a_simulation_with_a_secure_sum_equals_the_same_run_in_one_process(flowe
     log, entry = flower.run(4, settings)
     assert entry["status"] == "finished:completed"
     assert "Round 2: the sum of 4 of 4 devices is open; its means are exact to" in log
-    torch.set_num_threads(1)
     expected = final_arrays(federate(tmp_path, 4, settings))
     got = final_arrays(find_run(root=flower.home / "fedpt" / "runs"))
     assert expected.keys() == got.keys()

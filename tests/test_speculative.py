@@ -17,11 +17,6 @@ from fedpt_flwr.speculative import Speculation, num_accepted
 NEW = 12
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def relatives(make=tiny_llama, noise=0.25, **settings):
     """Large, tuned and untuned: copies of one model that differ a little, so that drafts are right now and then."""
     models = [make(1, **settings) for _ in range(3)]

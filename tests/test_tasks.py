@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from federation import federate
 from typer.testing import CliRunner
 
@@ -36,7 +35,6 @@ def prepared(tmp_path_factory):
         words = " ".join(rng.choices(("please", "help", "my", "now", "why", "today"), k=3))
         rows.append({"text": f"{words} {label.replace('_', ' ')} {number}", "label": label})
     (root / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.set_num_threads(1)
     invoke("split", "--config", EXAMPLES / "banking77" / "run-config.toml", "--train", root / "all.jsonl",
            "--test-share", 0.1, "--public-share", 0.3, "--pair", root / "pair", "--out", root / "data")  # fmt: skip
     invoke("pretrain", "--text", f"{root}/data/public.jsonl::{{text}}\\n{{label}}", "--small", "8x1x2",

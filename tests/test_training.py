@@ -13,7 +13,7 @@ from fedpt_flwr import training
 from fedpt_flwr.config import TrainConfig, TuningConfig
 from fedpt_flwr.data import TokenizedExample, batches, collate
 from fedpt_flwr.errors import DataError, DeviceError
-from fedpt_flwr.models import cpu_threads, make_tunable, set_arrays, tunable_arrays
+from fedpt_flwr.models import make_tunable, set_arrays, tunable_arrays
 from fedpt_flwr.training import (
     TaskMemory,
     count_flops,
@@ -27,12 +27,6 @@ from fedpt_flwr.training import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 RATE = 0.01
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 def shard(number=10, seed=0):

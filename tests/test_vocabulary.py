@@ -15,16 +15,10 @@ from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.distiller import check_translated
 from fedpt_flwr.errors import ConfigError, ModelError, VocabularyMismatch
 from fedpt_flwr.losses import answer_losses
-from fedpt_flwr.models import cpu_threads, fingerprint, output_size
+from fedpt_flwr.models import fingerprint, output_size
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.vocabulary import IdMap, match_vocabularies, translate, translation_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with cpu_threads(1):
-        yield
 
 
 def letters(order=LETTERS, *, special=("<pad>", "<s>", "</s>"), added=()):

@@ -40,7 +40,6 @@ def names_in(message_type, content):
 @pytest.fixture(scope="module")
 def wire(tmp_path_factory):
     """Everything that went over the wire in a real federation of two devices: pairs of message and reply."""
-    torch.set_num_threads(1)
     heard = []
 
     def listen(device, message, reply):
