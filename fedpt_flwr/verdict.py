@@ -72,8 +72,8 @@ def verdict(results: Mapping[str, Any]) -> str:
     sentences = []
     for other, name in (("tuned", "tuned small"), ("large", "large")):
         measures = [
-            ("exact match", _by_exact_match(results, other)),
-            ("ROUGE-L", _by_rouge_l(results, other)),
+            ("exact match", _by_share(results, other, "", "exact_match", "exact match", " %")),
+            ("ROUGE-L", _by_share(results, other, f"_{ROUGE_L}", ROUGE_L, "ROUGE-L", "")),
             ("loss", _by_loss(results, other)),
         ]
         compared = [(measure, *found) for measure, found in measures if found is not None]
@@ -83,28 +83,18 @@ def verdict(results: Mapping[str, Any]) -> str:
     return " ".join(sentences) or "No verdict: the proxy was not compared."
 
 
-def _by_exact_match(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
-    difference = results.get(f"proxy_minus_{other}")
+def _by_share(
+    results: Mapping[str, Any], other: str, suffix: str, column: str, name: str, unit: str
+) -> tuple[str, str] | None:
+    """Of a measure from 0 to 1 of which more is better; it is shown in hundredths."""
+    difference = results.get(f"proxy_minus_{other}{suffix}")
     if difference is None:
         return None
     low, high = difference["ci95"]
     rows = results["rows"]
-    ours, theirs = (f"{_percent(rows[row]['exact_match'])} %" for row in ("proxy", other))
+    ours, theirs = (_percent(rows[row][column]) for row in ("proxy", other))
     return _outcome(low, high), (
-        f"exact match {ours} against {theirs}, difference {100 * difference['value']:+.1f} points "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
-    )
-
-
-def _by_rouge_l(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
-    difference = results.get(f"proxy_minus_{other}_{ROUGE_L}")
-    if difference is None:
-        return None
-    low, high = difference["ci95"]
-    rows = results["rows"]
-    ours, theirs = (_percent(rows[row][ROUGE_L]) for row in ("proxy", other))
-    return _outcome(low, high), (
-        f"ROUGE-L {ours} against {theirs}, difference {100 * difference['value']:+.1f} points "
+        f"{name} {ours}{unit} against {theirs}{unit}, difference {100 * difference['value']:+.1f} points "
         f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
     )
 

@@ -13,6 +13,7 @@ import typer
 from fedpt_flwr.cli.configs import flat_config
 from fedpt_flwr.cli.console import OUT, say, text_table
 from fedpt_flwr.cli.loading import open_run
+from fedpt_flwr.cli.options import App, Overrides
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 
 if TYPE_CHECKING:
@@ -20,11 +21,8 @@ if TYPE_CHECKING:
 
 
 def check_config(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
-    ] = None,
-    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    overrides: Overrides = None,
+    app_dir: App = Path(),
     num_devices: Annotated[
         int | None,
         typer.Option(min=1, help="Number of devices that the training data is dealt out to; by default min-devices."),
@@ -135,7 +133,7 @@ def plan(
             "absolute path of a config.json.",
         ),
     ] = None,
-    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    app_dir: App = Path(),
     num_devices: Annotated[int | None, typer.Option("--devices", min=1, help="Devices that there are, else 8.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Training examples of every device.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of every prompt.")] = None,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpt_flwr.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def flat_config(app_dir: Path, overrides: list[str] | None) -> dict[str, Any]:

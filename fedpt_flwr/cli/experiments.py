@@ -7,18 +7,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedpt_flwr.cli.configs import app_config, given_config
 from fedpt_flwr.cli.console import note, say
-from fedpt_flwr.cli.options import listed, numbers
+from fedpt_flwr.cli.options import App, Jobs, NumDevices, Overrides, listed, numbers
 from fedpt_flwr.cli.progress import cell_progress
 from fedpt_flwr.errors import ConfigError, RunError
-
-if TYPE_CHECKING:
-    pass
 
 _SUMMARY_EVERY_S = 60.0  # while a comparison runs
 
@@ -67,14 +64,14 @@ def compare(
     ] = None,
     large_learning_rates: Annotated[str, typer.Option(help="The same for `large_federated`.")] = "",
     large_lora_learning_rates: Annotated[str, typer.Option(help="The same for `large_federated_lora`.")] = "",
-    num_devices: Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")] = 8,
-    jobs: Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")] = 0,
+    num_devices: NumDevices = 8,
+    jobs: Jobs = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the comparison; one that exists goes on. Else $FEDPT_HOME/comparisons/TIME."),
     ] = None,
     keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep the run folders, under OUT/runs.")] = False,
-    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    app_dir: App = Path(),
 ) -> None:
     """Compare proxy-tuning with whatever else one could do, over seeds and worlds, with costs and intervals.
 
@@ -155,8 +152,7 @@ def compare(
                 on_cell=on_cell,
             )
     except KeyboardInterrupt:
-        said = f"Ended; the same command with --out {folder} goes on"
-        note(said)
+        note(f"Ended; the same command with --out {folder} goes on")
         raise typer.Exit(130) from None
     summary = summarise()
     say(comparing.summary_text(summary))
@@ -174,10 +170,7 @@ def compare(
 
 
 def attack(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
-    ] = None,
+    overrides: Overrides = None,
     targets: Annotated[
         str, typer.Option(help="What is attacked, by default everything: see docs/privacy.md.", show_default=False)
     ] = "",
@@ -196,13 +189,13 @@ def attack(
     canaries: Annotated[int, typer.Option(min=0, help="Secrets for each number of copies.")] = 8,
     copies: Annotated[str, typer.Option(help="How often a secret stands in its device's data.")] = "1,4,16",
     digits: Annotated[int, typer.Option(min=1, max=6, help="Digits of a secret.")] = 3,
-    num_devices: Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")] = 8,
-    jobs: Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")] = 0,
+    num_devices: NumDevices = 8,
+    jobs: Jobs = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the attack; one that exists goes on. Else $FEDPT_HOME/attacks/TIME."),
     ] = None,
-    app_dir: Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")] = Path(),
+    app_dir: App = Path(),
 ) -> None:
     """Measure what an attacker learns of devices' records and secrets from models and updates.
 
@@ -248,8 +241,7 @@ def attack(
 
             bench.run(jobs=jobs or comparing.default_jobs([plan.run_config]), on_cell=on_cell)
     except KeyboardInterrupt:
-        said = f"Ended; the same command with --out {folder} goes on"
-        note(said)
+        note(f"Ended; the same command with --out {folder} goes on")
         raise typer.Exit(130) from None
     summary = bench.write_summary(command=command)
     say(attacking.summary_text(summary))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fedpt_flwr.cli.console import say
-
-if TYPE_CHECKING:
-    pass
 
 
 def certs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -35,6 +36,13 @@ Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps
 Prepare = Annotated[
     bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-c", "--run-config", help='As for `flwr run`: "key=value key2=value2", or a TOML file.'),
+]
+NumDevices = Annotated[int, typer.Option("--devices", min=1, help="Devices of every federation.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")]
+App = Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")]
 _Number = TypeVar("_Number", int, float)
 
 

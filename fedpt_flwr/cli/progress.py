@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedpt_flwr.cli.console import ERR, note
-
-if TYPE_CHECKING:
-    pass
 
 _LINE_EVERY_S = 30.0  # of a training, where there is no terminal
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from fedpt_flwr.cli.console import note
 from fedpt_flwr.cli.loading import find_large, open_run
 from fedpt_flwr.cli.options import Alpha, Device, Large, LargeDeviceMap, LargeName, LargeUrl, Plausibility, Prepare, Run
 from fedpt_flwr.errors import ConfigError, naming
-
-if TYPE_CHECKING:
-    pass
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
