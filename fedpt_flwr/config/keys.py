@@ -1,27 +1,19 @@
-"""The run config: flat keys as Flower carries them, parsed once into frozen dataclasses.
+"""Every key of the run config, as frozen dataclasses: default, meaning, and the rule that its value must obey.
 
-Every key of ``[tool.flwr.app.config]`` is one field below: section ``train``, field ``batch_size`` is the key
-``train.batch-size``. ``parse_run_config`` checks names, types, ranges and contradictions and reports everything that is
-wrong at once. What depends on files, models or Flower (does the folder exist? is there such a strategy?) is checked by
-the modules that know them.
+Section ``train``, field ``batch_size`` is the key ``train.batch-size`` of ``[tool.flwr.app.config]``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import json
 import math
-import os
 import re
-import sys
 import tomllib
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from typing import Any
 
-from fedpt_flwr.errors import ConfigError, FedPTError
+from fedpt_flwr.errors import ConfigError
 
 Scalar = bool | int | float | str
 
@@ -66,26 +58,8 @@ DATA_FORMATS = ("template", "auto", "instruction", "completion", "chat", "text",
 LORA_AGGREGATIONS = ("average", "exact", "frozen-a")
 """What ``tuning.lora-aggregation`` can be."""
 
-_WEIGHTED_MEANS = ("FedAvg", "FedProx")
-"""Strategies that make the weighted mean of the devices' weights, and nothing else."""
-
 CHOICE_LENGTHS = ("sum", "tokens", "bytes")
 """What ``scoring.choice-length`` can be."""
-
-_MARKDOWN_HEAD = """# Run config
-
-Every key of `[tool.flwr.app.config]`. Its defaults are in `pyproject.toml`; for one run they are overridden by
-
-    flwr run . --stream -c "num-server-rounds=4 train.max-steps=40 data.partitioner='iid'"
-
-or by a TOML file of such keys, `flwr run . --stream --run-config /absolute/path.toml`. Flower takes either pairs or
-one file, and refuses keys that are not here. `fedpt check-config -c "…"` says everything that is wrong with a config
-without a run. Paths are absolute, because Flower's processes run in other folders.
-
-This page is made by `fedpt check-config --markdown`."""
-
-# A value that is meant as a path: begins like one, is deeper than `owner/name`, or ends like a data file.
-_PATH_LIKE = re.compile(r"^[.~]|^[^:]*/[^:]*/|\.(jsonl|json|csv|tsv|parquet|txt)$")
 
 
 def _setting(
@@ -126,7 +100,7 @@ def _is_json_object(text: str) -> bool:
     return isinstance(found, dict) and bool(found)
 
 
-def _names(text: str) -> list[str]:
+def names_in(text: str) -> list[str]:
     """The names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -656,7 +630,7 @@ class ScoringConfig:
         "large,untuned,tuned,proxy",
         "Models scored on the test examples, separated by commas.",
         "must be some of large, untuned, tuned and proxy, separated by commas",
-        lambda value: bool(_names(value)) and set(_names(value)) <= set(SCORED_ROWS),
+        lambda value: bool(names_in(value)) and set(names_in(value)) <= set(SCORED_ROWS),
     )
     num_items: int = _setting(0, "Test examples scored at the end; 0: all.", *_at_least(0))
     round_items: int = _setting(
@@ -686,7 +660,7 @@ class ScoringConfig:
 
     def row_names(self) -> tuple[str, ...]:
         """The rows to score, in the order of the table."""
-        return tuple(name for name in SCORED_ROWS if name in _names(self.rows))
+        return tuple(name for name in SCORED_ROWS if name in names_in(self.rows))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -741,442 +715,3 @@ class RunConfig:
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     threads: ThreadsConfig = dataclasses.field(default_factory=ThreadsConfig)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One key of the run config, for documentation and for checks.
-
-    Attributes:
-        key: Dotted kebab-case name, as typed in ``pyproject.toml`` and after ``-c``.
-        kind: Python type of the value; a number or a text is `float | str`.
-        default: Value where the key is not given.
-        doc: What it means.
-        rule: What a value must obey, or empty.
-        holds: The rule as a function, or None.
-        path: True if the value may be a path, which then must be absolute.
-        key_variable: Environment variable for the key that the value may hold against the rule; no error shows it.
-    """
-
-    key: str
-    kind: Any
-    default: Any
-    doc: str
-    rule: str
-    holds: Callable[[Any], bool] | None
-    path: bool
-    key_variable: str
-
-
-@functools.cache
-def _kinds(cls: type) -> Mapping[str, Any]:
-    """The types of a settings class's fields; a simulation reads its config for every device and message."""
-    return get_type_hints(cls)
-
-
-def settings() -> dict[str, Setting]:
-    """Every key of the run config, in the order of the classes above."""
-    found: dict[str, Setting] = {}
-
-    def collect(cls: type, prefix: str) -> None:
-        kinds = _kinds(cls)
-        for field in dataclasses.fields(cls):
-            key = prefix + field.name.replace("_", "-")
-            if dataclasses.is_dataclass(kinds[field.name]):
-                collect(kinds[field.name], f"{key}.")
-            else:
-                found[key] = Setting(key=key, kind=kinds[field.name], default=field.default, **field.metadata)
-
-    collect(RunConfig, "")
-    return found
-
-
-def parse_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
-    """Turn flat keys into a :class:`RunConfig`; absent keys take their default.
-
-    Args:
-        flat: What Flower's ``context.run_config`` holds: dotted kebab-case keys.
-
-    Raises:
-        ConfigError: Names every key that is unknown, ill-typed, out of range or in contradiction with another.
-    """
-    config, problems = examine_run_config(flat)
-    if problems:
-        raise ConfigError.of(problems)
-    return config
-
-
-def examine_run_config(flat: Mapping[str, Scalar]) -> tuple[RunConfig, list[FedPTError]]:
-    """What :func:`parse_run_config` parses, with the default in place of every wrong value, and all that is wrong."""
-    known = settings()
-    problems: list[FedPTError] = [
-        ConfigError("is not a key of this app", place=key, remedy=_nearest(key, known))
-        for key in flat
-        if key not in known
-    ]
-    values: dict[str, Any] = {}
-    for key, setting in known.items():
-        value = _unescaped(key, flat.get(key, setting.default))
-        problem = _problem(setting, value)
-        if problem is not None:
-            problems.append(problem)
-            value = setting.default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        values[key] = float(value) if is_number and setting.kind in (float, float | str) else value
-    config: RunConfig = _build(RunConfig, "", values)
-    return config, problems + _contradictions(config, {str(problem.place) for problem in problems})
-
-
-def flat_values(config: RunConfig) -> dict[str, Scalar]:
-    """A config as the flat keys that give it: the inverse of :func:`parse_run_config`."""
-
-    def walk(part: Any, prefix: str) -> dict[str, Scalar]:
-        found: dict[str, Scalar] = {}
-        for field in dataclasses.fields(part):
-            key, value = prefix + field.name.replace("_", "-"), getattr(part, field.name)
-            found |= walk(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
-        return found
-
-    return walk(config, "")
-
-
-def settings_markdown() -> str:
-    """The text of ``docs/run-config.md``: every key with its default, meaning and rule."""
-    lines = [_MARKDOWN_HEAD]
-    section = None
-    for setting in settings().values():
-        head = setting.key.split(".")[0] if "." in setting.key else "the run"
-        if head != section:
-            lines += ["", f"## {head}", "", "| key | default | meaning | rule |", "| --- | --- | --- | --- |"]
-            section = head
-        default = repr(setting.default) if setting.kind is str else str(setting.default).lower()
-        doc = setting.doc.replace("|", "\\|")
-        lines.append(f"| `{setting.key}` | `{default}` | {doc} | {setting.rule} |")
-    return "\n".join(lines).strip() + "\n"
-
-
-def _nearest(key: str, known: Mapping[str, Setting]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else "all keys are in docs/run-config.md"
-
-
-def _unescaped(key: str, value: Any) -> Any:
-    # `-c "data.template='a\nb'"` reaches us with a backslash and an n: TOML keeps them in single quotes.
-    return value.replace("\\n", "\n") if key.endswith("template") and isinstance(value, str) else value
-
-
-def _problem(setting: Setting, value: Any) -> ConfigError | None:
-    kind = setting.kind
-    fits = isinstance(value, kind | int if kind in (float, float | str) else kind)
-    if not fits or (kind is not bool and isinstance(value, bool)):
-        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind)
-        return ConfigError(setting.rule if name is None else f"must be {name}", value=value, place=setting.key)
-    if isinstance(value, float) and not (abs(value) <= sys.float_info.max):
-        return ConfigError("must be a finite number", value=value, place=setting.key)
-    if setting.holds is not None and not setting.holds(value):
-        if setting.key_variable:
-            remedy = f"give the key in {setting.key_variable}; the value may hold one and is not shown here"
-            return ConfigError(setting.rule, place=setting.key, remedy=remedy)
-        return ConfigError(setting.rule, value=value, place=setting.key)
-    meant_as_path = setting.key == "output-dir" or _PATH_LIKE.search(value) if setting.path and value else False
-    if meant_as_path and not Path(value).is_absolute():
-        full = Path(value).expanduser().resolve()
-        return ConfigError(
-            "must be an absolute path, because Flower's processes run in other folders",
-            value=value,
-            place=setting.key,
-            remedy=f"type {setting.key}='{full}'",
-        )
-    return None
-
-
-def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    kinds = _kinds(cls)
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        key = prefix + field.name.replace("_", "-")
-        nested = dataclasses.is_dataclass(kinds[field.name])
-        arguments[field.name] = _build(kinds[field.name], f"{key}.", values) if nested else values[key]
-    return cls(**arguments)
-
-
-def _contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
-    """Keys that are fine one by one and not together; keys that are wrong already are left out."""
-    found: list[FedPTError] = []
-
-    def refuse(place: str, rule: str, value: Any, remedy: str) -> None:
-        if not wrong & set(place.split(" and ")):
-            found.append(ConfigError(rule, value=value, place=place, remedy=remedy))
-
-    if config.train.epochs == 0 and config.train.max_steps == 0:
-        refuse("train.epochs and train.max-steps", "must not both be 0", 0, "say how long a device trains in a round")
-    if config.tuning.mode == "full" and config.model.small_dtype != "float32":
-        refuse(
-            "tuning.mode and model.small-dtype",
-            "tuning all weights needs them in float32, or small updates are rounded away",
-            config.model.small_dtype,
-            "set model.small-dtype='float32' (train.mixed-precision='bf16' shortens the passes), or tuning.mode='lora'",
-        )
-    if config.min_replies > config.min_devices:
-        refuse(
-            "min-replies and min-devices",
-            "min-replies must not exceed min-devices",
-            f"{config.min_replies} > {config.min_devices}",
-            f"raise min-devices to {config.min_replies}",
-        )
-    if config.data.partitioner in ("natural", "dirichlet") and not config.data.group_field:
-        refuse(
-            "data.group-field and data.partitioner",
-            f"the partitioner {config.data.partitioner} needs a group field",
-            "",
-            "set data.group-field, or data.partitioner='iid'",
-        )
-    if config.data.partitioner == "node-local":
-        for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test)):
-            if not value:
-                refuse(
-                    f"{key} and data.partitioner",
-                    "cannot be held out of data.train, because with node-local data the server has none of it",
-                    value,
-                    f"set {key} to a file of the server",
-                )
-    elif not config.data.train:
-        refuse("data.train", "must not be empty", "", "name a data set, or set data.partitioner='node-local'")
-    if config.distillation.mode != "off" and not config.data.prompts and not config.data.public:
-        refuse(
-            "distillation.mode and data.prompts",
-            "distillation needs public prompts (data.prompts) or public texts (data.public)",
-            config.distillation.mode,
-            "name one of them, or set distillation.mode='off'",
-        )
-    if config.proxy.alpha == AUTO and config.proxy.plausibility > 0:
-        refuse(
-            "proxy.alpha and proxy.plausibility",
-            "with proxy.alpha='auto' the mask is chosen too",
-            config.proxy.plausibility,
-            "leave proxy.plausibility out, or give both",
-        )
-    if config.distillation.mode == "paired" and config.tuning.mode == "lora":
-        refuse(
-            "distillation.mode and tuning.mode",
-            "paired distillation changes both small models, and an adapter is on one of them",
-            "paired with lora",
-            "set distillation.mode='carry', or tuning.mode='full'",
-        )
-    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
-        _check_exact(config, refuse)
-    if config.data.choices and config.data.answer_pattern:
-        refuse(
-            "data.choices and data.answer-pattern",
-            "an answer that is chosen counts as a whole",
-            config.data.answer_pattern,
-            "leave one of them out",
-        )
-    if config.data.format == "classification" and not config.data.choices:
-        refuse(
-            "data.choices and data.format",
-            "a classification needs the labels to choose from",
-            "",
-            "set data.choices='test', or a text file with a label on each line",
-        )
-    if config.data.format in ("chat", "text") and config.data.choices:
-        refuse(
-            "data.choices and data.format",
-            f"the shape {config.data.format} has no labels to choose from",
-            config.data.choices,
-            "leave data.choices out, or set data.format='classification'",
-        )
-    if config.data.partitioner == "node-local" and "train" in _names(config.data.choices):
-        refuse(
-            "data.choices and data.partitioner",
-            "with node-local data the server has no data.train to find answers in",
-            config.data.choices,
-            "set data.choices='test', or a file of the server",
-        )
-    _check_stop(config, refuse)
-    if config.privacy.is_on:
-        _check_privacy(config, refuse)
-    _check_secure_sum(config, refuse)
-    try:
-        arguments = config.strategy.parsed_arguments()
-    except ConfigError as error:
-        found.append(error)
-    else:
-        if config.train.fedprox_mu > 0 and "proximal_mu" in arguments:
-            refuse(
-                "train.fedprox-mu and strategy.arguments",
-                "FedProx's mu is given twice",
-                f"{config.train.fedprox_mu} and {arguments['proximal_mu']}",
-                "give it in one place",
-            )
-    return found
-
-
-def _check_secure_sum(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
-    if not config.privacy.secure_sum:
-        return
-    if config.strategy.name in NEED_SINGLE_UPDATES:
-        refuse(
-            "privacy.secure-sum and strategy.name",
-            "this strategy compares the devices' changes with each other, and a secure sum shows none of them",
-            config.strategy.name,
-            "set strategy.name='FedAvg', say, or privacy.secure-sum=false",
-        )
-    if config.privacy.is_on:
-        refuse(
-            "privacy.secure-sum and privacy.dp",
-            "noise is accounted for where the server, or Flower's own average, has each device's change, and a secure "
-            "sum shows none of them",
-            config.privacy.dp,
-            "set one of the two",
-        )
-    if config.strategy.max_update_norm > 0:
-        refuse(
-            "privacy.secure-sum and strategy.max-update-norm",
-            "the norm of a single change cannot be seen in a secure sum",
-            config.strategy.max_update_norm,
-            "leave it out; privacy.secure-sum-range bounds each weight's change",
-        )
-    if config.min_devices < 3:
-        refuse(
-            "privacy.secure-sum and min-devices",
-            "a secure sum needs three devices: each of two would have the other's change, when it takes off its own",
-            config.min_devices,
-            "set min-devices=3 or more, or privacy.secure-sum=false",
-        )
-    if config.wire.dtype == "int8":
-        refuse(
-            "privacy.secure-sum and wire.dtype",
-            "what 8 bits lose a device adds to its next change, and in a secure sum changes have bits of their own",
-            config.wire.dtype,
-            "set wire.dtype='float16' and privacy.secure-sum-bits=16",
-        )
-    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
-        refuse(
-            "privacy.secure-sum and tuning.lora-aggregation",
-            "exact aggregation multiplies the two matrices of each device, and a secure sum shows none of them",
-            config.tuning.lora_aggregation,
-            "set tuning.lora-aggregation='frozen-a', whose mean is exact too",
-        )
-
-
-def _check_exact(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
-    if config.strategy.name not in _WEIGHTED_MEANS:
-        refuse(
-            "tuning.lora-aggregation and strategy.name",
-            "exact aggregation writes the adapter in new directions after every round, so that momentum, medians and "
-            "distances between the old ones mean nothing",
-            config.strategy.name,
-            "set strategy.name='FedAvg', or tuning.lora-aggregation='frozen-a', which goes with every strategy",
-        )
-    if config.distillation.mode == "carry":
-        refuse(
-            "tuning.lora-aggregation and distillation.mode",
-            "carry adds up what the rounds changed, and exact aggregation writes the adapter in new directions after "
-            "every round",
-            config.distillation.mode,
-            "set distillation.mode='final', or tuning.lora-aggregation='frozen-a'",
-        )
-
-
-def _check_stop(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
-    stop = config.stop
-    if not stop.metric and (stop.target or stop.patience):
-        refuse(
-            "stop.metric and stop.target and stop.patience",
-            "a target or patience needs a metric",
-            "",
-            "set stop.metric='exact_match' or 'loss'",
-        )
-    if stop.metric and not (stop.target or stop.patience):
-        refuse(
-            "stop.metric and stop.target and stop.patience",
-            "a metric needs a target or patience",
-            stop.metric,
-            "set stop.patience=3, say, or stop.target",
-        )
-    if stop.metric == "exact_match" and stop.target > 1:
-        refuse(
-            "stop.metric and stop.target",
-            "exact match is a share, so no run can reach a target above 1",
-            stop.target,
-            "set stop.target=0.9, say",
-        )
-    if stop.metric and not config.scoring.round_items:
-        refuse(
-            "stop.metric and scoring.round-items",
-            "rounds must be scored to decide when to end",
-            config.scoring.round_items,
-            "set scoring.round-items to the number of validation items that decide",
-        )
-
-
-def _is_same_source(one: str, other: str, *, same_split: bool) -> bool:
-    """Whether two sources are one text: files have no splits, data sets of the hub do."""
-    has_splits = not one.startswith(("/", "demo:"))
-    return bool(one) and os.path.normpath(one) == os.path.normpath(other) and (same_split or not has_splits)
-
-
-def _check_privacy(config: RunConfig, refuse: Callable[[str, str, Any, str], None]) -> None:
-    """What epsilon would say nothing about must not be."""
-    privacy, data = config.privacy, config.data
-    if config.strategy.name not in PRIVATE_STRATEGIES:
-        refuse(
-            "privacy.dp and strategy.name",
-            "noise is accounted for on the plain mean of equal weights alone",
-            config.strategy.name,
-            "set strategy.name='FedAvg' or 'FedProx', or privacy.dp='off'",
-        )
-    if config.strategy.max_update_norm > 0:
-        refuse(
-            "privacy.dp and strategy.max-update-norm",
-            "changes are clipped to privacy.clipping-norm already",
-            config.strategy.max_update_norm,
-            "leave strategy.max-update-norm out",
-        )
-    if config.tuning.mode == "lora" and config.tuning.lora_aggregation == "exact":
-        refuse(
-            "privacy.dp and tuning.lora-aggregation",
-            "noise is accounted for on the plain mean of what devices send, and this one averages products",
-            config.tuning.lora_aggregation,
-            "set tuning.lora-aggregation='frozen-a', whose plain mean is exact",
-        )
-    if privacy.sampling != SAMPLINGS[0]:
-        refuse(
-            "privacy.sampling",
-            "no amplification holds here: who trains in a round follows from the seed, which every device knows",
-            privacy.sampling,
-            "leave it out; every round is then counted as if each device had trained in it",
-        )
-    if privacy.clips_on_devices and config.wire.dtype != "float32":
-        refuse(
-            "privacy.dp and wire.dtype",
-            "a device clips its change as it is sent, in float32",
-            config.wire.dtype,
-            f"set privacy.dp='server-{privacy.dp.partition('-')[2]}', or wire.dtype='float32'",
-        )
-    sources = {"validation": data.validation, "test": data.test, "public": data.public, "prompts": data.prompts}
-    for name, source in sources.items():
-        if name in ("validation", "test") and not source and data.partitioner != "node-local":
-            refuse(
-                f"privacy.dp and data.{name}",
-                "would be held out of data.train, and epsilon does not cover private text that the server reads",
-                source,
-                f"set data.{name} to a file of the server",
-            )
-        same_split = getattr(data, f"{name}_split") == data.train_split
-        if data.partitioner != "node-local" and _is_same_source(source, data.train, same_split=same_split):
-            refuse(
-                f"privacy.dp and data.{name}",
-                "must not be the devices' text: epsilon does not cover what the server reads itself",
-                source,
-                f"set data.{name} to text of the server",
-            )
-    same_split = data.choices_split == data.train_split
-    if "train" in _names(data.choices) or _is_same_source(data.choices, data.train, same_split=same_split):
-        refuse(
-            "privacy.dp and data.choices",
-            "answers found in data.train are the devices' text, which epsilon does not cover",
-            data.choices,
-            "set data.choices='test', or a file of the server",
-        )
