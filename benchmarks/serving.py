@@ -38,7 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import flat_values, parse_run_config
-from fedpt_flwr.proxy import BUNDLED, ProxyModel
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED
 from fedpt_flwr.runs import write_json
 
 VOCAB = 32_000

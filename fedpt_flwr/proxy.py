@@ -9,25 +9,20 @@ Each of the three models keeps its own key-value cache. :class:`ProxyCache` pres
 edits the cache between two forward passes: beams reorder it, and assisted generation crops it. (A LogitsProcessor that
 hides the small models has no part in those edits, and then gives wrong tokens without any error.)
 
-On disk a proxy is a small folder: the tuned small model, and references to the two others, which are never copied.
+On disk a proxy is a small folder (``proxy_folder.py``).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,7 +31,6 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -56,25 +50,26 @@ from fedpt_flwr.logits import (
     fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import (
-    check_plain,
-    fingerprint,
-    hides_tokens,
-    input_device,
-    is_remote,
-    load_adapter,
-    load_causal_lm,
-    load_tokenizer,
-    max_positions,
-    output_size,
-    resolve_model,
-)
+from fedpt_flwr.models import check_plain, hides_tokens, input_device, max_positions, output_size
 from fedpt_flwr.placement import Placement
+from fedpt_flwr.proxy_folder import (
+    Models,
+    ProxyConfig,
+    base_model,
+    checked,
+    is_adapted,
+    is_adapter,
+    known_dtype,
+    load_large,
+    load_small,
+    proxy_folder,
+    read_config,
+    write_folder,
+)
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.remote import connect_again, is_address
 from fedpt_flwr.sampling import Seeded, sample
 from fedpt_flwr.speculative import PARTS, Speculation
-from fedpt_flwr.vocabulary import IdMap, match_vocabularies, translate, translation_of
+from fedpt_flwr.vocabulary import match_vocabularies, translate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,17 +77,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_TUNED_FOLDER = "tuned"
-_UNTUNED_FOLDER = "untuned"
-
 FILL, RESTRICT = "fill", "restrict"
 """What can become of tokens that a remote large model does not show."""
 
-BUNDLED = "bundled:untuned"
-"""The reference of an untuned model that lies in the proxy's own folder, because it is nowhere else."""
-
-_OF_LARGE = ("ref", "fingerprint", "dtype", "ids")
-_DTYPES = ("float32", "bfloat16", "float16")
 # What AutoModelForCausalLM hands on from its own work, or what only matters for files on a hub.
 _AUTO_ARGUMENTS = frozenset(
     {
@@ -110,35 +97,6 @@ _AUTO_ARGUMENTS = frozenset(
         "trust_remote_code",
     }
 )
-
-
-class ProxyConfig(PreTrainedConfig):
-    """What a proxy folder's ``config.json`` holds."""
-
-    model_type = "fedpt_proxy"
-    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (the name and form that transformers reads)
-
-    alpha: float = 1.0
-    """Strength of the shift."""
-    plausibility: float = 0.0
-    """Mask threshold in [0, 1); 0 is off."""
-    large: dict[str, str] = field(default_factory=dict)
-    """The large model's ``ref``, ``fingerprint`` and ``dtype``; empty until saved. With ``ids`` (a hash of the map in
-    the folder) it is translated to the small model's ids; with the names of a ``Placement`` it is loaded so."""
-    untuned: dict[str, str] = field(default_factory=dict)
-    """The same of the small model before tuning."""
-    tuned: dict[str, str] = field(default_factory=dict)
-    """``form`` (``full`` or ``adapter``) and ``dtype`` of the folder ``tuned``."""
-    vocab_size: int = 0
-    """Width of the scores, padding included: the large model's."""
-    real_vocab_size: int = 0
-    """Number of ids that are tokens; scores of later ids are -inf."""
-    max_position_embeddings: int | None = None
-    """The longest text in tokens that all three models take; None if none of them says."""
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    use_cache: bool = True
 
 
 class ProxyCache(Cache):
@@ -211,7 +169,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             id_map = match_vocabularies(large_tokenizer, tokenizer).id_map
             if id_map is not None:
                 translate(large, id_map)
-        if untuned is not None and untuned is _base_model(tuned) and _is_adapted(tuned):
+        if untuned is not None and untuned is base_model(tuned) and is_adapted(tuned):
             untuned = None
         _check_pair(tuned, untuned)
         if vocab_size is None and tokenizer is not None:
@@ -245,9 +203,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self.eval()
         # For without_adapter(): peft's disable_adapter() walks the whole model at every call, a hundred times as long,
         # and makes the adapter trainable again.
-        self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if _is_adapter(part)]
+        self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if is_adapter(part)]
         self._speculation: Speculation | None = None
-        self._accepted = [frozenset(inspect.signature(_base_model(model).forward).parameters) for model in models]
+        self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
 
     @property
     def device(self) -> torch.device:
@@ -419,7 +377,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         """An empty cache for this proxy's three models."""
         untuned = self.tuned if self.untuned is None else self.untuned
         return ProxyCache(
-            [DynamicCache(config=_base_model(model).config) for model in (self.large, self.tuned, untuned)]
+            [DynamicCache(config=base_model(model).config) for model in (self.large, self.tuned, untuned)]
         )
 
     def steppers(self, known: Mapping[str, Stepper] | None = None) -> dict[str, Stepper]:
@@ -509,54 +467,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 proxy is prepared for decoding.
         """
         check_plain(self)
-        folder = Path(save_directory)
-        config = self.config
-        small = _base_model(self.tuned if self.untuned is None else self.untuned)
-        large_ref = _reference("large", large_ref, config.large, self.large)
-        untuned_ref = _reference("untuned", untuned_ref, config.untuned, small)
-        untuned_fingerprint = fingerprint(_Unadapted(self.tuned) if self.untuned is None else self.untuned)
-        if _is_adapted(self.tuned) and fingerprint(_Unadapted(self.tuned)) != untuned_fingerprint:
-            raise ModelError(
-                "an adapter can be saved only if it sits on the untuned model's weights",
-                value=untuned_ref,
-                place=str(folder),
-                remedy="merge the adapter into the tuned model (merge_and_unload) before making the proxy",
-            )
-
-        if _is_adapted(self.tuned) and untuned_ref == BUNDLED:
-            raise ModelError(
-                "an adapter is saved with a reference to its base model, which is not written along",
-                value=untuned_ref,
-                place=str(folder),
-                remedy="pass untuned_ref: demo:small, a hub id or a folder",
-            )
-
-        (folder / "config.json").unlink(missing_ok=True)
-        # Removed, not overwritten: the weights in memory may be mapped from these very files.
-        shutil.rmtree(folder / _TUNED_FOLDER, ignore_errors=True)
-        (folder / _TUNED_FOLDER).mkdir(parents=True)
-        if _is_adapted(self.tuned):
-            _save_adapter(self.tuned, folder / _TUNED_FOLDER, base_ref=untuned_ref)
-        else:
-            self.tuned.save_pretrained(folder / _TUNED_FOLDER)
-        shutil.rmtree(folder / _UNTUNED_FOLDER, ignore_errors=True)
-        if untuned_ref == BUNDLED:
-            small.save_pretrained(folder / _UNTUNED_FOLDER)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        # What else the entry says stays: how the large model is loaded.
-        entry = {"ref": large_ref, "fingerprint": fingerprint(self.large), "dtype": _dtype_name(self.large)}
-        if is_remote(self.large):
-            entry |= self.large.reference()
-        id_map = translation_of(self.large)
-        if id_map is not None:
-            id_map.save(folder)
-            entry["ids"] = id_map.digest()
-        config.large = Placement.from_entry(config.large).to_entry() | entry
-        config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
-        config.tuned = {"form": "adapter" if _is_adapted(self.tuned) else "full", "dtype": _dtype_name(self.tuned)}
-        config.architectures = [type(self).__name__]
-        config.save_pretrained(folder)
+        self.config.architectures = [type(self).__name__]
+        write_folder(
+            Path(save_directory), self._models(), large_ref=large_ref, untuned_ref=untuned_ref, tokenizer=tokenizer
+        )
 
     @classmethod
     def from_pretrained(
@@ -603,10 +517,10 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             device = str(input_device(large))
         device = _one_device(device, device_map)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-        convert_to = None if dtype in (None, "auto") else getattr(torch, _known_dtype(dtype, place="dtype"))
+        convert_to = None if dtype in (None, "auto") else getattr(torch, known_dtype(dtype, place="dtype"))
         _refuse({name: value for name, value in kwargs.items() if name not in _AUTO_ARGUMENTS})
-        folder = _proxy_folder(Path(pretrained_model_name_or_path))
-        config = _checked(_read_config(folder) if config is None else config, folder)
+        folder = proxy_folder(Path(pretrained_model_name_or_path))
+        config = checked(read_config(folder) if config is None else config, folder)
 
         placement = Placement.from_entry(config.large)
         placement = placement.elsewhere(large_device_map, large_max_memory, large_offload_folder)
@@ -617,45 +531,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 place="dtype",
                 remedy="load the models as you like and call ProxyModel(large, tuned, untuned)",
             )
-        if like is not None and _is_same(config.large, like.config.large):
-            large_model = like.large
-        elif isinstance(large, nn.Module):
-            large_model = large
-            if is_remote(large_model):  # its vocabulary was compared, and its weights are nobody's business
-                pass
-            elif _dtype_name(large_model) != config.large["dtype"]:
-                _log.warning("the large model is not compared with the proxy's: it has another dtype")
-            else:
-                _check_fingerprint("large", large_model, config.large, folder)
-        else:
-            if large is not None:
-                config.large = {**config.large, "ref": _absolute(str(large))}
-            large_model = _load("large", config.large, device, folder, placement)
-        placed = placement.to_entry()
-        config.large = {name: value for name, value in config.large.items() if name in _OF_LARGE} | placed
-        if "ids" in config.large:
-            translate(large_model, IdMap.load(folder, config.large["ids"]))
-        elif translation_of(large_model) is not None:
-            raise ModelError(
-                "the large model is translated to another small model's ids",
-                place=str(folder),
-                remedy="load it once more for this proxy",
-            )
-        untuned: PreTrainedModel | None
-        if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
-            # Not under an adapter, which would be put into the very weights that the other proxy uses.
-            untuned = like.untuned
-            if config.tuned["form"] == "adapter":
-                untuned = copy.deepcopy(untuned)
-                packing.restore(untuned)
-        else:
-            untuned = _load("untuned", config.untuned, device, folder)
-        tuned: PreTrainedModel | PeftModel
-        if config.tuned["form"] == "adapter":
-            tuned, untuned = _load_tuned(folder, config.tuned, device, base=untuned), None
-        else:
-            tuned = _load_tuned(folder, config.tuned, device, base=None)
-
+        others = None if like is None else like._models()
+        large_model = load_large(folder, config, large, device, placement, like=others)
+        tuned, untuned = load_small(folder, config, device, like=others)
         model = cls(large_model, tuned, untuned, config.alpha, config.plausibility, vocab_size=config.real_vocab_size)
         for name in ("large", "untuned", "tuned", "bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(model.config, name, getattr(config, name))
@@ -778,6 +656,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             draft_scores=draft_scores,
         )
 
+    def _models(self) -> Models:
+        return Models(self.large, self.tuned, self.untuned, self.config)
+
     def _parts(self) -> Iterator[_Part]:
         """Large, tuned and untuned, each with the context in which it is that."""
         yield _Part(self.large, self._accepted[0], nullcontext())
@@ -824,13 +705,13 @@ def _score(
 
 
 def _check_pair(tuned: PreTrainedModel | PeftModel, untuned: PreTrainedModel | None) -> None:
-    if untuned is None and not _is_adapted(tuned):
+    if untuned is None and not is_adapted(tuned):
         raise ModelError(
             "the untuned model may be left out only if the tuned one carries a PEFT adapter",
             value=type(tuned).__name__,
             remedy="pass the small model as it was before tuning",
         )
-    if _is_adapted(tuned):
+    if is_adapted(tuned):
         if untuned is tuned:
             raise ModelError(
                 "tuned and untuned must differ, but are the same adapted model",
@@ -867,7 +748,7 @@ def _generation_config(
 
 
 def _shortest_context(models: Sequence[PreTrainedModel | PeftModel]) -> int | None:
-    lengths = [max_positions(_base_model(model)) for model in models]
+    lengths = [max_positions(base_model(model)) for model in models]
     return min((length for length in lengths if length is not None), default=None)
 
 
@@ -878,231 +759,6 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
         raise ModelError(
             "a proxy does not take these arguments", value=asked, remedy="ask its parts: proxy.large, proxy.tuned"
         )
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _is_adapter(part: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
-
-
-def _base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if _is_adapted(model) else model
-
-
-class _Unadapted(nn.Module):
-    """The weights below an adapter, under the names that they have without it: what ``fingerprint`` needs to see."""
-
-    def __init__(self, adapted: PeftModel) -> None:
-        super().__init__()
-        self.base = _base_model(adapted)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter that is not the adapter's."""
-        wrappers = {name for name, part in self.base.named_modules() if _is_adapter(part)}
-        for name, weight in self.base.named_parameters(*args, **kwargs):
-            path = name.split(".")
-            depth = next((i for i in range(len(path), 0, -1) if ".".join(path[:i]) in wrappers), None)
-            if depth is None:
-                yield name, weight
-            elif path[depth] in ("base_layer", "original_module"):
-                yield ".".join(path[:depth] + path[depth + 1 :]), weight
-
-
-def save_small(
-    model: PreTrainedModel | PeftModel, folder: Path, base_ref: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Write a small model by itself, full or as an adapter on the base model, with its tokenizer."""
-    if _is_adapted(model):
-        # Resolved: whoever loads the adapter knows no demo world.
-        _save_adapter(model, folder, base_ref=_absolute(resolve_model(base_ref)))
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _save_adapter(model: PeftModel, folder: Path, *, base_ref: str) -> None:
-    """Write the active adapter. peft's own method adds a model card, names this machine's paths and may ask the hub."""
-    from peft import get_peft_model_state_dict
-
-    name = model.active_adapter
-    config = copy.copy(model.peft_config[name])
-    config.inference_mode = True
-    config.base_model_name_or_path = base_ref
-    config.save_pretrained(str(folder))
-    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    # Cloned, because safetensors refuses tensors that share memory.
-    weights = {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in weights.items()}
-    save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-
-
-def _reference(role: str, given: str | None, stored: Mapping[str, str], model: PreTrainedModel) -> str:
-    """Where a model can be found again: as told, as loaded, or as transformers remembers."""
-    ref = given or stored.get("ref") or getattr(model, "name_or_path", "")
-    if not ref:
-        raise ModelError(
-            f"it is unknown where the {role} model came from, so the proxy could not be loaded again",
-            place="save_pretrained",
-            remedy=f"pass {role}_ref: demo:{'large' if role == 'large' else 'small'}, a hub id or a folder",
-        )
-    return _absolute(ref)
-
-
-def _absolute(ref: str) -> str:
-    """A reference that means the same in every working directory."""
-    if ref.startswith("demo:") or ref == BUNDLED or is_address(ref):
-        return ref
-    path = Path(ref).expanduser()
-    return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
-
-
-def _proxy_folder(path: Path) -> Path:
-    """The folder that holds the proxy's files; a run's link is followed once, since a running server may swap it."""
-    path = path.expanduser()
-    if not path.is_dir():
-        raise ModelError(
-            "a proxy is loaded from a folder that exists",
-            value=str(path),
-            remedy="pass a run's folder, or the proxy in it",
-        )
-    folder = path / "proxy" if (path / "proxy").is_dir() else path
-    folder = folder.resolve()
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            "a proxy's folder must hold config.json",
-            value=str(path),
-            remedy="pass the folder of a run that has completed a round, or its proxy",
-        )
-    return folder
-
-
-def check_proxy(folder: Path) -> None:
-    """Check that a folder holds all of a proxy's own files, without loading its weights.
-
-    Raises:
-        ModelError: It does not.
-    """
-    config = _checked(_read_config(_proxy_folder(folder)), folder)
-    for name in (_TUNED_FOLDER, *([_UNTUNED_FOLDER] if config.untuned["ref"] == BUNDLED else [])):
-        if not any((folder / name).glob("*.safetensors")):
-            raise ModelError("a proxy's folder must hold its weights", value=f"none in {name}", place=str(folder))
-
-
-def _read_config(folder: Path) -> ProxyConfig:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"config.json of a proxy must be readable JSON ({error})", place=str(file), remedy="copy the folder again"
-        ) from error
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type != ProxyConfig.model_type:
-        raise ModelError(
-            f"config.json of a proxy must have model_type {ProxyConfig.model_type!r}",
-            value=model_type,
-            place=str(file),
-            remedy="pass the folder of a run or of a proxy; other models are loaded with AutoModelForCausalLM",
-        )
-    config: ProxyConfig = ProxyConfig.from_dict(content)
-    return config
-
-
-def _checked(config: ProxyConfig, folder: Path) -> ProxyConfig:
-    """The config, if it says all that loading needs."""
-    place = str(folder / "config.json")
-    try:
-        check_alpha(config.alpha)
-        check_plausibility(config.plausibility)
-    except ModelError as error:
-        error.place = place
-        raise
-    wanted = {
-        "large": ("ref", "fingerprint", "dtype"),
-        "untuned": ("ref", "fingerprint", "dtype"),
-        "tuned": ("form", "dtype"),
-    }
-    for name, keys in wanted.items():
-        entry = getattr(config, name)
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in keys):
-            raise ModelError(
-                f"config.json of a proxy must say {', '.join(keys)} of {name}",
-                value=entry,
-                place=place,
-                remedy="write the folder again with save_pretrained",
-            )
-        _known_dtype(entry["dtype"], place=place)
-    if config.tuned["form"] not in ("full", "adapter"):
-        raise ModelError("the form of a tuned model must be full or adapter", value=config.tuned["form"], place=place)
-    if not isinstance(config.real_vocab_size, int) or config.real_vocab_size < 1:
-        raise ModelError("real_vocab_size must be a positive number", value=config.real_vocab_size, place=place)
-    return config
-
-
-def _load(
-    role: str, entry: Mapping[str, str], device: str, folder: Path, placement: Placement | None = None
-) -> PreTrainedModel:
-    """Load a model that the proxy refers to, and make sure that it is the one."""
-    remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
-    try:
-        if role == "large" and is_address(entry["ref"]):
-            return connect_again(entry, load_tokenizer(str(folder)))
-        ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
-        model = load_causal_lm(ref, dtype=entry["dtype"], device=device, placement=placement)
-    except (ModelError, SafetensorError) as error:
-        raise ModelError(
-            f"the {role} model of the proxy cannot be loaded: {error}", place=str(folder), remedy=remedy
-        ) from error
-    _check_fingerprint(role, model, entry, folder)
-    return model
-
-
-def _check_fingerprint(role: str, model: PreTrainedModel, entry: Mapping[str, str], folder: Path) -> None:
-    found = fingerprint(model)
-    if found != entry["fingerprint"]:
-        elsewhere = "pass large=PATH with the original" if role == "large" else "bring the original back"
-        raise ModelError(
-            f"the {role} model {entry['ref']} is not the one that this proxy was made with "
-            f"(fingerprint {entry['fingerprint']})",
-            value=found,
-            place=str(folder),
-            remedy=f"{elsewhere}, or train again with this one",
-        )
-
-
-def _load_tuned(
-    folder: Path, entry: Mapping[str, str], device: str, *, base: PreTrainedModel | None
-) -> PreTrainedModel | PeftModel:
-    """Load the folder's own weights: a full model, or an adapter put on ``base``."""
-    tuned = folder / _TUNED_FOLDER
-    files = (
-        ("config.json", "model*.safetensors") if base is None else ("adapter_config.json", "adapter_model.safetensors")
-    )
-    for pattern in files:
-        if not any(tuned.glob(pattern)):
-            raise ModelError(
-                "a proxy's folder must hold the tuned small model",
-                value=f"no {_TUNED_FOLDER}/{pattern}",
-                place=str(folder),
-                remedy="copy the whole folder",
-            )
-    try:
-        if base is None:
-            return load_causal_lm(str(tuned), dtype=entry["dtype"], device=device)
-        return load_adapter(base, tuned)
-    except SafetensorError as error:
-        raise ModelError(
-            f"the weights of the tuned small model are damaged ({error})",
-            place=str(tuned),
-            remedy="copy the folder again",
-        ) from error
 
 
 def _one_device(device: str | torch.device | None, device_map: Any) -> str:
@@ -1122,22 +778,6 @@ def _one_device(device: str | torch.device | None, device_map: Any) -> str:
             remedy="load the three models as you like and call ProxyModel(large, tuned, untuned)",
         )
     return str(wanted)
-
-
-def _is_same(entry: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two entries of proxy configs mean one model, wherever it lies."""
-    return all(entry.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
-
-
-def _dtype_name(model: nn.Module) -> str:
-    return str(_base_model(model).dtype).removeprefix("torch.")
-
-
-def _known_dtype(dtype: str | torch.dtype, *, place: str | None = None) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ModelError(f"a model's dtype must be one of {', '.join(_DTYPES)}", value=name, place=place)
-    return name
 
 
 AutoConfig.register(ProxyConfig.model_type, ProxyConfig, exist_ok=True)

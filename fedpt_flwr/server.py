@@ -56,7 +56,8 @@ from fedpt_flwr.models import (
     set_arrays,
 )
 from fedpt_flwr.privacy import LEDGER, PrivateAverage
-from fedpt_flwr.proxy import BUNDLED, ProxyModel, check_proxy, save_small
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED, check_proxy, save_small
 from fedpt_flwr.records import DeviceCard, as_tensors, to_array_record
 from fedpt_flwr.remote import RemoteModel, connect
 from fedpt_flwr.results import (

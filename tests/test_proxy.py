@@ -29,7 +29,8 @@ from transformers.generation import BaseStreamer
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
 from fedpt_flwr.logits import plausible_tokens
 from fedpt_flwr.models import fingerprint
-from fedpt_flwr.proxy import BUNDLED, ProxyCache, ProxyConfig, ProxyModel, save_small
+from fedpt_flwr.proxy import ProxyCache, ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED, ProxyConfig, save_small
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
