@@ -107,7 +107,7 @@ def _federate(
 
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
         arrays.clear()  # what the first round began with: nobody needs it any more, and its memory is given back
-        server.write_shards(list(strategy.devices.values()))
+        server.write_shards(list(strategy.roster.devices.values()))
         return server.after_aggregate(outcome)
 
     strategy = FedPT(

@@ -16,10 +16,13 @@ from logging import WARNING
 from typing import Any, TypeVar, cast
 
 import httpx
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+
+from fedpt_flwr.errors import DeviceError
+from fedpt_flwr.records import refusal_reason
 
 try:  # Flower's own grid in a deployment; not part of its public interface
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -151,3 +154,23 @@ def _at_depth(part: Any, depth: int) -> Iterator[Any]:
         return
     for child in part.children:
         yield from _at_depth(child, depth - 1)
+
+
+def content_of(reply: Message) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        DeviceError: The device failed, or declined.
+    """
+    if reply.has_error():
+        raise DeviceError(f"the device failed: {last_line(reply.error.reason)}")
+    reason = refusal_reason(reply.content)
+    if reason is not None:
+        raise DeviceError(reason)
+    return reply.content
+
+
+def last_line(reason: str | None) -> str:
+    """The part of a remote traceback that says what happened."""
+    lines = [line.strip() for line in (reason or "no reason given").replace("\\n", "\n").splitlines() if line.strip()]
+    return lines[-1][:500]

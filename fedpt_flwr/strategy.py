@@ -17,17 +17,15 @@ arrays that it sends and what the inner strategy carries over from the rounds be
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.exception import AppExitException
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Result, Strategy
@@ -35,10 +33,9 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from fedpt_flwr.aggregate import WeightedMean
-from fedpt_flwr.answers import answers
+from fedpt_flwr.answers import answers, content_of
 from fedpt_flwr.bounds import norm, shortened, update_norm
-from fedpt_flwr.errors import ConfigError, DeviceError, PrivacyError, ReplyError, RoundError, RunError
-from fedpt_flwr.heterogeneity import measure_shards
+from fedpt_flwr.errors import ConfigError, DeviceError, PrivacyError, ReplyError, RoundError
 from fedpt_flwr.inner import (
     FOLDED,
     WEIGHT,
@@ -59,24 +56,17 @@ from fedpt_flwr.records import (
     DeviceCard,
     as_tensors,
     check_arrays,
-    check_code,
     check_metrics,
     from_reply,
     message_bytes,
-    refusal_reason,
     sent_as,
     to_wire,
 )
+from fedpt_flwr.roster import MAX_DEVICES, MAX_REASONS, Roster, listed
 from fedpt_flwr.secure_sum.collector import changed
 from fedpt_flwr.secure_sum.rounds import SecureRound
 from fedpt_flwr.secure_sum.session import MIN_DEVICES, Rules
 
-_NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
-_ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
-# Errors that the SuperLink makes when a question, its answer or the node is gone: the device has said nothing.
-_LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
-_MAX_REASONS = 5  # shown of what devices say when they all fail
-_MAX_DEVICES = 20  # shown one by one in the log
 _FORWARDED_METRICS = (WEIGHT, "train-loss")
 
 
@@ -237,14 +227,14 @@ class FedPT(Strategy):
         self.wire_dtype = wire_dtype
         self.max_update_norm = max_update_norm
         self.refuse_above_norm = refuse_above_norm
-        self.expected = expected
         self.on_devices = on_devices
         self.is_good_enough = is_good_enough
         self.lora_rank = lora_rank
         self.lora_aggregation = lora_aggregation
         self.taken = dict(taken or {})
-        self.devices: dict[int, DeviceCard] = {}  # by Flower's node id
-        self._declined: dict[int, str] = {}
+        self.roster = Roster(
+            wait_timeout_s=wait_timeout_s, code_hash=code_hash, expected=expected, check=self._check_card
+        )
         self._cards: dict[int, DeviceCard] = {}  # this round's, by device number
         self._broadcast = ArrayRecord()  # this round's, as the server holds it
         self._parts: dict[int, ArrayRecord] = {}  # of it, what devices of another rank hold, by rank
@@ -410,73 +400,18 @@ class FedPT(Strategy):
                 declined and why.
             RunError: Before the first round: they are not those that are expected.
         """
-        first = not self.devices
-        deadline = time.monotonic() + self.wait_timeout_s
-        asked: dict[int, float] = {}  # when, in this call: who stays silent is asked again after a while
-        reported = -1
-        while True:
-            connected = sorted(grid.get_node_ids())
-            self._declined = {node: why for node, why in self._declined.items() if node in connected}
-            now = time.monotonic()
-            unknown = [
-                node
-                for node in connected
-                if node not in (*self.devices, *self._declined) and now - asked.get(node, -math.inf) >= _ASK_AGAIN_S
-            ]
-            if unknown:
-                asked |= dict.fromkeys(unknown, now)
-                longest_s = _ASK_AGAIN_S if first else _NEWCOMER_TIMEOUT_S
-                self._ask(grid, unknown, max(1.0, min(deadline - now, longest_s)))
-            present = self._one_node_a_number(connected, refuse=first)
-            usable = sum(card.num_examples > 0 for card in present.values())
-            wanted, there = self.min_devices, usable
-            if first and self.expected is not None:
-                self._refuse_other_devices(present)
-                wanted, there = len(self.expected), len(present)
-            if there >= wanted:
-                if first:
-                    self.log_shards()
-                    if self.on_devices is not None:
-                        self.on_devices(list(self.devices.values()))
-                return present
-            hopeless = len(self._declined) == len(connected) >= self.min_devices
-            if time.monotonic() >= deadline or hopeless:
-                is_resumed = first and self.expected is not None and present
-                raise self._others(present) if is_resumed else self._too_few_devices(usable, present, connected)
-            if there != reported:
-                who = self._who_is_there(present, connected)
-                log(INFO, "Waiting for devices: %d of %d are there (%s)", there, wanted, who)
-                reported = there
-            time.sleep(1.0)
+        is_first = not self.roster.devices
+        present = self.roster.meet(grid, self.min_devices)
+        if is_first:
+            self.roster.log_shards(are_told=self.private is None)
+            if self.on_devices is not None:
+                self.on_devices(list(self.roster.devices.values()))
+        return present
 
-    def _ask(self, grid: Grid, nodes: Sequence[int], timeout_s: float) -> None:
-        question = RecordDict({CONFIG: ConfigRecord({"code-hash": self.code_hash})})
-        messages = [Message(content=question, message_type=MessageType.QUERY, dst_node_id=node) for node in nodes]
-        replies = grid.send_and_receive(messages, timeout=timeout_s)
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in replies:
-            node = asked.get(reply.metadata.reply_to_message_id)  # an error made by the SuperLink names no node
-            if node is None:
-                continue
-            if reply.has_error() and reply.error.code in _LOST:
-                log(WARNING, "The answer of node %d was lost: %s", node, _last_line(reply.error.reason))
-                continue
-            try:
-                content = _content(reply)
-                card = DeviceCard.from_content(content, place=f"node {node}")
-                if self.code_hash:
-                    check_code(self.code_hash, card.code_hash)
-                if self.private is not None:
-                    _check_discreet(card)
-                self._check_rank(card)
-            except (ReplyError, DeviceError) as error:
-                if str(error) not in self._declined.values():
-                    log(WARNING, "A device cannot take part: %s", error)
-                self._declined[node] = str(error)
-                continue
-            self.devices[node] = card
-            if card.num_examples == 0:
-                log(WARNING, "Device %d has no examples and is left out", card.device)
+    def _check_card(self, card: DeviceCard) -> None:
+        if self.private is not None:
+            _check_discreet(card)
+        self._check_rank(card)
 
     def _check_rank(self, card: DeviceCard) -> None:
         """Refuse a device whose adapter cannot be aggregated with the others'.
@@ -523,87 +458,6 @@ class FedPT(Strategy):
     def _is_exact(self) -> bool:
         return self.lora_rank > 0 and self.lora_aggregation == "exact"
 
-    def _one_node_a_number(self, connected: Sequence[int], *, refuse: bool) -> dict[int, DeviceCard]:
-        """Cards of the connected nodes; of two with one number, that of the one met first.
-
-        A device that was restarted under a new node id takes part again as soon as Flower has given up the old one.
-        """
-        node_of: dict[int, int] = {}
-        for node, card in self.devices.items():
-            if node not in connected:
-                continue
-            if card.device in node_of and refuse:
-                both = f"{node_of[card.device]} and {node}"
-                raise RoundError(
-                    f"device numbers must be unique, but nodes {both} both say {card.device}",
-                    remedy="give each SuperNode its own partition-id or device-id in --node-config",
-                )
-            if card.device in node_of:
-                log(WARNING, "Device %d is there twice; node %d is left out", card.device, node)
-            node_of.setdefault(card.device, node)
-        return {node: self.devices[node] for node in node_of.values()}
-
-    def _refuse_other_devices(self, present: Mapping[int, DeviceCard]) -> None:
-        """Refuse devices with other shards at once; some that are expected may still come."""
-        expected = {} if self.expected is None else {device: card.shard() for device, card in self.expected.items()}
-        if any(expected.get(card.device) != card.shard() for card in present.values()):
-            raise self._others(present)
-
-    def _others(self, present: Mapping[int, DeviceCard]) -> RunError:
-        had = (self.expected or {}).values()
-        return RunError(
-            f"a resumed run goes on with the devices that it had: {_counted(had)}; now there are "
-            f"{_counted(present.values())}",
-            remedy=f'start as many as before, in a simulation with --federation-config "num-supernodes={len(had)}"; to '
-            "go on with others, and to other weights, remove shards.json from the run's folder",
-            problems=list(dict.fromkeys(self._declined.values()))[:_MAX_REASONS],
-        )
-
-    def _too_few_devices(self, usable: int, present: Mapping[int, DeviceCard], connected: Sequence[int]) -> RoundError:
-        reasons = list(dict.fromkeys(self._declined.values()))
-        if not present and len(reasons) == 1:
-            return RoundError(f"no device can take part: {reasons[0]}")
-        return RoundError(
-            f"at least {self.min_devices} devices with examples must be there within {self.wait_timeout_s:g} s; "
-            f"{usable} are, {self.min_devices - usable} missing ({self._who_is_there(present, connected)})",
-            place="min-devices",
-            remedy="see why they decline" if reasons else "start more devices, or lower min-devices",
-            problems=reasons[:_MAX_REASONS],
-        )
-
-    def _who_is_there(self, present: Mapping[int, DeviceCard], connected: Sequence[int]) -> str:
-        """The devices that can train, and all others that have been seen, each with what keeps them from it."""
-        there = {card.device for card in present.values()}
-        empty = {card.device for card in present.values() if card.num_examples == 0}
-        silent = [node for node in connected if node not in (*self.devices, *self._declined)]
-        groups: list[tuple[str, Sequence[object]]] = [
-            ("there", sorted(there - empty) or ["none"]),
-            ("seen before and gone", sorted({card.device for card in self.devices.values()} - there)),
-            ("without examples", sorted(empty)),
-            ("connected nodes that do not answer", silent),
-            ("nodes that decline", sorted(self._declined)),
-        ]
-        return "; ".join(f"{what}: {_listed(who)}" for what, who in groups if who)
-
-    def log_shards(self) -> None:
-        """Log the table of shards (device, number of examples, how unlike all others, groups) and what sums it up."""
-        cards = sorted(self.devices.values(), key=lambda card: card.device)
-        if self.private is not None:
-            log(INFO, "Shards: %d devices; how much of what they hold, they keep to themselves", len(cards))
-            return
-        log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
-        found = measure_shards([card.num_examples for card in cards], [card.groups for card in cards])
-        for card, distance in zip(cards[:_MAX_DEVICES], found.distances, strict=False):
-            groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
-            shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
-            more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
-            unlike = "" if distance is None else f"differs by {distance:.2f}  "
-            log(INFO, "\tdevice %3d  %7d examples  %s%s%s", card.device, card.num_examples, unlike, shown, more)
-        if len(cards) > _MAX_DEVICES:
-            log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - _MAX_DEVICES)
-        for sentence in found.sentences():
-            log(INFO, "\t%s", sentence)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -619,7 +473,7 @@ class FedPT(Strategy):
         if self.private is not None:
             self.private.begin(list(node_of), len(sampled))
             self.min_devices = max(self.min_devices, len(node_of))  # from now on all of them are waited for
-        log(INFO, "Round %d: devices %s train", server_round, _listed(sampled))
+        log(INFO, "Round %d: devices %s train", server_round, listed(sampled))
         config = ConfigRecord({**config, "server-round": server_round, "code-hash": self.code_hash})
         # By name, however they came from a model, a file or a teacher: sums over all arrays depend on their order, and
         # FedAvgM keeps its momentum as a list.
@@ -706,7 +560,7 @@ class FedPT(Strategy):
             rules=rules,
             server_round=server_round,
             at_least=self._num_needed,
-            read=_content,
+            read=content_of,
         )
         arrays, metrics = None, None
         try:
@@ -753,7 +607,7 @@ class FedPT(Strategy):
             if reply is None:
                 raise ReplyError("no reply came in time", place=place, remedy="see round-timeout-s")
             limits = _limits(reply, place)
-            content = _content(reply)
+            content = content_of(reply)
             private = self._private_part(content, place)
             up = message_bytes(content)
             if set(content.array_records) != {ARRAYS}:
@@ -850,10 +704,10 @@ class FedPT(Strategy):
 
     def _log_refused(self, server_round: int, devices: Sequence[DeviceRound]) -> None:
         refused = [part for part in devices if part.refused]
-        for part in refused[:_MAX_DEVICES]:
+        for part in refused[:MAX_DEVICES]:
             log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
-        if len(refused) > _MAX_DEVICES:
-            rest = len(refused) - _MAX_DEVICES
+        if len(refused) > MAX_DEVICES:
+            rest = len(refused) - MAX_DEVICES
             log(WARNING, "Round %d: %d more devices are left out; costs.jsonl says why", server_round, rest)
 
     def _finish_round(
@@ -875,7 +729,7 @@ class FedPT(Strategy):
                     f"{num_replies}",
                     place="min-replies" if self.private is None else "privacy.dp",
                     remedy=f"checkpoints of earlier rounds are kept{unspent}",
-                    problems=reasons[:_MAX_REASONS],
+                    problems=reasons[:MAX_REASONS],
                 )
             )
             return None, None
@@ -1034,10 +888,6 @@ def _check_discreet(card: DeviceCard) -> None:
         )
 
 
-def _counted(cards: Collection[DeviceCard]) -> str:
-    return f"{len(cards)} with {sum(card.num_examples for card in cards)} examples"
-
-
 def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
     """What a strategy made of the updates (some compute in float64), or None if it is not finite."""
     finite: dict[str, Array] = {}
@@ -1050,11 +900,6 @@ def _as_float32(arrays: ArrayRecord) -> ArrayRecord | None:
             return None
         finite[name] = array if values is stored else Array(values)
     return ArrayRecord(finite)
-
-
-def _listed(devices: Sequence[object]) -> str:
-    shown = ", ".join(map(str, devices[:_MAX_DEVICES]))
-    return shown if len(devices) <= _MAX_DEVICES else f"{shown} and {len(devices) - _MAX_DEVICES} more"
 
 
 def _evaluate_on_server(
@@ -1075,23 +920,3 @@ def _limits(reply: Message, place: str) -> dict[str, int | float | str]:
     if reply.has_error() or LIMITS not in reply.content.config_records:
         return {}
     return parse_limits(reply.content.config_records[LIMITS], place=place).to_flat()
-
-
-def _content(reply: Message) -> RecordDict:
-    """The content of a reply.
-
-    Raises:
-        DeviceError: The device failed, or declined.
-    """
-    if reply.has_error():
-        raise DeviceError(f"the device failed: {_last_line(reply.error.reason)}")
-    reason = refusal_reason(reply.content)
-    if reason is not None:
-        raise DeviceError(reason)
-    return reply.content
-
-
-def _last_line(reason: str | None) -> str:
-    """The part of a remote traceback that says what happened."""
-    lines = [line.strip() for line in (reason or "no reason given").replace("\\n", "\n").splitlines() if line.strip()]
-    return lines[-1][:500]

@@ -410,7 +410,7 @@ def test_too_few_devices_end_the_wait_with_their_number():
 
 @pytest.mark.parametrize("code", [None, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
 def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(code, monkeypatch):
-    monkeypatch.setattr("fedpt_flwr.strategy._ASK_AGAIN_S", 0.5)
+    monkeypatch.setattr("fedpt_flwr.roster._ASK_AGAIN_S", 0.5)
     asked = []
 
     def lose_the_first(device, message, reply):
