@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -223,9 +224,17 @@ def roc_measures(scores: FloatArray, is_member: BoolArray, weights: npt.NDArray[
     return found
 
 
-def bound(epsilon: float, delta: float, false_positive_rate: float) -> float:
-    """The largest true positive rate that differential privacy allows any attack: ``e**epsilon * FPR + delta``.
+def bound(noise_multiplier: float, releases: int, false_positive_rate: float) -> float:
+    """The largest true positive rate that the noise of a private run allows an attack on a record.
 
-    (Wasserman and Zhou 2010; Kairouz et al. 2015, arXiv:1311.0776.)
+    The attacked device takes part with the record or without it, so that a change of the largest norm may turn around:
+    rounds of Gaussian noise are then one with ``mu = 2 * sqrt(releases) / noise_multiplier``, and no attack does better
+    than the likelihood ratio of two Gaussians so far apart (Dong, Roth and Su 2022, arXiv:1905.02383).
+
+    Args:
+        noise_multiplier: Standard deviation of the noise on the sum, as a multiple of the norm.
+        releases: Noisy means that were given out.
+        false_positive_rate: Above 0 and below 1.
     """
-    return min(1.0, math.exp(min(epsilon, 700.0)) * false_positive_rate + delta)
+    normal = NormalDist()
+    return normal.cdf(normal.inv_cdf(false_positive_rate) + 2 * math.sqrt(releases) / noise_multiplier)

@@ -57,10 +57,9 @@ def summarise(plan: Plan, done: Mapping[str, Result]) -> dict[str, Any]:
             for found in (*attacked, *shadows):
                 absent |= {f"{setting}, {name}": why for name, why in found["absent"].items()}
             rows = _membership(attacked, shadows, _is_complete(parts, done))
-            # What is clipped and hidden by the server alone is tapped here before it is.
-            open_targets = DEVICE_TARGETS if _is_hidden_by_server(attacked) else ()
+            # It is the server that adds noise, and a device's reply is tapped before.
             unbounded = {"allowed_at_1_percent": None}
-            membership += [head | row | (unbounded if row["target"] in open_targets else {}) for row in rows]
+            membership += [head | row | (unbounded if row["target"] in DEVICE_TARGETS else {}) for row in rows]
             exposed += [head | row for row in _exposure([*attacked, *shadows])]
             if kind == FEDPT:
                 utility.append(head | _utility(attacked))
@@ -86,16 +85,13 @@ def _is_complete(parts: Sequence[Federation], done: Mapping[str, Result]) -> boo
 
 
 def _privacy(results: Sequence[Result]) -> dict[str, Any]:
-    """Epsilon and delta that the runs report, and what they allow an attack; None: they promise nothing."""
+    """Epsilon and delta that the runs report, and what their noise allows an attack; None: they promise nothing."""
     told = [result.get("privacy") or {} for result in results]
     if not all(isinstance(part.get("epsilon"), int | float) for part in told):
         return {"epsilon": None, "delta": None, "allowed_at_1_percent": None}
-    epsilon, delta = (max(float(part.get(name) or 0.0) for part in told) for name in ("epsilon", "delta"))
-    return {"epsilon": epsilon, "delta": delta, "allowed_at_1_percent": bound(epsilon, delta, 0.01)}
-
-
-def _is_hidden_by_server(results: Sequence[Result]) -> bool:
-    return any(str((result.get("privacy") or {}).get("dp", "")).startswith("server") for result in results)
+    epsilon, delta = (max(float(part[name]) for part in told) for name in ("epsilon", "delta"))
+    allowed = max(bound(float(part["noise_multiplier"]), int(part["releases"]), 0.01) for part in told)
+    return {"epsilon": epsilon, "delta": delta, "allowed_at_1_percent": allowed}
 
 
 # --- membership ------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _membership(found: Mapping[str, Any]) -> Section:
         caption="How well an attacker tells records that devices trained on from others of the same kind. Guessing "
         "gives an AUC of 0.5 and a true positive rate as large as the false positive rate: 1 % and 0.1 % here. "
         "In brackets 95 % intervals over records; a dash: there are too few records for that rate. The last column is "
-        "the largest true positive rate at 1 % that the run's epsilon and delta allow any attack.",
+        "the largest true positive rate at 1 % that the run's noise allows any attack on a record.",
         head=["setting", "epsilon", "target", "attack", "AUC", "% at 1 %", "% at 0.1 %", "allowed at 1 %"],
         rows=[
             [
