@@ -8,6 +8,7 @@
     │   └── RemoteError      a large model behind an API cannot be asked, or does not answer as it must
     ├── DeviceError          a device cannot take part
     ├── ReplyError           a device's reply is refused
+    │   └── ChangeError      the numbers in it are wrong
     ├── WireError            arrays do not fit the type in which they are to be sent
     ├── RoundError           a round cannot be completed
     ├── PrivacyError         something is not covered by what epsilon says
@@ -109,6 +110,10 @@ class DeviceError(FedPTError):
 
 class ReplyError(FedPTError):
     """A device's reply breaks the wire format and is refused."""
+
+
+class ChangeError(ReplyError):
+    """A device's change is in the right form, and its numbers cannot be used; which these are depends on its data."""
 
 
 class WireError(FedPTError):

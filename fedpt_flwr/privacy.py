@@ -20,6 +20,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +37,14 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 
 from fedpt_flwr.accounting import copy_of, epsilon_after, new_accountant, release, spent
+from fedpt_flwr.bounds import norm
 from fedpt_flwr.config import PrivacyConfig
 from fedpt_flwr.errors import ConfigError, PrivacyError, RunError
 
 if TYPE_CHECKING:
     from flwr.serverapp import RdpAccountant
+
+_SHORTEST = 1e-5
 
 NORM_BIT = "norm_bit"
 """The metric by which a device says whether its change was clipped; Flower's name."""
@@ -262,7 +266,7 @@ class PrivateAverage(Strategy):
         """As Flower's wrapper does; a device that clips is told the norm.
 
         Raises:
-            PrivacyError: The budget does not allow the round.
+            PrivacyError: The budget does not allow the round, or the norm is lost in rounding.
         """
         wrapper, _ = self._begun()
         if not self.affords_another():
@@ -271,6 +275,15 @@ class PrivateAverage(Strategy):
                 value=self.config.max_epsilon,
                 place="privacy.max-epsilon",
                 remedy=f"{self.spent()['releases']} rounds have cost epsilon {self.spent()['epsilon']:.4g}",
+            )
+        size = norm((name, array.numpy()) for name, array in arrays.items())
+        if self.clipping_norm < _SHORTEST * size:
+            raise PrivacyError(
+                f"the clipping norm must be at least {_SHORTEST:g} times the weights' norm of {size:.4g}: rounded to "
+                "float32, a shorter change is longer than it was clipped to",
+                value=float(f"{self.clipping_norm:.4g}"),
+                place="privacy.clipping-norm",
+                remedy="raise it; nothing was spent on this round",
             )
         return wrapper.configure_train(server_round, arrays, config, grid)
 
@@ -288,12 +301,24 @@ class PrivateAverage(Strategy):
         after = copy_of(accountant)
         after.compose(self._release())
         self._spend(self._as_json(after))
+        wrapper.last_noise_stddev = None
         try:
             arrays, metrics = wrapper.aggregate_train(server_round, came)
         finally:  # what was written down is spent, whatever became of it
             accountant.load_state_dict(after.state_dict())
-        if arrays is not None and isinstance(wrapper, _Following):
-            wrapper.clipping_norm = wrapper.following_norm
+        if arrays is None:
+            return arrays, metrics
+        # Flower calls the methods above by names that it may change.
+        is_followed = not isinstance(wrapper, _Following) or wrapper.following_norm > 0
+        if wrapper.last_noise_stddev is None or not is_followed:
+            raise PrivacyError(
+                "this version of Flower adds noise in a way that is not accounted for",
+                value=f"flwr {version('flwr')}",
+                place=f"round {server_round}",
+                remedy="install flwr 1.41 or 1.42; nothing of the round was given out, and it counts as spent",
+            )
+        if isinstance(wrapper, _Following):
+            wrapper.clipping_norm, wrapper.following_norm = wrapper.following_norm, 0.0
         return arrays, metrics
 
     def _release(self) -> GaussianPrivacyEvent:

@@ -77,7 +77,7 @@ def check_packed(packed: NDArray[Any], num_values: int) -> str:
         # The largest value that a scale allows must be a number too.
         wrong = ~np.isfinite(scales * np.float32(LARGEST)) | (scales < 0)
     if wrong.any():
-        return f"{int(wrong.sum())} of its {scales.size} scales are not finite numbers of at least 0"
+        return "some of its scales are not finite numbers of at least 0"
     if (whole < -LARGEST).any():
         return f"its values must be from -{LARGEST} to {LARGEST}"
     return ""

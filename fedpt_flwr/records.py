@@ -31,7 +31,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpt_flwr.errors import DeviceError, ReplyError, RunError, WireError
+from fedpt_flwr.errors import ChangeError, DeviceError, ReplyError, RunError, WireError
 from fedpt_flwr.quantise import check_packed, packed_size, quantised_with_feedback, restored
 
 ARRAYS, CONFIG, METRICS, REFUSAL, LIMITS = "arrays", "config", "metrics", "refusal", "limits"
@@ -322,12 +322,14 @@ def _check_array(name: str, array: Array, shape: tuple[int, ...], place: str, dt
     if dtype == "int8":
         wrong = check_packed(values, num_values)
         if wrong:
-            raise ReplyError(wrong, place=where, remedy="lower train.learning-rate on this device, or look at its data")
+            raise ChangeError(
+                wrong, place=where, remedy="lower train.learning-rate on this device, or look at its data"
+            )
         return
     finite = np.isfinite(_widened(array, dtype))
     if not finite.all():
-        raise ReplyError(
-            f"{int((~finite).sum())} of its {values.size} values are not finite numbers",
+        raise ChangeError(
+            "some of its values are not finite numbers",
             place=where,
             remedy="lower train.learning-rate on this device, or look at its data",
         )

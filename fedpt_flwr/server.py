@@ -86,6 +86,7 @@ DRIFT_LIMIT = 0.05
 """Drift along ``large - untuned`` above which the mode ``paper`` is warned about."""
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "fedpt-flwr")
 _FOLLOWED = ("tuned", "proxy")  # models whose progress the log tells
+_PRIVACY = "privacy"  # the phase of a round in metrics.jsonl that tells what was spent
 _EXAMPLES = 12  # answers that are kept token by token
 
 
@@ -328,7 +329,8 @@ class Server:
         if last_round:
             with self._of_round(last_round, LEDGER) as path:
                 checkpoint = read_json(path)
-        if not last_round and not ledger.is_file():
+        was_spent = any(row["phase"] == _PRIVACY for row in self.run.read_lines("metrics.jsonl"))
+        if not last_round and not was_spent and not ledger.is_file():
             return  # not even the first round came to its end: nothing is spent
         with naming(str(ledger)):
             private.restore(read_json(ledger), checkpoint)
@@ -541,7 +543,7 @@ class Server:
 
     def _note_privacy(self, private: PrivateAverage, server_round: int) -> None:
         row = private.described()
-        self._note(server_round, "privacy", row)
+        self._note(server_round, _PRIVACY, row)
         log(
             INFO,
             "Round %d: epsilon %.4g at delta %g after %d noisy means; noise of standard deviation %.3g on each weight, "

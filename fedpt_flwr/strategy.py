@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.answers import answers, content_of
 from fedpt_flwr.bounds import norm, shortened, update_norm
-from fedpt_flwr.errors import ConfigError, DeviceError, PrivacyError, ReplyError, RoundError
+from fedpt_flwr.errors import ChangeError, ConfigError, DeviceError, PrivacyError, ReplyError, RoundError
 from fedpt_flwr.inner import (
     FOLDED,
     WEIGHT,
@@ -628,6 +628,8 @@ class FedPT(Strategy):
                 reply.content[ARRAYS] = ArrayRecord({name: Array(values) for name, values in tuned})
             usable.append(reply)
         except (ReplyError, DeviceError) as error:
+            if self.private is not None and isinstance(error, ChangeError):
+                error.place = place  # not in which array: that depends on the device's data
             metrics, reason = {}, str(error)
         for record in received.array_records.values():  # a RecordDict is in a cycle with views of itself
             record.clear()
@@ -697,7 +699,6 @@ class FedPT(Strategy):
         if longest is not None and length > longest * (1 + 1e-5) + 2**-23 * size:
             raise ReplyError(
                 f"a device must clip its change to the norm {longest:g} that it was sent",
-                value=float(f"{length:.4g}"),
                 place=place,
                 remedy="does it run the same code?",
             )

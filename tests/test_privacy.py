@@ -423,6 +423,10 @@ def test_a_round_without_a_reply_may_fail_and_be_followed_by_others_at_no_cost(c
         ({"metrics": {"num-examples": 2}}, "num-examples must be a whole number from 1 to the 1"),
         ({"metrics": {"norm_bit": 1}}, "unknown metric, got 'norm_bit'"),
         ({"changes": CHANGES | {1: (0.0, 0.0)}}, "a device's change must not be zero in a private run"),
+        (
+            {"changes": CHANGES | {1: (0.0, math.nan)}},
+            "device 1, round 1: some of its values are not finite numbers; lower",
+        ),
     ],
 )
 def test_a_reply_that_says_or_is_what_nothing_accounts_for_is_refused(settings, words):
@@ -448,11 +452,34 @@ def test_a_device_that_does_not_clip_is_refused(mode, bits):
     run = Run(mode, clipping_norm=1.0)
     with pytest.raises(RoundError) as raised:
         run.start(device=make_device(clips=False, metrics=bits))
-    assert "device 0, round 1: a device must clip its change to the norm 1 that it was sent, got 5.0" in str(
+    assert "device 0, round 1: a device must clip its change to the norm 1 that it was sent; does it" in str(
         raised.value
     )
     assert "device 1, round 1" not in str(raised.value)
     assert run.ledger == []
+
+
+def test_a_norm_that_is_lost_in_rounding_is_refused_before_anything_is_spent():
+    run = Run(clipping_norm=1e-5)
+    with pytest.raises(PrivacyError, match=r"1e-05 times the weights' norm of 2\.236: .*, got 1e-05; raise it"):
+        run.start()
+    assert run.ledger == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "modes"),
+    [
+        (privacy._SystemNoise, "_add_noise_to_aggregated_arrays", MODES),
+        (privacy._Following, "_geometric_update", ["server-adaptive", "client-adaptive"]),
+    ],
+)
+def test_a_flower_that_calls_its_methods_otherwise_ends_the_run(owner, method, modes, monkeypatch):
+    monkeypatch.delattr(owner, method)
+    for mode in modes:
+        run = Run(mode)
+        with pytest.raises(PrivacyError, match=r"adds noise in a way that is not accounted for, got 'flwr 1\."):
+            run.start()
+        assert not run.outcomes
 
 
 def test_a_device_that_does_not_say_whether_it_clipped_is_refused():

@@ -71,14 +71,14 @@ def test_a_number_that_is_not_finite_is_found():
         values = np.ones(BLOCK + 1, np.float32)
         values[3] = bad
         assert check_packed(quantised(values), values.size) == (
-            "1 of its 2 scales are not finite numbers of at least 0"
+            "some of its scales are not finite numbers of at least 0"
         )
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, 3e38])
 def test_scales_that_are_made_up_are_found(scale):
     packed = np.concatenate([np.float32([scale]).view(np.int8), np.int8([1, 2])])
-    assert "1 of its 1 scales are not finite" in check_packed(packed, 2)
+    assert "some of its scales are not finite" in check_packed(packed, 2)
 
 
 def test_a_value_that_is_never_written_is_found():

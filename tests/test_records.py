@@ -151,7 +151,7 @@ def test_a_number_that_float16_cannot_hold_is_refused_before_it_becomes_infinite
 def test_a_device_that_diverged_is_told_so_in_every_type(dtype):
     server = to_array_record({"w": torch.zeros(2)})
     reply = to_reply({"w": torch.tensor([1.0, math.nan])}, to_wire(server, dtype, place=PLACE), dtype, place=PLACE)
-    with pytest.raises(ReplyError, match="1 of its 2 values are not finite numbers; lower train.learning-rate"):
+    with pytest.raises(ReplyError, match="some of its values are not finite numbers; lower train.learning-rate"):
         check_arrays(reply, server, place=PLACE, dtype=dtype)
 
 
@@ -268,9 +268,9 @@ def packed(scales, whole):
         (Array(np.zeros((2, 2), np.int8)), "must have shape (8,), got (2, 2)"),
         (Array(np.zeros(8, np.uint8)), "must be int8, as wire.dtype says, got 'uint8'"),
         (Array(np.zeros(8, np.float32)), "must be int8, as wire.dtype says, got 'float32'"),
-        (packed([np.nan], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0; lower train"),
-        (packed([-1], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0"),
-        (packed([3e38], [1, 2, 3, 4]), "1 of its 1 scales are not finite numbers of at least 0"),
+        (packed([np.nan], [1, 2, 3, 4]), "some of its scales are not finite numbers of at least 0; lower train"),
+        (packed([-1], [1, 2, 3, 4]), "some of its scales are not finite numbers of at least 0"),
+        (packed([3e38], [1, 2, 3, 4]), "some of its scales are not finite numbers of at least 0"),
         (packed([1], [1, 2, 3, -128]), "its values must be from -127 to 127"),
     ],
 )
@@ -329,9 +329,9 @@ def test_a_missing_and_an_unknown_array_are_counted_and_named():
         (Array(np.zeros((2, 2), np.int64)), "must be float32, as wire.dtype says, got 'int64'"),
         (Array(np.zeros((2, 2), bool)), "must be float32, as wire.dtype says, got 'bool'"),
         (Array(np.zeros((2, 2), np.complex64)), "must be float32, as wire.dtype says, got 'complex64'"),
-        (Array(np.array([[1, np.nan], [np.nan, 1]], np.float32)), "2 of its 4 values are not finite numbers"),
-        (Array(np.array([[1, np.inf], [1, 1]], np.float32)), "1 of its 4 values are not finite numbers"),
-        (Array(np.array([[1, -np.inf], [1, 1]], np.float32)), "1 of its 4 values are not finite numbers"),
+        (Array(np.array([[1, np.nan], [np.nan, 1]], np.float32)), "some of its values are not finite numbers"),
+        (Array(np.array([[1, np.inf], [1, 1]], np.float32)), "some of its values are not finite numbers"),
+        (Array(np.array([[1, -np.inf], [1, 1]], np.float32)), "some of its values are not finite numbers"),
         (claimed(saved(np.zeros(5000, np.float32))), "holds more bytes than its shape needs, got 20128"),
         (claimed(b""), "must be in NumPy's format, got b''"),
         (claimed(b"\x80\x04nonsense"), "must be in NumPy's format"),

@@ -383,6 +383,7 @@ def test_a_private_run_that_is_killed_again_and_again_spends_every_time(mode, fe
         (lambda ledger, _: ledger.write_text("{"), "cannot be read"),
         (lambda ledger, run: shutil.copy(run / "rounds/0001/privacy.json", ledger), "must have all that the last"),
         (lambda _, run: (run / "rounds/0002/privacy.json").unlink(), "rounds/0002 to go on after round 1"),
+        (lambda ledger, run: (ledger.unlink(), shutil.rmtree(run / "rounds")), "cannot be read"),
     ],
 )
 def test_a_private_run_does_not_go_on_with_a_ledger_that_is_missing_or_older(

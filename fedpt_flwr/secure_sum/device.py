@@ -322,7 +322,7 @@ class Sum:
     def _check_finite(self, what: str, values: NDArray[np.float32]) -> None:
         if not np.isfinite(values).all():
             raise DeviceError(
-                f"{int((~np.isfinite(values)).sum())} of its {values.size} values are not finite numbers",
+                "some of its values are not finite numbers",
                 place=f"{self.place}: {what}",
                 remedy="lower train.learning-rate on this device, or look at its data",
             )
