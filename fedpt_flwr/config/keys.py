@@ -495,7 +495,9 @@ class PrivacyConfig:
         lambda value: 0 < value < 1,
     )
     max_epsilon: float = _setting(
-        0.0, "Budget: a round that would bring epsilon above this is not begun; 0: no limit.", *_at_least(0)
+        0.0,
+        "Budget of a private run: a round that would bring epsilon above this is not begun; 0: no limit.",
+        *_at_least(0),
     )
     sampling: str = _setting(
         "no-amplification",
