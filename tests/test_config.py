@@ -140,7 +140,10 @@ VALID = {
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
     "privacy.secure-sum": st.just(False),
     "privacy.secure-sum-threshold": st.floats(0.5, 1, exclude_min=True),
-    "privacy.secure-sum-range": st.floats(1e-300, 1e6),
+    "privacy.secure-sum-range": st.floats(1e-9, 1e6),
+    "privacy.noise-multiplier": st.floats(1e-3, 1e6),
+    "privacy.clipping-norm": st.floats(1e-6, 1e6),
+    "privacy.clipping-rate": st.floats(0, 10, exclude_min=True),
     "privacy.secure-sum-bits": st.sampled_from([16, 32]),
     "strategy.name": st.sampled_from(INNER_STRATEGIES),
     "strategy.above-norm": st.sampled_from(["clip", "refuse"]),
@@ -602,6 +605,22 @@ def test_a_private_run_knows_the_devices_text_by_other_names(train, test, refuse
 def test_what_a_private_run_must_not_be_an_open_one_may():
     open_run = {"strategy.name": "Krum", "strategy.max-update-norm": 1.0, "data.validation": "", "data.test": ""}
     assert not parse_run_config(open_run | {"data.choices": "train"}).privacy.is_on
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good", "rule"),
+    [
+        ("noise-multiplier", [0.0, 1e-200, 9e-4, 2e6, 1e300], [1e-3, 1e6], "must be from 0.001 to 1000000"),
+        ("clipping-norm", [0.0, 1e-300, 1e300], [1e-6, 1e6], "must be from 0.000001 to 1000000"),
+        ("clipping-rate", [0.0, 10.1, 1e5], [1e-9, 10.0], "must be greater than 0 and at most 10"),
+        ("secure-sum-range", [0.0, 1e-300, 1e7], [1e-9, 1e6], "must be from 0.000000001 to 1000000"),
+    ],
+)
+def test_numbers_of_privacy_have_bounds_within_which_they_can_be_computed_with(key, bad, good, rule):
+    for value in bad:
+        assert complaint({f"privacy.{key}": value}) == f"privacy.{key}: {rule}, got {value!r}"
+    for value in good:
+        assert parse_run_config({f"privacy.{key}": value})
 
 
 def test_a_contradiction_with_a_setting_that_is_wrong_anyway_is_not_reported_twice():
