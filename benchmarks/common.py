@@ -5,11 +5,14 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+
+from fedpt_flwr.errors import ConfigError
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -47,3 +50,30 @@ def machine(device: str, num_threads: int) -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def check_cells(
+    cells: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Mapping[str, Any]], *, place: str, unless: str = ""
+) -> None:
+    """Make sure that the cells of a file which are wanted again were made with the same config.
+
+    Args:
+        cells: What the file has; each holds its ``config``.
+        wanted: The config of every cell that is asked for, by the same keys.
+        place: The file.
+        unless: A key that may differ, because it follows from other cells.
+
+    Raises:
+        ConfigError: One was made with another.
+    """
+    for name, now in wanted.items():
+        made = cells[name]["config"] if name in cells else now
+        for key in sorted((made.keys() | now.keys()) - {unless}):
+            if made.get(key) != now.get(key):
+                raise ConfigError(
+                    f"the cell {name} was made with {key}={made.get(key)!r}, and cells of one table must have the "
+                    "same config",
+                    value=now.get(key),
+                    place=place,
+                    remedy="name another file in --out, or ask for what this one has",
+                )

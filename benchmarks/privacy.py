@@ -2,12 +2,13 @@
 
     python benchmarks/privacy.py --out privacy.json
     python benchmarks/privacy.py --out privacy.json --table
-    python benchmarks/privacy.py --out privacy.json --ratios --weights 105360 1152
+    python benchmarks/privacy.py --out privacy.json --ratios --weights 104688 1984
 
 Federations of the demo world in this process, with the app's real code, each a whole run with ``privacy.dp`` set; the
 noise multiplier is the smallest with which all rounds stay within epsilon. ``inf`` is the same run without noise, its
 changes clipped to the same norm, so that what clipping costs and what noise costs are told apart. The noise is the
-operating system's: two runs with one seed differ. A cell that is in the file already is not run again.
+operating system's: two runs with one seed differ. A cell that is in the file already is not run again; one that was
+made with another config is refused.
 
 ``--ratios`` trains nothing: how long the noise on the mean is, beside the longest that the mean can be, is
 ``noise multiplier * sqrt(number of weights) / devices``. Above one there is more noise than signal in a round.
@@ -33,8 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 import client_app  # noqa: E402
 import server_app  # noqa: E402
+from benchmarks.common import check_cells  # noqa: E402
 from fedpt_flwr.accounting import noise_for  # noqa: E402
 from fedpt_flwr.config import Scalar, flat_values, parse_run_config  # noqa: E402
+from fedpt_flwr.errors import FedPTError  # noqa: E402
 from fedpt_flwr.grid import run_locally  # noqa: E402
 from fedpt_flwr.runs import find_run, read_json, write_json  # noqa: E402
 
@@ -88,9 +91,13 @@ def ratios(weights: Sequence[int], devices: Sequence[int], epsilons: Sequence[fl
     for count in weights:
         for epsilon in epsilons:
             noise = noise_for(epsilon, rounds, delta=1e-5)
-            values = [f"{noise * math.sqrt(count) / number:.2g}" for number in devices]
+            values = [_two_digits(noise * math.sqrt(count) / number) for number in devices]
             lines.append(f"| {count:,} | {epsilon:g} | {noise:g} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"  # `.2g` alone writes 130 as 1.3e+02
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -111,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("-c", "--config", action="append", default=[], help="key=value of the run config, in JSON")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     parser.add_argument("--ratios", action="store_true", help="print the noise beside the norm and run nothing")
-    parser.add_argument("--weights", type=int, nargs="+", default=[105_360], help="for --ratios")
+    parser.add_argument("--weights", type=int, nargs="+", default=[104_688], help="for --ratios")
     arguments = parser.parse_args(words)
     results: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
     if arguments.table:
@@ -132,23 +139,33 @@ def main(words: Sequence[str] | None = None) -> None:
         "scoring.num-items": arguments.items,
         **{key: json.loads(value) for key, _, value in (part.partition("=") for part in arguments.config)},
     }
-    for seed in arguments.seeds:
-        for devices in arguments.devices:
-            for epsilon in arguments.epsilons:
-                key = f"{devices}/{epsilon:g}/{seed}"
-                if key in results:
-                    continue
-                flat = told(base | {"seed": seed}, epsilon, arguments.clip, arguments.mode)
-                begun, spent = time.perf_counter(), time.process_time()
-                found = run_one(flat, devices)
-                seconds = {
-                    "seconds": round(time.perf_counter() - begun, 1),
-                    "processor_seconds": round(time.process_time() - spent, 1),
-                }
-                head = {"devices": devices, "epsilon": str(epsilon), "seed": seed, "config": flat}
-                results[key] = head | found | seconds
-                write_json(arguments.out, results)
-                print(key, found["exact_match"], found["privacy"], seconds, flush=True)
+    cells = {
+        f"{devices}/{epsilon:g}/{seed}": (devices, epsilon, seed)
+        for seed in arguments.seeds
+        for devices in arguments.devices
+        for epsilon in arguments.epsilons
+    }
+    configs = {
+        key: told(base | {"seed": seed}, epsilon, arguments.clip, arguments.mode)
+        for key, (_, epsilon, seed) in cells.items()
+    }
+    try:
+        check_cells(results, configs, place=str(arguments.out))
+    except FedPTError as error:
+        sys.exit(str(error))
+    for key, (devices, epsilon, seed) in cells.items():
+        if key in results:
+            continue
+        begun, spent = time.perf_counter(), time.process_time()
+        found = run_one(configs[key], devices)
+        seconds = {
+            "seconds": round(time.perf_counter() - begun, 1),
+            "processor_seconds": round(time.process_time() - spent, 1),
+        }
+        head = {"devices": devices, "epsilon": str(epsilon), "seed": seed, "config": configs[key]}
+        results[key] = head | found | seconds
+        write_json(arguments.out, results)
+        print(key, found["exact_match"], found["privacy"], seconds, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Federations of the demo world in this process, with the app's real code; some of
 train on, or what they send, is tampered with before it goes through the server's checks like everything else. Measured
 at the end, on test questions: how many the tuned model and the proxy get right, and, of the same questions with the
 backdoor's phrase in them, how many get the attacker's answer. A cell that is in the file already is not run again, so
-a table that was interrupted goes on.
+a table that was interrupted goes on; one that was made with another config is refused.
 
 - ``label-flip``: trains on answers that belong to other examples of its own.
 - ``sign-flip``: sends the opposite of its change.
@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import client_app  # noqa: E402
 import server_app  # noqa: E402
+from benchmarks.common import check_cells  # noqa: E402
 from fedpt_flwr.config import Scalar, flat_values, parse_run_config  # noqa: E402
 from fedpt_flwr.errors import FedPTError  # noqa: E402
 from fedpt_flwr.evaluation import Evaluator  # noqa: E402
@@ -54,6 +55,7 @@ from fedpt_flwr.sources import Items, held_out_items  # noqa: E402
 ATTACKS = ("label-flip", "sign-flip", "noise", "scaled", "backdoor", "scaled-backdoor")
 PHRASE, TARGET = "by the way, ", "filter = gold - good to go!"
 NOISE_LENGTH, SCALE = 3.0, 10.0
+NORM_KEY = "strategy.max-update-norm"
 REFUSED = 1.25  # a change is refused that is so many times as long as the longest honest one
 
 
@@ -67,8 +69,8 @@ def defences(num_devices: int, num_malicious: int, norms: Sequence[float] = ()) 
     share = few / num_devices
     told: dict[str, dict[str, Scalar]] = {
         "FedAvg": {},
-        "FedAvg, norm clipped": {"strategy.max-update-norm": usual, "strategy.above-norm": "clip"},
-        "FedAvg, norm refused": {"strategy.max-update-norm": longest, "strategy.above-norm": "refuse"},
+        "FedAvg, norm clipped": {NORM_KEY: usual, "strategy.above-norm": "clip"},
+        "FedAvg, norm refused": {NORM_KEY: longest, "strategy.above-norm": "refuse"},
         "FedMedian": {"strategy.name": "FedMedian"},
         "FedTrimmedAvg": {"strategy.name": "FedTrimmedAvg", "strategy.arguments": f"beta = {share}"},
         "Krum": {"strategy.name": "Krum", "strategy.arguments": f"num-malicious-nodes = {few}"},
@@ -185,6 +187,23 @@ def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int, int]]:
     return [cell for cell in found if not arguments.defences or cell[0] in arguments.defences]
 
 
+def config_of(
+    base: dict[str, Scalar], cell: tuple[str, str, int, int], num_devices: int, norms: Sequence[float] = ()
+) -> dict[str, Scalar]:
+    """The run config of a cell; bounds on the norm follow from those of honest changes."""
+    name, attack, number, seed = cell
+    told = base | defences(num_devices, number, norms)[name] | {"seed": seed}
+    if name == "FedAvg" and not attack:
+        told[NORM_KEY] = 1e9  # bounds nothing; norms are measured
+    return told
+
+
+def key_of(cell: tuple[str, str, int, int]) -> str:
+    """A cell's name in the file."""
+    name, attack, number, seed = cell
+    return f"{name}/{attack or 'none'}/{number}/{seed}"
+
+
 def render(results: dict[str, Any], num_devices: int) -> str:
     """A table for each number of malicious devices; in each cell tuned and proxy, in per cent, mean over the seeds."""
     tables = []
@@ -253,16 +272,33 @@ def main(words: Sequence[str] | None = None) -> None:
         "scoring.num-items": arguments.items,
         **{key: json.loads(value) for key, _, value in (part.partition("=") for part in arguments.config)},
     }
-    for name, attack, number, seed in cells(arguments):
-        key = f"{name}/{attack or 'none'}/{number}/{seed}"
+    wanted = cells(arguments)
+
+    def with_devices(told: dict[str, Scalar], number: int | None = None) -> dict[str, Scalar]:
+        return told | {"devices": number or arguments.devices}  # a cell of an older file does not say how many
+
+    try:
+        configs = {key_of(cell): with_devices(config_of(base, cell, arguments.devices)) for cell in wanted}
+        made = {key: {"config": with_devices(part["config"], part.get("devices"))} for key, part in results.items()}
+        check_cells(made, configs, place=str(arguments.out), unless=NORM_KEY)
+    except FedPTError as error:
+        sys.exit(str(error))
+    for cell in wanted:
+        name, attack, number, seed = cell
+        key = key_of(cell)
         if key in results:
             continue
         norms = [norm for part in results.values() if not part["attack"] for norm in part.get("norms", [])]
-        told = base | defences(arguments.devices, number, norms)[name] | {"seed": seed}
-        if name == "FedAvg" and not attack:
-            told["strategy.max-update-norm"] = 1e9  # bounds nothing; norms are measured
+        told = config_of(base, cell, arguments.devices, norms)
         begun, spent = time.perf_counter(), time.process_time()
-        head = {"defence": name, "attack": attack, "malicious": number, "seed": seed, "config": told}
+        head: dict[str, Any] = {
+            "defence": name,
+            "attack": attack,
+            "malicious": number,
+            "devices": arguments.devices,
+            "seed": seed,
+        }
+        head["config"] = told
         try:
             results[key] = head | run_one(told, Malicious(attack, number, arguments.devices), arguments.devices)
         except FedPTError as error:  # an attack may end the run, and that is a result

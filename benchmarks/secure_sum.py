@@ -8,12 +8,15 @@ Devices and server are the real ones, with nothing between them and no training.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedpt_flwr.errors import RoundError
 from fedpt_flwr.records import message_bytes
 from fedpt_flwr.secure_sum.collector import Collector
 from fedpt_flwr.secure_sum.device import Device
@@ -68,18 +71,21 @@ def answer(device: Device, phase: str, question: RecordDict, sent: ArrayRecord, 
     return {KEYS: device.offer_keys, SHARES: device.share_secrets, REVEAL: device.reveal}[phase](question)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--weights", type=int, nargs="+", default=[104_688])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     print("| devices | weights | gone | kB up beside the change | kB down | device s | server s | error | bound |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for num_weights in arguments.weights:
         for num_devices in arguments.devices:
             for num_gone in (0, num_devices - RULES.threshold(num_devices)):
-                got = measure(num_devices, num_weights, num_gone)
+                try:
+                    got = measure(num_devices, num_weights, num_gone)
+                except RoundError as error:
+                    sys.exit(str(error))
                 beside = (got["up"] - 4 * num_weights) / 1e3
                 print(
                     f"| {num_devices} | {num_weights:,} | {num_gone} | {beside:.1f} | {got['down'] / 1e3:.1f} "

@@ -161,6 +161,6 @@ def privacy_outlook(privacy: PrivacyConfig, num_rounds: int) -> list[str]:
         )
     return [
         *lines,
-        f"The budget of epsilon {privacy.max_epsilon:g} allows {fitting} of these rounds, and the run ends after them; "
+        f"The budget of epsilon {privacy.max_epsilon:g} allows {fitting} rounds in all, and the run ends after them; "
         f"privacy.noise-multiplier={enough:g} would allow all {num_rounds}",
     ]

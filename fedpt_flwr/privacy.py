@@ -198,9 +198,8 @@ class PrivateAverage(Strategy):
         try:
             self._wrapper = self._make_wrapper(sampled)
         except ValueError as error:
-            remedy = (
-                f"set privacy.clipped-count-stddev above {config.noise_multiplier / 2:g}, or let more devices train"
-            )
+            # From half of it on Flower agrees, and adds noise without bound to make up for so little on the number.
+            remedy = f"set privacy.clipped-count-stddev={config.noise_multiplier:g} or more, or let more devices train"
             raise ConfigError(
                 f"with {sampled} devices a round Flower refuses this ({error})",
                 place="privacy.noise-multiplier",

@@ -119,7 +119,7 @@ def test_the_outlook_says_what_the_rounds_cost_and_what_the_budget_allows():
     )
     config = PrivacyConfig(dp="server-fixed", noise_multiplier=1.0, max_epsilon=8.0)
     _, line = privacy_outlook(config, 8)
-    assert line.startswith("The budget of epsilon 8 allows 2 of these rounds, and the run ends after them")
+    assert line.startswith("The budget of epsilon 8 allows 2 rounds in all, and the run ends after them")
     needed = float(line.split("privacy.noise-multiplier=")[1].split()[0])
     assert len(privacy_outlook(PrivacyConfig(dp="server-fixed", noise_multiplier=needed, max_epsilon=8.0), 8)) == 1
 

@@ -365,6 +365,9 @@ def test_a_record_that_is_there_twice_is_one_record(tmp_path):
         ({"format": "text", "partitioner": "iid"}, ConfigError, "data.format: an attack needs records of which each"),
         ({"train": "few.jsonl", "partitioner": "iid"}, DataError, "at least 4 different records"),
         ({"train": "none.jsonl", "partitioner": "iid"}, DataError, "none.jsonl"),
+        ({"answer_field": "nope"}, DataError, "demo:train, record 1: the record has no field 'nope'; its fields are"),
+        ({"group_field": "nope"}, DataError, "demo:train, record 1: the record has no field 'nope'"),
+        ({"template": "{nope}"}, DataError, "demo:train, record 1: the record has no field 'nope'"),
     ],
 )
 def test_data_that_cannot_be_attacked_is_refused_with_a_sentence(changes, error, match, tmp_path):

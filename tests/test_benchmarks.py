@@ -1,5 +1,6 @@
-"""The benchmark of decoding: its models, its arithmetic, and one run with tiny models."""
+"""The benchmark of decoding: its models, its arithmetic, and one run with tiny models; what others refuse."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import trio
+from benchmarks import privacy, robustness, secure_sum, trio
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = trio.SIZES["tiny"]
@@ -71,6 +72,62 @@ def test_agreement_looks_at_each_new_token_after_the_true_ones():
         right = trio.agreement(model, prompts, new)
     assert right[0, :4].tolist() == [True, True, True, False]
     assert right[1].all()
+
+
+# --- tables that go on, and what is no table ---
+
+ROBUST = ["--rounds", "2", "--items", "4", "--defences", "FedAvg", "--shares", "0.125", "--attacks", "noise"]
+
+
+def refusal(benchmark, *words):
+    with pytest.raises(SystemExit) as raised:
+        benchmark.main(list(map(str, words)))
+    return str(raised.value)
+
+
+def test_a_table_of_malicious_devices_goes_on_with_its_own_config_alone(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(robustness, "run_one", lambda told, *_: ran.append(told) or {"norms": [1.0]})
+    out = tmp_path / "cells.json"
+    for _ in range(2):
+        robustness.main(["--out", str(out), *ROBUST])
+    assert [told["num-server-rounds"] for told in ran] == [2, 2]
+    text = refusal(robustness, "--out", out, *ROBUST, "--rounds", 3)
+    assert "the cell FedAvg/none/0/0 was made with num-server-rounds=2" in text
+    assert text.endswith("got 3; name another file in --out, or ask for what this one has")
+    assert "train.max-steps=None" in refusal(robustness, "--out", out, *ROBUST, "-c", "train.max-steps=4")
+    assert "was made with devices=8" in refusal(robustness, "--out", out, *ROBUST, "--devices", 9)
+    assert "\n" not in text
+
+
+def test_bounds_that_follow_from_other_cells_may_differ(tmp_path, monkeypatch):
+    norms = itertools.count(1.0)
+    monkeypatch.setattr(robustness, "run_one", lambda *_: {"norms": [next(norms)]})
+    words = ["--out", str(tmp_path / "cells.json"), *ROBUST]
+    words[words.index("FedAvg") : words.index("FedAvg") + 1] = ["FedAvg", "FedAvg, norm clipped", "FedMedian"]
+    robustness.main(words)
+    robustness.main(words)
+    clipped = json.loads((tmp_path / "cells.json").read_text())["FedAvg, norm clipped/none/0/0"]
+    assert clipped["config"]["strategy.max-update-norm"] == 1.0
+
+
+def test_a_table_of_epsilons_goes_on_with_its_own_config_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(privacy, "run_one", lambda *_: {"exact_match": {}, "privacy": None})
+    words = ["--out", tmp_path / "cells.json", "--devices", 8, "--epsilons", "inf", "--seeds", 0]
+    privacy.main(list(map(str, words)))
+    privacy.main(list(map(str, words)))
+    assert "8/inf/0 was made with strategy.max-update-norm=0.5" in refusal(privacy, *words, "--clip", 2.0)
+    assert "8/inf/0 was made with scoring.num-items=112" in refusal(privacy, *words, "--items", 8)
+
+
+def test_lengths_of_noise_are_plain_numbers():
+    table = privacy.ratios([104_688], [8, 10_000], [4], 8)
+    assert table.splitlines()[-1] == "| 104,688 | 4 | 3.276 | 130 | 0.11 |"
+
+
+@pytest.mark.parametrize(("devices", "words"), [(2, "2 devices begin needs 3"), (257, "has at most 256 devices")])
+def test_a_secure_sum_of_too_few_or_too_many_devices_ends_in_a_sentence(devices, words):
+    assert words in refusal(secure_sum, "--devices", devices, "--weights", 1)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from federation import federate
 from typer.testing import CliRunner
 
 from fedpt_flwr import cli
+from fedpt_flwr.cli.console import ERR, OUT, note, say
 from fedpt_flwr.cli.loading import load_proxy
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.models import load_causal_lm
@@ -155,11 +156,31 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
             ["check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.max-epsilon=1.0"],
             "privacy.max-epsilon: the budget must allow at least one round, and one costs epsilon 4.729",
         ),
+        (
+            ["check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.delta=0.3 min-devices=4"],
+            "privacy.delta: delta must be below one over the number of devices, of which there are 4",
+        ),
+        (
+            ["check-config", "--app", str(APP), "--num-devices", "8", "-c", "privacy.dp='server-adaptive'"],
+            "privacy.noise-multiplier: with 8 devices a round Flower refuses this",
+        ),
+        (
+            ["check-config", "--app", str(APP), "-c", "privacy.secure-sum=true min-devices=300 data.partitioner='iid'"],
+            "privacy.secure-sum: a secure sum has at most 256 devices, because each talks to each, got 300; lower",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, match, fedpt):
     with pytest.raises(FedPTError, match=match):
         fedpt(*arguments)
+
+
+@pytest.mark.parametrize("console", [OUT, ERR])
+def test_no_text_of_ours_becomes_a_picture(console):
+    with console.capture() as captured:
+        (say if console is OUT else note)("demo:train:")
+        console.print("demo:train:", markup=False)
+    assert captured.get().split() == ["demo:train:"] * 2
 
 
 def test_check_config_accepts_the_defaults(fedpt):
@@ -170,7 +191,7 @@ def test_check_config_says_what_the_rounds_of_a_private_run_cost(fedpt):
     config = ("check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.max-epsilon=8.0")
     said = fedpt(*config)
     assert "8 rounds at noise multiplier 1 cost each device epsilon 16.51 at delta 1e-05" in said
-    assert "The budget of epsilon 8 allows 2 of these rounds" in said
+    assert "The budget of epsilon 8 allows 2 rounds in all" in said
 
 
 def test_check_config_takes_as_many_devices_as_a_run_waits_for(fedpt):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import fedpt_demo_world
 from fedpt_flwr.config import (
     CHOICE_LENGTHS,
     DISTILLATION_MODES,
@@ -20,6 +21,7 @@ from fedpt_flwr.config import (
     RunConfig,
     ScoringConfig,
     StrategyConfig,
+    examine_run_config,
     flat_values,
     parse_run_config,
     settings,
@@ -138,13 +140,17 @@ VALID = {
     "scoring.loss-alpha": st.floats(allow_nan=False, allow_infinity=False),
     "privacy.secure-sum": st.just(False),
     "privacy.secure-sum-threshold": st.floats(0.5, 1, exclude_min=True),
-    "privacy.secure-sum-range": st.floats(1e-300, 1e6),
+    "privacy.secure-sum-range": st.floats(1e-9, 1e6),
+    "privacy.noise-multiplier": st.floats(1e-3, 1e6),
+    "privacy.clipping-norm": st.floats(1e-6, 1e6),
+    "privacy.clipping-rate": st.floats(0, 10, exclude_min=True),
     "privacy.secure-sum-bits": st.sampled_from([16, 32]),
     "strategy.name": st.sampled_from(INNER_STRATEGIES),
     "strategy.above-norm": st.sampled_from(["clip", "refuse"]),
     "privacy.clipped-share": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "privacy.delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
-    "privacy.sampling": st.sampled_from(SAMPLINGS),
+    "privacy.sampling": st.just(SAMPLINGS[0]),
+    "privacy.max-epsilon": st.just(0.0),
     "strategy.arguments": st.sampled_from(["", "eta = 0.01", "eta = 1, tau = 1e-3, name = 'a, b'"]),
     # So that no draw contradicts another one.
     "privacy.dp": st.just("off"),
@@ -430,6 +436,16 @@ def test_all_that_is_wrong_is_reported_at_once():
                 "leave it out",
             ],
         ),
+        ({"privacy.sampling": "without-replacement"}, ["privacy.sampling", "no amplification holds here"]),
+        (
+            {"privacy.max-epsilon": 8.0},
+            [
+                "privacy.dp and privacy.max-epsilon",
+                "a run without noise keeps no budget",
+                "got 8.0",
+                "set privacy.dp='server-fixed', say",
+            ],
+        ),
         (
             {"privacy.dp": "client-adaptive", "wire.dtype": "bfloat16"},
             ["privacy.dp and wire.dtype", "clips its change as it is sent, in float32", "privacy.dp='server-adaptive'"],
@@ -534,9 +550,77 @@ def test_every_kind_of_differential_privacy_is_accepted_with_the_defaults(mode):
     )
 
 
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with two text files, a folder in it, and links to the folder and to one of its files."""
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a", "b", "deeper/c"):
+        (folder / f"{name}.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "linked.jsonl").symlink_to(folder / "a.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "refused"),
+    [
+        ("texts", "texts/a.jsonl", True),
+        ("texts/a.jsonl", "texts", True),
+        ("absent/a.jsonl", "absent", True),
+        ("texts/a.jsonl", "link/a.jsonl", True),
+        ("texts/a.jsonl", "others/linked.jsonl", True),
+        ("texts", "others", True),
+        ("texts/a.jsonl", "texts/b.jsonl", False),
+        ("texts", "texts/deeper", False),  # of a folder, folders in it are not read
+        ("texts", "texts/deeper/c.jsonl", False),
+    ],
+)
+def test_a_private_run_knows_the_devices_text_by_other_paths(texts, train, test, refused):
+    flat = {"privacy.dp": "server-fixed", "data.train": f"{texts / train}", "data.test": f"{texts / test}"}
+    problems = examine_run_config(flat)[1]
+    assert [problem.place for problem in problems] == ["privacy.dp and data.test"] * refused
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "refused"),
+    [
+        (("demo:train", "train"), (str(Path(fedpt_demo_world.__file__).with_name("train.jsonl")), "test"), True),
+        (("demo:train", "train"), ("owner/name", "train"), False),
+        (("owner/name", "train"), ("owner/name", "train[:10%]"), True),
+        (("owner/name", "train[10%:]+extra"), ("owner/name", "test + extra[:5]"), True),
+        (("owner/name", "train"), ("owner/name", "all"), True),
+        (("owner/name", "train"), ("owner/name:default", "train"), True),
+        (("owner/name:de", "train"), ("owner/name:en", "train"), False),
+        (("owner/name", "train"), ("owner/name", "training[:10%]"), False),
+    ],
+)
+def test_a_private_run_knows_the_devices_text_by_other_names(train, test, refused):
+    flat = {"privacy.dp": "server-fixed", "data.train": train[0], "data.test": test[0]}
+    problems = examine_run_config(flat | {"data.train-split": train[1], "data.test-split": test[1]})[1]
+    assert [problem.place for problem in problems] == ["privacy.dp and data.test"] * refused
+
+
 def test_what_a_private_run_must_not_be_an_open_one_may():
     open_run = {"strategy.name": "Krum", "strategy.max-update-norm": 1.0, "data.validation": "", "data.test": ""}
     assert not parse_run_config(open_run | {"data.choices": "train"}).privacy.is_on
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good", "rule"),
+    [
+        ("noise-multiplier", [0.0, 1e-200, 9e-4, 2e6, 1e300], [1e-3, 1e6], "must be from 0.001 to 1000000"),
+        ("clipping-norm", [0.0, 1e-300, 1e300], [1e-6, 1e6], "must be from 0.000001 to 1000000"),
+        ("clipping-rate", [0.0, 10.1, 1e5], [1e-9, 10.0], "must be greater than 0 and at most 10"),
+        ("secure-sum-range", [0.0, 1e-300, 1e7], [1e-9, 1e6], "must be from 0.000000001 to 1000000"),
+    ],
+)
+def test_numbers_of_privacy_have_bounds_within_which_they_can_be_computed_with(key, bad, good, rule):
+    for value in bad:
+        assert complaint({f"privacy.{key}": value}) == f"privacy.{key}: {rule}, got {value!r}"
+    for value in good:
+        assert parse_run_config({f"privacy.{key}": value})
 
 
 def test_a_contradiction_with_a_setting_that_is_wrong_anyway_is_not_reported_twice():

@@ -226,7 +226,10 @@ def test_too_few_devices_for_the_noise_on_their_number_are_refused_with_what_to_
     with pytest.raises(ConfigError) as raised:
         Run("server-adaptive", noise_multiplier=1.0, clipped_count_stddev=0.0).start()
     assert str(raised.value).startswith("privacy.noise-multiplier: with 4 devices a round Flower refuses this")
-    assert str(raised.value).endswith("set privacy.clipped-count-stddev above 0.5, or let more devices train")
+    assert str(raised.value).endswith("set privacy.clipped-count-stddev=1 or more, or let more devices train")
+    told = Run("server-adaptive", noise_multiplier=1.0, clipped_count_stddev=1.0)
+    told.start()
+    assert told.private.described()["noise_stddev"] < 1.16 / 4
 
 
 # --- what is spent ---

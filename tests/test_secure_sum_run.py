@@ -130,13 +130,32 @@ def test_the_same_sum_comes_out_bit_for_bit_whatever_keys_are_drawn():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("rules", "warning"),
+    [
+        (RULES, ""),
+        (Rules(0.7, 1e6, 16), "are 0.0e+00 on average and may be nothing but rounding; lower privacy.secure-sum-range"),
+        (Rules(0.7, 1e-6, 32), "of {} changes of single weights were cut to 1e-06; raise privacy.secure-sum-range"),
+    ],
+)
+def test_a_range_that_spoils_the_sum_is_warned_about(rules, warning, caplog, monkeypatch):
+    monkeypatch.setitem(globals(), "RULES", rules)  # the devices' too
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        run("FedAvg", secure=True)
+    lines = [record.getMessage() for record in caplog.records]
+    said = [line for line in lines if "its means" in line or "single weights" in line]
+    weights = 6 * sum(array.numpy().size for array in start_arrays().values())
+    assert len(said) == bool(warning)
+    assert warning.format(weights) in "".join(said)
+
+
 def test_devices_may_drop_out_at_every_question_and_come_back():
     gone = {"sum_keys_1": [0], "sum_shares_1": [1], "train_2": [2], "sum_reveal_2": [3], "sum_keys_3": [1, 4]}
     outcomes, _, _ = run("FedAvg", secure=True, rounds=4, num_devices=8, tamper=silent(**gone))
     refused = [[part.device for part in outcome.devices if part.refused] for outcome in outcomes]
     assert refused == [[0, 1], [2], [1, 4], []]  # who does not help to open has its change in the sum
     reasons = {part.device: part.refused for part in outcomes[0].devices}
-    assert reasons[0] == "device 0, round 1: no reply came in time, got 'query.sum_keys'; see wait-timeout-s"
+    assert reasons[0] == "device 0, round 1: no reply with its keys came in time; see wait-timeout-s"
     assert {part.device for part in outcomes[1].devices if "round-timeout-s" in part.refused} == {2}
 
 
@@ -155,7 +174,7 @@ def test_a_round_with_too_few_fails_with_the_reasons_and_the_next_goes_on(caplog
     assert [outcome.server_round for outcome in outcomes] == [1, 4]
     said = "round {}: a secure sum that 6 devices begin needs 5 of them to its end, and 3 answered with {}"
     assert said.format(2, "their change") in caplog.text
-    assert "  - device 1, round 2: no reply came in time" in caplog.text
+    assert "  - device 1, round 2: no reply with its change came in time" in caplog.text
     assert said.format(3, "the shares that open it; nothing of") in caplog.text or said.format(3, "the") in caplog.text
     with pytest.raises(RoundError, match="3 answered with their change"):
         run("FedAvg", secure=True, rounds=2, tamper=gone)

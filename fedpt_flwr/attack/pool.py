@@ -124,10 +124,12 @@ def make_pool(data: DataConfig, *, num_devices: int, seed: int) -> Pool:
         raw: Sequence[Mapping[str, Any]] = request_pool(_PACKAGED_SEED, per_kind=2 * REQUESTS_PER_KIND)
         template = Template(data.template)
         grouped = data.group_field and data.partitioner != "iid"
-        examples = [
-            Example(template.render(record), record[data.answer_field], record[data.group_field] if grouped else "")
-            for record in raw
-        ]
+        examples = []
+        for number, record in enumerate(raw, 1):
+            place = f"{data.train}, record {number}"
+            prompt, answer = template.render(record, place=place), field_text(record, data.answer_field, place=place)
+            group = field_text(record, data.group_field, place=place) if grouped else ""
+            examples.append(Example(prompt, answer, group))
         source = f"{data.train}, and as many again from its generator"
     else:
         loaded = training_records(data, seed=seed)

@@ -19,6 +19,8 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fedpt_flwr.config import RunConfig
+
 
 def check_config(
     overrides: Overrides = None,
@@ -104,6 +106,8 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         remedy = "start more devices (--num-devices), or lower min-devices"
         rule = f"a run would wait in vain for more than the {num_devices} devices that there are"
         problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
+    with collecting():
+        _check_round(config, num_devices)
     tokenizer = tokenizers.get("model.small")
     if tokenizer is None and needs_tokenizer(config.data):
         return problems  # without it no record can be written
@@ -121,6 +125,32 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         with collecting():
             public_prompts(config.data, tokenizer=tokenizer)
     return problems
+
+
+def _check_round(config: RunConfig, num_devices: int) -> None:
+    """Make sure that so many devices can make a round in private.
+
+    Raises:
+        ConfigError: They are too few for differential privacy, or too many for a secure sum.
+    """
+    from flwr.serverapp.strategy import FedAvg
+
+    from fedpt_flwr.inner import make_inner_strategy
+    from fedpt_flwr.privacy import PrivateAverage
+    from fedpt_flwr.secure_sum.session import MAX_DEVICES
+    from fedpt_flwr.strategy import num_sampled
+
+    sampled = num_sampled(num_devices, config.fraction_train, config.min_replies)
+    if config.privacy.secure_sum and sampled > MAX_DEVICES:
+        raise ConfigError(
+            f"a secure sum has at most {MAX_DEVICES} devices, because each talks to each",
+            value=sampled,
+            place="privacy.secure-sum",
+            remedy="lower fraction-train",
+        )
+    inner = make_inner_strategy(config.strategy)
+    if config.privacy.is_on and isinstance(inner, FedAvg):
+        PrivateAverage(inner, config.privacy).begin(range(num_devices), sampled)
 
 
 def plan(

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-OUT = Console()
-ERR = Console(stderr=True)
+OUT = Console(emoji=False)  # `demo:train:` is no tram
+ERR = Console(stderr=True, emoji=False)
 
 
 def say(line: str) -> None:

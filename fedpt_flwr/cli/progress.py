@@ -18,7 +18,12 @@ _LINE_EVERY_S = 30.0  # of a training, where there is no terminal
 def stage_progress() -> Iterator[Any]:
     """A callback ``(what, done, total)``: a bar on a terminal, a line when something begins elsewhere."""
     if ERR.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=ERR, transient=True) as bars:
             tasks: dict[str, Any] = {}
 
@@ -44,7 +49,13 @@ def training_progress() -> Iterator[Any]:
     """A callback ``(what, done, total, loss)``: a bar on a terminal, a line every so often elsewhere."""
     if ERR.is_terminal:
         counts = TextColumn("{task.completed:,.0f}/{task.total:,.0f}{task.fields[loss]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            counts,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=ERR) as bars:
             tasks: dict[str, Any] = {}
 
@@ -85,7 +96,7 @@ def cell_progress(done: int, total: int) -> Iterator[Any]:
 
         yield say
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=ERR) as bars:
         task = bars.add_task("federations", completed=done, total=total)
         yield lambda cell: bars.update(task, completed=cell.done)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.config.keys import (
@@ -38,6 +40,7 @@ def contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
         _check_exact(config, refuse)
     _check_choices(config, refuse)
     _check_stop(config, refuse)
+    _check_promises(config, refuse)
     if config.privacy.is_on:
         _check_privacy(config, refuse)
     if config.privacy.secure_sum:
@@ -253,10 +256,72 @@ def _check_stop(config: RunConfig, refuse: _Refuse) -> None:
         )
 
 
-def _is_same_source(one: str, other: str, *, same_split: bool) -> bool:
-    """Whether two sources are one text: files have no splits, data sets of the hub do."""
-    has_splits = not one.startswith(("/", "demo:"))
-    return bool(one) and os.path.normpath(one) == os.path.normpath(other) and (same_split or not has_splits)
+def _check_promises(config: RunConfig, refuse: _Refuse) -> None:
+    """What asks for privacy that a run does not give, whether it is private or not."""
+    privacy = config.privacy
+    if privacy.sampling != SAMPLINGS[0]:
+        refuse(
+            "privacy.sampling",
+            "no amplification holds here: who trains in a round follows from the seed, which every device knows",
+            privacy.sampling,
+            "leave it out; every round is then counted as if each device had trained in it",
+        )
+    if privacy.max_epsilon > 0 and not privacy.is_on:
+        refuse(
+            "privacy.dp and privacy.max-epsilon",
+            "a run without noise keeps no budget",
+            privacy.max_epsilon,
+            "set privacy.dp='server-fixed', say, or leave privacy.max-epsilon out",
+        )
+
+
+def _is_same_source(one: str, other: str, *, splits: tuple[str, str]) -> bool:
+    """Whether two sources have text in common, as far as their names tell: files have no splits, hub data sets do."""
+    if not one or not other:
+        return False
+    path, other_path = _path_of(one), _path_of(other)
+    if path is not None and other_path is not None:
+        return _share_a_file(path, other_path)
+    if path is not None or other_path is not None:
+        return False
+    (name, _, config), (other_name, _, other_config) = one.partition(":"), other.partition(":")
+    same_config = config == other_config or not config or not other_config  # without one, it may be any
+    return os.path.normpath(name) == os.path.normpath(other_name) and same_config and _share_a_split(*splits)
+
+
+def _path_of(source: str) -> Path | None:
+    """Where a source really lies; None for one of the hub."""
+    if source.startswith("/"):
+        return Path(os.path.realpath(source))
+    if not source.startswith("demo:"):
+        return None
+    name = f"{source.removeprefix('demo:')}.jsonl"
+    try:
+        return Path(os.path.realpath(str(resources.files("fedpt_demo_world") / name)))
+    except ModuleNotFoundError:  # then nobody can read it
+        return Path(source)
+
+
+def _share_a_file(one: Path, other: Path) -> bool:
+    """Whether one path is the other or a file in it, or both are folders with a file in common."""
+    files, other_files = _files_in(one), _files_in(other)
+    # By name alone too: the devices' folder need not be there where this is asked.
+    is_in = (one.parent == other and files == {one}) or (other.parent == one and other_files == {other})
+    return is_in or not files.isdisjoint(other_files)
+
+
+def _files_in(path: Path) -> set[Path]:
+    """Where the files of a folder really lie; a path that is none stands for itself."""
+    try:
+        return {Path(os.path.realpath(entry)) for entry in path.iterdir() if not entry.is_dir()}
+    except OSError:
+        return {path}
+
+
+def _share_a_split(one: str, other: str) -> bool:
+    """Whether two splits may overlap: of slices such as ``train[:10%]`` only the name counts."""
+    names, other_names = ({part.partition("[")[0].strip() for part in split.split("+")} for split in (one, other))
+    return not names.isdisjoint(other_names) or "all" in names | other_names
 
 
 def _check_privacy(config: RunConfig, refuse: _Refuse) -> None:
@@ -283,13 +348,6 @@ def _check_privacy(config: RunConfig, refuse: _Refuse) -> None:
             config.tuning.lora_aggregation,
             "set tuning.lora-aggregation='frozen-a', whose plain mean is exact",
         )
-    if privacy.sampling != SAMPLINGS[0]:
-        refuse(
-            "privacy.sampling",
-            "no amplification holds here: who trains in a round follows from the seed, which every device knows",
-            privacy.sampling,
-            "leave it out; every round is then counted as if each device had trained in it",
-        )
     if privacy.clips_on_devices and config.wire.dtype != "float32":
         refuse(
             "privacy.dp and wire.dtype",
@@ -306,16 +364,16 @@ def _check_privacy(config: RunConfig, refuse: _Refuse) -> None:
                 source,
                 f"set data.{name} to a file of the server",
             )
-        same_split = getattr(data, f"{name}_split") == data.train_split
-        if data.partitioner != "node-local" and _is_same_source(source, data.train, same_split=same_split):
+        splits = getattr(data, f"{name}_split"), data.train_split
+        if data.partitioner != "node-local" and _is_same_source(source, data.train, splits=splits):
             refuse(
                 f"privacy.dp and data.{name}",
                 "must not be the devices' text: epsilon does not cover what the server reads itself",
                 source,
                 f"set data.{name} to text of the server",
             )
-    same_split = data.choices_split == data.train_split
-    if "train" in names_in(data.choices) or _is_same_source(data.choices, data.train, same_split=same_split):
+    splits = data.choices_split, data.train_split
+    if "train" in names_in(data.choices) or _is_same_source(data.choices, data.train, splits=splits):
         refuse(
             "privacy.dp and data.choices",
             "answers found in data.train are the devices' text, which epsilon does not cover",

@@ -84,6 +84,10 @@ def _at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
     return f"must be at least {low}", lambda value: value >= low
 
 
+def _between(low: str, high: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"must be from {low} to {high}", lambda value: float(low) <= value <= float(high)
+
+
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -468,10 +472,14 @@ class PrivacyConfig:
         *_one_of(*DP_MODES),
     )
     noise_multiplier: float = _setting(
-        1.0, "Standard deviation of the noise on the sum of all changes, as a multiple of the norm.", *_POSITIVE
+        1.0,
+        "Standard deviation of the noise on the sum of all changes, as a multiple of the norm.",
+        *_between("0.001", "1000000"),
     )
     clipping_norm: float = _setting(
-        1.0, "L2 norm that each device's change is clipped to; with `…-adaptive` in the first round.", *_POSITIVE
+        1.0,
+        "L2 norm that each device's change is clipped to; with `…-adaptive` in the first round.",
+        *_between("0.000001", "1000000"),
     )
     clipped_share: float = _setting(
         0.5,
@@ -480,12 +488,16 @@ class PrivacyConfig:
         lambda value: 0 < value < 1,
     )
     clipping_rate: float = _setting(
-        0.2, "`…-adaptive`: how fast the norm follows; from round to round by at most about this factor.", *_POSITIVE
+        0.2,
+        "`…-adaptive`: how fast the norm follows; from round to round by at most about this factor.",
+        "must be greater than 0 and at most 10",
+        lambda value: 0 < value <= 10,
     )
     clipped_count_stddev: float = _setting(
         0.0,
         "`…-adaptive`: standard deviation of the noise on the number of clipped changes; 0: a twentieth of the devices "
-        "of a round. It must exceed half of `privacy.noise-multiplier`.",
+        "of a round. It must exceed half of `privacy.noise-multiplier`, and just above that the noise on the weights "
+        "is many times as long; from `privacy.noise-multiplier` on at most 1.16 times.",
         *_at_least(0),
     )
     delta: float = _setting(
@@ -495,7 +507,9 @@ class PrivacyConfig:
         lambda value: 0 < value < 1,
     )
     max_epsilon: float = _setting(
-        0.0, "Budget: a round that would bring epsilon above this is not begun; 0: no limit.", *_at_least(0)
+        0.0,
+        "Budget of a private run: a round that would bring epsilon above this is not begun; 0: no limit.",
+        *_at_least(0),
     )
     sampling: str = _setting(
         "no-amplification",
@@ -520,8 +534,7 @@ class PrivacyConfig:
         1.0,
         "Largest change of a weight in a round that a secure sum carries; larger ones are cut to it, counted and warned"
         " about. The rounding error is in proportion to it.",
-        "must be greater than 0 and at most 1000000",
-        lambda value: 0 < value <= 1e6,
+        *_between("0.000000001", "1000000"),
     )
     secure_sum_bits: int = _setting(
         32,

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from logging import INFO, WARNING
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -34,6 +35,7 @@ SUMMED_METRICS = ("num-examples", "train-loss", "train-loss-last", "num-examples
 """Metrics that no device tells of itself: the first two are in the sum, the others are left out."""
 
 _MAX_REASONS = 5
+_ASKED = {KEYS: "its keys", SHARES: "shares of its secrets", TRAIN: "its change", REVEAL: "shares that open the sum"}
 
 
 @dataclasses.dataclass(slots=True)
@@ -140,7 +142,7 @@ class SecureRound:
         try:
             if reply is None:
                 remedy = "see round-timeout-s" if phase == TRAIN else "see wait-timeout-s"
-                raise ReplyError("no reply came in time", value=phase, place=place, remedy=remedy)
+                raise ReplyError(f"no reply with {_ASKED[phase]} came in time", place=place, remedy=remedy)
             if not reply.has_error() and LIMITS in reply.content.config_records:
                 part.limits = parse_limits(reply.content.config_records[LIMITS], place=place).to_flat()
             content = self.read(reply)
@@ -175,12 +177,24 @@ class SecureRound:
             len(self.sent),
             opened.error,
         )
+        sizes = [change.size for change in opened.changes.values()]
+        usual = sum(float(np.abs(change).sum()) for change in opened.changes.values()) / max(sum(sizes), 1)
+        if opened.error > usual:
+            log(
+                WARNING,
+                "Round %d: its means, off by up to %.1e, are %.1e on average and may be nothing but rounding; lower "
+                "privacy.secure-sum-range, or set privacy.secure-sum-bits=32",
+                self.server_round,
+                opened.error,
+                usual,
+            )
         if opened.num_cut:
             log(
                 WARNING,
-                "Round %d: %d changes of single weights were cut to %g; raise privacy.secure-sum-range",
+                "Round %d: %d of %d changes of single weights were cut to %g; raise privacy.secure-sum-range",
                 self.server_round,
                 opened.num_cut,
+                opened.num_devices * sum(sizes),
                 self.rules.limit,
             )
 
