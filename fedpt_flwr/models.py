@@ -319,20 +319,22 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
         The model, or the adapter around it, with ``requires_grad`` set.
 
     Raises:
-        ModelError: The adapter's target modules are not in the model, or it is prepared for decoding.
+        ModelError: The adapter's targets are not linear modules of the model, or it is prepared for decoding.
     """
     check_plain(model)
     if config.mode == "full":
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
+    wrong_targets = _wrong_targets(model, config.lora_targets)  # before peft changes the model
     targets: str | list[str] = config.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        # peft is content if one of several names is found.
-        found = [f".{name}" for name, _ in model.named_modules()]
-        if not targets or not all(any(name.endswith(f".{target}") for name in found) for target in targets):
-            raise _wrong_targets(model, config.lora_targets)
+        modules = [(f".{name}", part) for name, part in model.named_modules()]
+        found = [[part for name, part in modules if name.endswith(f".{target}")] for target in targets]
+        # peft is content if one of several names is found, and gives the factors of an embedding other names.
+        if not targets or not all(parts and all(map(_is_linear, parts)) for parts in found):
+            raise wrong_targets
     with torch.random.fork_rng(devices=[]), _by_an_old_name():
         torch.manual_seed(seed)
         try:
@@ -348,7 +350,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
                 ),
             )
         except ValueError as error:
-            raise _wrong_targets(model, config.lora_targets) from error
+            raise wrong_targets from error
     if config.lora_aggregation == "frozen-a":
         for weight in _first_factors(adapted).values():
             weight.requires_grad_(False)
@@ -588,7 +590,7 @@ def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
 def _wrong_targets(model: torch.nn.Module, targets: str) -> ModelError:
     linear = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_linear(part)})
     return ModelError(
-        "lora targets must be modules of the small model",
+        "lora targets must be linear modules of the small model",
         value=targets,
         place="tuning.lora-targets",
         remedy=f"it has {', '.join(linear)}",
