@@ -26,6 +26,7 @@ from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
 from fedpt_flwr.losses import answer_losses, proxy_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED
 from fedpt_flwr.recall import Recall
 from fedpt_flwr.remote import connect
 from fedpt_flwr.results import _summed_costs, server_cost_row
@@ -203,6 +204,22 @@ def test_text_is_sent_where_ids_are_not_taken_if_it_reads_back(proxy, url, setti
     assert demo("the")["input_ids"] != apart
     with pytest.raises(RemoteError, match="must read back as the same tokens"):
         remote.endpoint._as_text(apart)
+
+
+def test_a_folder_knows_how_its_remote_model_was_asked(proxy, url, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    asked = replace(settings, api="next", top_logprobs=5, hidden="fill")
+    folder = tmp_path / "proxy"
+    over(proxy, connect(url, tiny_tokenizer(), asked)).save_pretrained(
+        folder, untuned_ref=BUNDLED, tokenizer=tiny_tokenizer()
+    )
+    again = ProxyModel.from_pretrained(folder).large.endpoint
+    assert (again.config.api, again.config.top_logprobs, again.config.hidden) == ("next", 5, "fill")
+    assert (again.api, again.num_top) == ("next", 5)
+    content = json.loads((folder / "config.json").read_text())  # as it was written before these were kept
+    content["large"] = {key: value for key, value in content["large"].items() if key in ("ref", "fingerprint", "dtype")}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert ProxyModel.from_pretrained(folder).large.endpoint.api == "full"
 
 
 # --- a part of the distribution -----------------------------------------------------------------------------------
