@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLES_PER_TENSOR = 512
+_BITSANDBYTES = "bitsandbytes.autograd._functions"
+"""The logger that says at every layer of every pass of an 8-bit model to what its inputs are cast."""
 
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
@@ -90,7 +93,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     source = resolve_model(ref)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails in any way: AttributeError, TypeError, plain Exception
         raise _cannot_load("tokenizer", ref, error) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -127,13 +130,8 @@ def load_causal_lm(
             source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
         )
     except ImportError as error:
-        raise ModelError(
-            f"a package that this quantisation needs is not there ({_first_line(error)})",
-            value=placement.quantization,
-            place="model.large-quantization",
-            remedy="install it where the large model is loaded, or leave the key empty",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise placement.lacks_package(_first_line(error)) from error
+    except Exception as error:  # a damaged file fails in any way
         if arguments:
             raise _cannot_place(ref, placement, error) from error
         raise _cannot_load("model", ref, error) from error
@@ -144,6 +142,8 @@ def load_causal_lm(
             place=ref,
             remedy="get the model's files again",
         )
+    if getattr(model, "is_quantized", False):
+        logging.getLogger(_BITSANDBYTES).addFilter(_is_news)
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.eval()
     if placement.is_divided():
@@ -164,7 +164,7 @@ def model_without_weights(ref: str) -> PreTrainedModel:
     source = resolve_model(ref)
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file fails in any way
         raise _cannot_load("model", ref, error) from error
     return shapes_of(config, ref)
 
@@ -182,7 +182,7 @@ def shapes_of(config: PretrainedConfig, ref: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # sizes that contradict each other fail in any way
         raise _cannot_load("model", ref, error) from error
     return model.requires_grad_(False).eval()
 
@@ -565,6 +565,10 @@ def _is_in(weight: str, module: str) -> bool:
     return not module or weight == module or weight.startswith(f"{module}.")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
 def _cannot_place(ref: str, placement: Placement, error: Exception) -> ModelError:
     keys = ", ".join(f"model.large-{name.replace('_', '-')}" for name in placement.to_entry())
     return ModelError(
@@ -575,7 +579,8 @@ def _cannot_place(ref: str, placement: Placement, error: Exception) -> ModelErro
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    first, *others = (line.strip() for line in str(error).strip().split("\n"))
+    return " ".join([first, *others[:1]] if first.endswith(":") else [first])[:300]
 
 
 def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
