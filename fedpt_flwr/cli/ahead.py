@@ -35,8 +35,8 @@ def check_config(
 ) -> None:
     """Say everything that is wrong with a run config, without a run.
 
-    Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders and
-    vocabularies, and the data. Weights are not loaded.
+    Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders,
+    shapes and vocabularies, and the data. Weights are not loaded.
     """
     from fedpt_flwr.accounting import privacy_outlook
     from fedpt_flwr.config import parse_run_config, settings_markdown
