@@ -52,6 +52,9 @@ def wrong_inputs(checkpoints: Checkpoints, work: Path) -> Iterator[tuple[str, Ca
 
         return edit
 
+    def written(file: str, content: str) -> Callable[[Path], object]:
+        return lambda folder: (folder / file).write_text(content, encoding="utf-8")
+
     def cut(folder: Path) -> None:
         shard = first_shard(folder)
         shard.write_bytes(shard.read_bytes()[:2000])
@@ -73,6 +76,9 @@ def wrong_inputs(checkpoints: Checkpoints, work: Path) -> Iterator[tuple[str, Ca
     def loading(name: str, change: Callable[[Path], object]) -> Callable[[], object]:
         return lambda: load_causal_lm(changed(name, change))
 
+    def reading(name: str, change: Callable[[Path], object]) -> Callable[[], object]:
+        return lambda: load_tokenizer(changed(name, change))
+
     def placed(**settings: str) -> Callable[[], object]:
         return lambda: load_causal_lm(str(large), placement=Placement(**settings))
 
@@ -85,10 +91,16 @@ def wrong_inputs(checkpoints: Checkpoints, work: Path) -> Iterator[tuple[str, Ca
         "a kind of model that nobody knows",
         loading("unknown", edited("config.json", model_type="zeta")),
     )
+    yield "a `config.json` that is no object", loading("list", written("config.json", "[]"))
+    yield "a size that no model can have", loading("negative", edited("config.json", hidden_size=-1))
+    yield "a size that is no number", loading("many", edited("config.json", vocab_size="many"))
+    yield "no attention heads", loading("headless", edited("config.json", num_attention_heads=0))
+    yield "a `tokenizer.json` that is something else", reading("something", edited("tokenizer.json", model={}))
+    yield "a `tokenizer_config.json` that is no object", reading("listed", written("tokenizer_config.json", "[]"))
     yield "a model that is no causal LM", loading("encoder", edited("config.json", model_type="t5"))
     yield (
         "a tokenizer without an end-of-text token",
-        lambda: load_tokenizer(changed("endless", edited("tokenizer_config.json", eos_token=None))),
+        reading("endless", edited("tokenizer_config.json", eos_token=None)),
     )
     yield (
         "models of two families",

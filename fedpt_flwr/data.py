@@ -40,6 +40,7 @@ _DEMO_PACKAGE = "fedpt_demo_world"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<config>[^:/]+))?")
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _SHOWN_CHARS = 60
+_MAX_CELL_CHARS = 2**31 - 1
 _TOKENISED_TOGETHER = 1024
 """Texts given to the tokenizer at once: enough for its threads, while offsets and masks of few texts are in memory."""
 
@@ -244,8 +245,20 @@ def _read_json(path: Path) -> Iterator[_Located]:
 
 
 def _parse_json(text: str, place: str, *, remedy: str) -> Any:
+    def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise DataError(
+                "an object of JSON must have each field once",
+                value=next(name for name in found if names.count(name) > 1),
+                place=place,
+                remedy="rename one of them, or remove it",
+            )
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=record)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         start = error.pos if "\n" in text else 0
@@ -285,6 +298,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[_Located]:
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """The rows that are not blank, each after the place of its first line."""
+    csv.field_size_limit(_MAX_CELL_CHARS)  # of all readers, and low: 131,072
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     while True:
         place = _line(path, reader.line_num + 1)

@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ _PROBE = "The quick brown fox = 1, 2;\n> jumps over [the] lazy dog?"
 _SHORTEST_PROBE = 4
 _COMMON_LIMITS = (100, 20, 5, 1)
 """What services are content with, where they refuse to give everything."""
+_UNREACHED = "look whether it runs, and whether model.large-url is its address"
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 _SUM_TOLERANCE = 0.02
 _SAME = 0.05
@@ -145,15 +146,18 @@ class Endpoint:
         self._tokenizer = tokenizer
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._lock = threading.Lock()
+        self._job = threading.local()  # has the flag by which a thread learns that it need not ask again
         self.spent_before = 0
         self._reserved = 0
         self._adds_first = False  # the service itself puts the tokenizer's first token before a text
         self._spelling: dict[str, int | None] | None = None
+        self._most_named = 0  # tokens in one place of an answer
         self._recall: Recall | None = None
         self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="fedpt-remote")
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
-        timeout = httpx.Timeout(config.timeout_s, connect=min(config.timeout_s, _CONNECT_TIMEOUT_S))
+        self._connect_s = min(config.timeout_s, _CONNECT_TIMEOUT_S)
+        timeout = httpx.Timeout(config.timeout_s, connect=self._connect_s)
         try:
             self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits)
             is_address = httpx.URL(self.url).scheme in ("http", "https") and httpx.URL(self.url).host
@@ -223,15 +227,24 @@ class Endpoint:
                 jobs.append((tuple(texts[row]), missing))
         if self.api == NEXT:
             jobs = [(text, [place]) for text, missing in jobs for place in missing]
-        running = [self._pool.submit(self._answer, text, missing, shows_next) for text, missing in jobs]
-        wait(running)
-        for job in running:
+        given_up = threading.Event()
+        running = [self._pool.submit(self._answer, text, missing, shows_next, given_up) for text, missing in jobs]
+        ended, others = wait(running, return_when=FIRST_EXCEPTION)
+        if others:  # one has failed: what is under way is paid for and may end
+            given_up.set()
+            for job in others:
+                job.cancel()
+            wait(others)
+        for job in [job for job in running if job in ended]:
             known |= job.result()
         empty = torch.empty((0, self.width))
         return [torch.stack([known[key] for key in of]) if of else empty for of in keys]
 
-    def _answer(self, text: _Text, places: list[int], shows_next: bool) -> dict[_Text, Tensor]:
+    def _answer(
+        self, text: _Text, places: list[int], shows_next: bool, given_up: threading.Event
+    ) -> dict[_Text, Tensor]:
         """One job: ask, check, keep."""
+        self._job.given_up = given_up
         text = text[: places[-1] + 1 + shows_next]
         if self.context is not None and len(text) >= self.context:
             raise self._error(f"a text must be shorter than the {self.context} tokens that the model reads", len(text))
@@ -282,8 +295,9 @@ class Endpoint:
         for index in range(1, expected):
             place = index + shift - 1
             row = self._row(tops[index])
-            if shows_next and isinstance(owns[index], int | float):
-                row[text[place + 1]] = float(owns[index])
+            own = _number(owns[index])
+            if shows_next and own is not None:
+                row[text[place + 1]] = own
             rows[_key(text, place, shows_next)] = row
         if not shows_next:
             rows[text] = self._row(tops[expected]) if len(tops) > expected else self._ask_next(text)
@@ -363,13 +377,16 @@ class Endpoint:
 
         Some services add the text's own token to the likeliest: what is more than was asked for is left out, too.
         """
-        if not isinstance(top, dict) or not all(type(value) in (int, float) for value in top.values()):
+        values = {name: _number(value) for name, value in top.items()} if isinstance(top, dict) else {}
+        known = {name: value for name, value in values.items() if value is not None}
+        if not isinstance(top, dict) or len(known) < len(top):
             raise self._wrong("log-probabilities must come as an object of names and numbers", top)
+        self._most_named = max(self._most_named, len(known))
         row = torch.full((self.width,), -torch.inf)
-        for name in sorted(top, key=lambda name: -top[name])[: self.num_top]:
+        for name in sorted(known, key=lambda name: -known[name])[: self.num_top]:
             token_id = self._id_of(name)
             if token_id is not None:
-                row[token_id] = float(top[name])
+                row[token_id] = known[name]
         if not bool(row.isfinite().any()):
             raise VocabularyMismatch(
                 "the remote model must have the small models' vocabulary, but knows none of the tokens that it names",
@@ -411,7 +428,7 @@ class Endpoint:
                     f"the remote large model's budget of {budget:,} tokens does not allow another request",
                     value=f"{spent:,} spent, {num_tokens:,} wanted",
                     place="remote.token-budget",
-                    remedy="raise it and go on: what was answered is kept",
+                    remedy=self._and_kept("raise it and go on"),
                 )
             self._reserved += num_tokens
         try:
@@ -435,16 +452,18 @@ class Endpoint:
 
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """A response that is no transient failure; whatever else it is, it is not looked at."""
+        given_up: threading.Event = getattr(self._job, "given_up", None) or threading.Event()
         for attempt in range(self.config.retries + 1):
             wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1)
             try:
-                response = self._http.request(method, self.url + path, json=body)
+                response = self._whole(method, path, body)
+            except httpx.ConnectTimeout:
+                problem, remedy = f"cannot be reached within {self._connect_s:g} s", _UNREACHED
             except httpx.TimeoutException:
                 problem = f"did not answer within {self.config.timeout_s:g} s"
-                remedy = "is it overloaded? else raise remote.timeout-s"
+                remedy = "look whether it is overloaded, else raise remote.timeout-s"
             except (httpx.HTTPError, OSError) as error:
-                problem = f"cannot be reached ({type(error).__name__}: {error})"
-                remedy = "is it running, and is model.large-url its address?"
+                problem, remedy = f"cannot be reached ({type(error).__name__}: {error})", _UNREACHED
             else:
                 if response.status_code not in _TRANSIENT:
                     return response
@@ -454,38 +473,67 @@ class Endpoint:
                 wait_s = min(_LONGEST_WAIT_S, float(after)) if after.isdecimal() else wait_s
                 if response.headers.get("x-should-retry") == "false":
                     raise self._error(f"the service {problem}", remedy=remedy)
-            if attempt < self.config.retries:
-                with self._lock:
-                    self.usage.retries += 1
-                _log.info("the remote large model %s; asking again in %.1f s", problem, wait_s)
-                time.sleep(wait_s)
-        raise self._error(
-            f"the service {problem}, asked {self.config.retries + 1} times",
-            remedy=f"{remedy} What was answered before is kept",
-        )
+            if attempt == self.config.retries or given_up.is_set():
+                break
+            _log.info("the remote large model %s; asking again in %.1f s", problem, wait_s)
+            if given_up.wait(wait_s):
+                break
+            with self._lock:
+                self.usage.retries += 1
+        raise self._error(f"the service {problem}, asked {attempt + 1} times", remedy=self._and_kept(remedy))
+
+    def _whole(self, method: str, path: str, body: Any) -> httpx.Response:
+        """A response to its end; httpx's own time-out begins again with every piece of it.
+
+        Raises:
+            httpx.HTTPError: There is none within the time that a request may take.
+        """
+        until = time.monotonic() + self.config.timeout_s
+        pieces = []
+        with self._http.stream(method, self.url + path, json=body) as response:
+            for piece in response.iter_raw():
+                pieces.append(piece)
+                if time.monotonic() > until:
+                    raise httpx.ReadTimeout("it goes on and on")
+        return httpx.Response(response.status_code, headers=response.headers, content=b"".join(pieces))
+
+    def _and_kept(self, remedy: str) -> str:
+        return remedy if self._recall is None else f"{remedy}; what was answered is kept"
 
     def _body(self, response: httpx.Response) -> Any:
         """What a response holds, if it is no refusal."""
+        if response.has_redirect_location:
+            raise self._error(
+                f"the service must not redirect, but does so with status {response.status_code}",
+                self._without_key(response.headers["location"]),
+                remedy="give the address to which it redirects, up to /v1, in model.large-url",
+            )
         if response.status_code >= 400:
             needs_key = response.status_code in (401, 403)
+            remedy = f"give its key in the environment variable {KEY_VARIABLE}" if needs_key else None
+            if response.status_code == 404:
+                remedy = "look whether model.large-url is all that stands before /v1/completions in its address"
             raise (RemoteError if needs_key else _Refused)(
                 f"the service refuses with status {response.status_code}: {self._said(response)}",
                 place=self.url,
-                remedy=f"give its key in the environment variable {KEY_VARIABLE}" if needs_key else None,
+                remedy=remedy,
             )
         try:
-            return response.json()
+            return _json(response)
         except ValueError as error:
             raise self._wrong("an answer must be JSON", response.text[:80]) from error
 
     def _said(self, response: httpx.Response) -> str:
         """What the service has to say about a failure; never the key, which some repeat."""
         try:
-            said = response.json()
+            said = _json(response)
             said = _path(said, "error", "message") or _path(said, "message") or _path(said, "detail") or said
         except ValueError:
             said = response.text
-        text = " ".join(str(said).split())[:200] or "no reason given"
+        return self._without_key(" ".join(str(said).split()))[:200] or "no reason given"
+
+    def _without_key(self, text: str) -> str:
+        """The text without the key."""
         return text.replace(self._key, "***") if self._key else text
 
     def _error(self, rule: str, value: Any = None, *, remedy: str | None = None) -> RemoteError:
@@ -552,6 +600,7 @@ class Endpoint:
         for sends_ids, names_ids in ((True, True), (True, False), (False, True), (False, False)):
             self.sends_ids, self._names_ids = sends_ids, names_ids
             for self.num_top in limits:
+                self._most_named = 0
                 try:
                     row = self._try_next(probe)
                 except _Refused as error:  # not one that is slow, or asks for a key: those would refuse everything
@@ -559,6 +608,8 @@ class Endpoint:
                     continue
                 if self.num_top >= self.width and bool(row.isfinite().all()):
                     self.num_top = None
+                else:  # some give less than they are asked for and do not say so
+                    self.num_top = min(self.num_top, self._most_named)
                 self._choose_api(probe)
                 return
         raise last or self._error("the service gives no log-probabilities")
@@ -684,8 +735,28 @@ def _path(value: Any, *keys: str | int) -> Any:
     return value
 
 
+def _number(value: Any) -> float | None:
+    """A number of JSON; None for what is none, or too large."""
+    try:
+        return float(value) if type(value) in (int, float) else None
+    except OverflowError:
+        return None
+
+
+def _json(response: httpx.Response) -> Any:
+    """What a response holds.
+
+    Raises:
+        ValueError: It is no JSON, or is nested too deep.
+    """
+    try:
+        return response.json()
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def _code(response: httpx.Response) -> Any:
     try:
-        return _path(response.json(), "error", "code")
+        return _path(_json(response), "error", "code")
     except ValueError:
         return None

@@ -26,7 +26,7 @@ from fedpt_flwr.models import cpu_threads, input_device, max_positions
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.scoring import Measurement, Row, Scores, make_row, measure_model, score_models
 from fedpt_flwr.shift import Shift, ShiftPoint, choice_curve, choose_shift, shift_curve
-from fedpt_flwr.sources import Items, answer_choices
+from fedpt_flwr.sources import Items, answer_choices, check_choices
 from fedpt_flwr.writing import end_token_ids, generate_ids
 
 if TYPE_CHECKING:
@@ -385,15 +385,8 @@ def _choices(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Choices |
 
 def _right_choices(items: Items, choices: Choices, place: str) -> npt.NDArray[np.int64]:
     """The index of every item's answer among the choices."""
+    check_choices(items, choices.texts, place=place)
     index_of = {text: index for index, text in enumerate(choices.texts)}
-    for number, example in enumerate(items.examples, 1):
-        if example.answer not in index_of:
-            raise DataError(
-                f"its answer must be one of the {len(index_of)} choices (data.choices)",
-                value=example.answer,
-                place=f"{place}, item {number}",
-                remedy="name every source of answers, such as data.choices='train,test'",
-            )
     return np.asarray([index_of[example.answer] for example in items.examples], dtype=np.int64)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLES_PER_TENSOR = 512
+_BITSANDBYTES = "bitsandbytes.autograd._functions"
+"""The logger that says at every layer of every pass of an 8-bit model to what its inputs are cast."""
 
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
@@ -90,7 +93,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     source = resolve_model(ref)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails in any way: AttributeError, TypeError, plain Exception
         raise _cannot_load("tokenizer", ref, error) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -127,13 +130,8 @@ def load_causal_lm(
             source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
         )
     except ImportError as error:
-        raise ModelError(
-            f"a package that this quantisation needs is not there ({_first_line(error)})",
-            value=placement.quantization,
-            place="model.large-quantization",
-            remedy="install it where the large model is loaded, or leave the key empty",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise placement.lacks_package(_first_line(error)) from error
+    except Exception as error:  # a damaged file fails in any way
         if arguments:
             raise _cannot_place(ref, placement, error) from error
         raise _cannot_load("model", ref, error) from error
@@ -144,6 +142,8 @@ def load_causal_lm(
             place=ref,
             remedy="get the model's files again",
         )
+    if getattr(model, "is_quantized", False):
+        logging.getLogger(_BITSANDBYTES).addFilter(_is_news)
     model.requires_grad_(False)
     loaded: PreTrainedModel = model.eval()
     if placement.is_divided():
@@ -164,7 +164,7 @@ def model_without_weights(ref: str) -> PreTrainedModel:
     source = resolve_model(ref)
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file fails in any way
         raise _cannot_load("model", ref, error) from error
     return shapes_of(config, ref)
 
@@ -182,7 +182,7 @@ def shapes_of(config: PretrainedConfig, ref: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # sizes that contradict each other fail in any way
         raise _cannot_load("model", ref, error) from error
     return model.requires_grad_(False).eval()
 
@@ -319,20 +319,22 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
         The model, or the adapter around it, with ``requires_grad`` set.
 
     Raises:
-        ModelError: The adapter's target modules are not in the model, or it is prepared for decoding.
+        ModelError: The adapter's targets are not linear modules of the model, or it is prepared for decoding.
     """
     check_plain(model)
     if config.mode == "full":
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
+    wrong_targets = _wrong_targets(model, config.lora_targets)  # before peft changes the model
     targets: str | list[str] = config.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        # peft is content if one of several names is found.
-        found = [f".{name}" for name, _ in model.named_modules()]
-        if not targets or not all(any(name.endswith(f".{target}") for name in found) for target in targets):
-            raise _wrong_targets(model, config.lora_targets)
+        modules = [(f".{name}", part) for name, part in model.named_modules()]
+        found = [[part for name, part in modules if name.endswith(f".{target}")] for target in targets]
+        # peft is content if one of several names is found, and gives the factors of an embedding other names.
+        if not targets or not all(parts and all(map(_is_linear, parts)) for parts in found):
+            raise wrong_targets
     with torch.random.fork_rng(devices=[]), _by_an_old_name():
         torch.manual_seed(seed)
         try:
@@ -348,7 +350,7 @@ def make_tunable(model: PreTrainedModel, config: TuningConfig, *, seed: int) -> 
                 ),
             )
         except ValueError as error:
-            raise _wrong_targets(model, config.lora_targets) from error
+            raise wrong_targets from error
     if config.lora_aggregation == "frozen-a":
         for weight in _first_factors(adapted).values():
             weight.requires_grad_(False)
@@ -563,6 +565,10 @@ def _is_in(weight: str, module: str) -> bool:
     return not module or weight == module or weight.startswith(f"{module}.")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
 def _cannot_place(ref: str, placement: Placement, error: Exception) -> ModelError:
     keys = ", ".join(f"model.large-{name.replace('_', '-')}" for name in placement.to_entry())
     return ModelError(
@@ -573,7 +579,8 @@ def _cannot_place(ref: str, placement: Placement, error: Exception) -> ModelErro
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    first, *others = (line.strip() for line in str(error).strip().split("\n"))
+    return " ".join([first, *others[:1]] if first.endswith(":") else [first])[:300]
 
 
 def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
@@ -588,7 +595,7 @@ def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
 def _wrong_targets(model: torch.nn.Module, targets: str) -> ModelError:
     linear = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if _is_linear(part)})
     return ModelError(
-        "lora targets must be modules of the small model",
+        "lora targets must be linear modules of the small model",
         value=targets,
         place="tuning.lora-targets",
         remedy=f"it has {', '.join(linear)}",

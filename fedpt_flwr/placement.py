@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from fedpt_flwr.errors import ModelError
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate finds by itself."""
+
+_SIZE = re.compile(r"\d+(\.\d+)? *[KMG]i?B", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,28 @@ class Placement:
         """Whether accelerate decides where weights lie."""
         return bool(self.device_map)
 
+    def _package(self) -> str:
+        """What a quantisation needs, as far as it is known."""
+        return "bitsandbytes" if "load_in_" in self.quantization else "it"
+
+    def check_package(self) -> None:
+        """Make sure that the package is here that a quantisation needs, where it is known.
+
+        Raises:
+            ModelError: It is not.
+        """
+        if self._package() == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            raise self.lacks_package("No module named 'bitsandbytes'")
+
+    def lacks_package(self, reason: str) -> ModelError:
+        """The error for a package that is not there."""
+        return ModelError(
+            f"a package that this quantisation needs is not there ({reason})",
+            value=self.quantization,
+            place="model.large-quantization",
+            remedy=f"install {self._package()} where the large model is loaded, or leave the key empty in a new run",
+        )
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of transformers' ``from_pretrained``.
 
@@ -73,8 +99,7 @@ class Placement:
         if self.device_map:
             found["device_map"] = self.device_map if self.device_map in AUTOMATIC else self._devices()
         if self.max_memory:
-            limits = json_object(self.max_memory, place="model.large-max-memory")
-            found["max_memory"] = {_number(device): limit for device, limit in limits.items()}
+            found["max_memory"] = self._limits()
         if self.offload_folder:
             folder = Path(self.offload_folder)
             if folder.exists() and not folder.is_dir():
@@ -83,6 +108,21 @@ class Placement:
         if self.quantization:
             found["quantization_config"] = json_object(self.quantization, place="model.large-quantization")
         return found
+
+    def _limits(self) -> dict[int | str, int | str]:
+        place = "model.large-max-memory"
+        limits = {_number(device): limit for device, limit in json_object(self.max_memory, place=place).items()}
+        for device, limit in limits.items():
+            is_size = (type(limit) is int and limit >= 0) or (
+                isinstance(limit, str) and _SIZE.fullmatch(limit) is not None
+            )
+            if not is_size or (isinstance(device, str) and device not in ("cpu", "disk", "mps")):
+                raise ModelError(
+                    "a bound on memory gives a device (the number of a GPU, cpu) its bytes, or a size such as 20GiB",
+                    value={device: limit},
+                    place=place,
+                )
+        return limits
 
     def _devices(self) -> dict[str, int | str]:
         place = "model.large-device-map"

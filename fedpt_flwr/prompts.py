@@ -122,8 +122,8 @@ def field_text(record: Mapping[str, Any], name: str, *, place: str | None = None
         place: Where the record comes from, for errors.
 
     Raises:
-        DataError: The field is missing, None or not a number (NaN), holds a list, an object or bytes, or is text that
-            cannot be encoded as UTF-8.
+        DataError: The field is missing, None, not a number (NaN) or infinite, holds a list, an object or bytes, or is
+            text that cannot be encoded as UTF-8.
     """
     if name not in record:
         raise DataError(
@@ -135,6 +135,13 @@ def field_text(record: Mapping[str, Any], name: str, *, place: str | None = None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(
             f"the field {name!r} must have a value, got none", place=place, remedy="fill it in, or remove the record"
+        )
+    if isinstance(value, float) and math.isinf(value):
+        raise DataError(
+            f"the field {name!r} must be text or a finite number",
+            value=value,
+            place=place,
+            remedy="mend or remove the record",
         )
     if isinstance(value, (Mapping, list, tuple, set, bytes)):
         raise DataError(

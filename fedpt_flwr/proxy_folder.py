@@ -330,15 +330,18 @@ def _load(
     role: str, entry: Mapping[str, str], device: str, folder: Path, placement: Placement | None = None
 ) -> PreTrainedModel:
     """Load a model that the proxy refers to, and make sure that it is the one."""
-    remedy = "pass large=PATH if it lies elsewhere on this machine" if role == "large" else None
+    remote = role == "large" and is_address(entry["ref"])
     try:
-        if role == "large" and is_address(entry["ref"]):
+        if remote:
             return connect_again(entry, load_tokenizer(str(folder)))
         ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
         model = load_causal_lm(ref, dtype=entry["dtype"], device=device, placement=placement)
     except (ModelError, SafetensorError) as error:
+        lies_elsewhere = role == "large" and not remote and not isinstance(error.__cause__, ImportError)
         raise ModelError(
-            f"the {role} model of the proxy cannot be loaded: {error}", place=str(folder), remedy=remedy
+            f"the {role} model of the proxy cannot be loaded: {error}",
+            place=str(folder),
+            remedy="pass large=PATH, or --large PATH, if it lies elsewhere on this machine" if lies_elsewhere else None,
         ) from error
     _check_fingerprint(role, model, entry, folder)
     return model
@@ -348,7 +351,9 @@ def _check_fingerprint(role: str, model: PreTrainedModel, entry: Mapping[str, st
     """Refuse a model that is not the one which the entry describes."""
     found = fingerprint(model)
     if found != entry["fingerprint"]:
-        elsewhere = "pass large=PATH with the original" if role == "large" else "bring the original back"
+        elsewhere = (
+            "pass large=PATH, or --large PATH, with the original" if role == "large" else "bring the original back"
+        )
         raise ModelError(
             f"the {role} model {entry['ref']} is not the one that this proxy was made with "
             f"(fingerprint {entry['fingerprint']})",

@@ -113,7 +113,14 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
 
     def reference(self) -> dict[str, str]:
         """What a proxy's folder says to find it again."""
-        return {"ref": self.endpoint.url, "remote_model": self.endpoint.model}
+        config = self.endpoint.config
+        return {
+            "ref": self.endpoint.url,
+            "remote_model": self.endpoint.model,
+            "remote_api": config.api,
+            "remote_top_logprobs": str(config.top_logprobs),
+            "remote_hidden": config.hidden,
+        }
 
     def seconds(self, num_tokens: int) -> float:
         """What a pass over so many tokens takes, without making one."""
@@ -272,8 +279,14 @@ def remote_large(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Remot
 
 
 def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> RemoteModel:
-    """The model that :meth:`RemoteModel.reference` was of."""
-    return connect(entry["ref"], tokenizer, RemoteConfig(model=entry.get("remote_model", "")))
+    """The model that :meth:`RemoteModel.reference` was of, asked as it was; older references say its name alone."""
+    config = RemoteConfig(
+        model=entry.get("remote_model", ""),
+        api=entry.get("remote_api", "auto"),
+        top_logprobs=int(entry.get("remote_top_logprobs", "0")),
+        hidden=entry.get("remote_hidden", "auto"),
+    )
+    return connect(entry["ref"], tokenizer, config)
 
 
 def _cache_folder(name: str) -> Path | None:

@@ -180,11 +180,14 @@ class Roster:
         reasons = list(dict.fromkeys(self._declined.values()))
         if not present and len(reasons) == 1:
             return RoundError(f"no device can take part: {reasons[0]}")
+        remedy = "start more devices, or lower min-devices"
+        if any(node not in (*self.devices, *self._declined) for node in connected):
+            remedy = "raise wait-timeout-s if nodes that are connected need longer to answer; else " + remedy
         return RoundError(
             f"at least {min_devices} devices with examples must be there within {self.wait_timeout_s:g} s; "
             f"{usable} are, {min_devices - usable} missing ({self._who_is_there(present, connected)})",
             place="min-devices",
-            remedy="see why they decline" if reasons else "start more devices, or lower min-devices",
+            remedy="see why they decline" if reasons else remedy,
             problems=reasons[:MAX_REASONS],
         )
 

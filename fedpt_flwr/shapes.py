@@ -115,24 +115,24 @@ class FieldsShape:
         prompt = self.prompt(record, place=place)
         there = [name for name in self.answers if name in record]
         if len(there) != 1:
-            raise self._lacks(record, self.answers, place)
+            raise self._lacks(record, "exactly one", self.answers, place)
         return [Example(prompt, _answer(record, there[0], place))]
 
     def prompt(self, record: Record, *, place: str | None = None) -> str:
         """See :class:`Shape`."""
         if self.asked and self.asked not in record:
-            raise self._lacks(record, (self.asked,), place)
+            raise self._lacks(record, "exactly one", (self.asked,), place)
         there = [name for name in self.contexts if record.get(name) not in (None, "")]
         if len(there) > 1:
-            raise self._lacks(record, self.contexts, place)
+            raise self._lacks(record, "at most one", self.contexts, place)
         if there and self.with_context is not None:
             context = field_text(record, there[0], place=place)
             if context.strip():
                 return self.with_context.render({self.asked: record[self.asked], "context": context}, place=place)
         return self.request.render(record, place=place)
 
-    def _lacks(self, record: Record, names: Sequence[str], place: str | None) -> DataError:
-        one_of = "the field " if len(names) == 1 else "exactly one of the fields "
+    def _lacks(self, record: Record, number: str, names: Sequence[str], place: str | None) -> DataError:
+        one_of = "the field " if len(names) == 1 else f"{number} of the fields "
         return DataError(
             f"a record of the shape {self.name} must have {one_of}{' and '.join(map(repr, names))}",
             place=place,
@@ -187,6 +187,12 @@ class ChatShape:
         return self._written(messages[:-1] if messages[-1]["role"] == "assistant" else messages, place)
 
     def _written(self, messages: Sequence[Message], place: str | None) -> str:
+        if not messages:
+            raise DataError(
+                "a conversation must not begin with the assistant, who answers what was said before",
+                place=place,
+                remedy="put a message of the system or the user before, or remove the first one",
+            )
         if self.tokenizer.chat_template:
             return write_by_chat_template(messages, self.tokenizer, place=place)
         return join_turns(

@@ -259,6 +259,28 @@ def answer_choices(data: DataConfig) -> list[str]:
     return list(found)
 
 
+def check_choices(items: Items, choices: Sequence[str], *, place: str) -> None:
+    """Make sure that every item's answer can be chosen.
+
+    Args:
+        items: What is scored on.
+        choices: All that may be answered.
+        place: Where the items come from, for the error.
+
+    Raises:
+        DataError: One cannot.
+    """
+    known = frozenset(choices)
+    for number, example in enumerate(items.examples, 1):
+        if example.answer not in known:
+            raise DataError(
+                f"its answer must be one of the {len(known)} choices (data.choices)",
+                value=example.answer,
+                place=f"{place}, item {number}",
+                remedy="name every source of answers, such as data.choices='train,test'",
+            )
+
+
 def _answer_field(data: DataConfig, records: Sequence[Mapping[str, Any]]) -> str:
     """The field of the answers in records, some of which are perhaps those of a text file: one choice on each line."""
     names = (data.answer_field,) if data.format == "template" else ("label", "completion", "output", "response")
@@ -305,6 +327,14 @@ def _split(data: DataConfig, num_records: int, seed: int) -> dict[str, list[int]
     """Indices of the training data's records by purpose; whatever has a source of its own takes none."""
     kept = list(range(num_records))
     parts: dict[str, list[int]] = {}
+    without = [f"data.{which}" for which in ("test", "validation") if not getattr(data, which)]
+    if num_records < 1 + len(without):
+        raise DataError(
+            f"at least {1 + len(without)} records are needed to hold some out for {' and '.join(without)}, but there "
+            f"are {num_records}",
+            place=data.train,
+            remedy=f"give more data, or a file of its own in {' and '.join(without)}",
+        )
     for which in ("test", "validation"):
         parts[which] = []
         if not getattr(data, which):

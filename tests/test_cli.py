@@ -13,7 +13,7 @@ from fedpt_flwr import cli
 from fedpt_flwr.cli.console import ERR, OUT, note, say
 from fedpt_flwr.cli.loading import load_proxy
 from fedpt_flwr.errors import FedPTError
-from fedpt_flwr.models import load_causal_lm
+from fedpt_flwr.models import load_causal_lm, resolve_model
 
 APP = Path(__file__).parents[1]
 
@@ -206,6 +206,31 @@ def test_check_config_says_everything_that_is_wrong_without_a_run(fedpt):
     text = str(caught.value)
     for part in ("/nope", "must be one of", "/nope.jsonl", "/gone.jsonl", "seed"):
         assert part in text
+
+
+def test_check_config_looks_at_models_without_their_weights(tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(resolve_model("demo:small"), small, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"model.small = '{small}'\nmodel.large-device-map = 'auto'\nmodel.large-max-memory = '{{\"cpu\": \"much\"}}'\n"
+        "tuning.mode = 'lora'\ntuning.lora-targets = 'embed_tokens'\ntrain.max-length = 99999\ndata.choices = 'test'\n"
+        f"data.validation = '{tmp_path / 'other.jsonl'}'\n"
+    )
+    (tmp_path / "other.jsonl").write_text('{"request": "?", "unit": "?", "answer": "?"}\n')
+    with pytest.raises(FedPTError) as caught:
+        CliRunner().invoke(cli.app, ["check-config", "--app", str(APP), "-c", str(file)], catch_exceptions=False)
+    said = str(caught.value)
+    for part in (
+        "model.small: the small model scores 99 ids, fewer than the tokenizer's",
+        "tuning.lora-targets: lora targets must be linear modules of the small model, got 'embed_tokens'",
+        "train.max-length: must not exceed the",
+        "model.large-max-memory: a bound on memory gives a device",
+        "data.validation, item 1: its answer must be one of the",
+    ):
+        assert part in said, said
 
 
 def test_another_app_is_not_called_fine(fedpt, tmp_path):

@@ -107,6 +107,7 @@ def test_a_folder_is_read_in_the_order_of_file_names(tmp_path):
         ("f.json", '[\n{"a": 1},\n{"a" 2}]', r"f\.json: broken JSON at line 3, column 6 \(Expecting .*, got '2}\]'"),
         ("f.json", '{"a": 1}\n{"a": 2}', r"JSON at line 2, column 1 \(Extra data\).*; JSON Lines belong into a \."),
         ("f.json", '{"a": 1}', r"f\.json: the file must hold a list of objects, or {\"data\": \[\.\.\.\]}, got"),
+        ("f.json", '[{"a": 1, "b": {"c": 1, "c": 2}}]', r"f\.json: an object .* must have each field once, got 'c'"),
         ("f.json", '[{"a": 1}, 2]', r"f\.json, record 2: a record must be a JSON object, got 2"),
         ("f.csv", 'q,a\n1,"2\n3"\n4\n', r"line 4: the row has 1 cell, but the header has 2, got '4'; put cells"),
         ("f.csv", "q,a\n1,2,3\n", r"line 2: the row has 3 cells, but the header has 2, got '1,2,3'"),
@@ -126,6 +127,10 @@ def test_a_bad_file_is_named_with_the_line_and_what_is_wrong(tmp_path, name, con
     with pytest.raises(DataError, match=message) as caught:
         read_records(write(tmp_path / name, content))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_cell_may_be_as_long_as_it_likes(tmp_path):
+    assert read_records(write(tmp_path / "f.csv", "q,a\n" + "x" * 200_000 + ",1\n"))[0]["q"] == "x" * 200_000
 
 
 def test_json_beyond_the_limits_of_python_is_refused_with_its_line(tmp_path):

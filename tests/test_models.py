@@ -296,13 +296,15 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("targets", ["query", "q_proj,query", "proj", "q_proj,q_pro", ","])
-def test_targets_that_are_not_all_in_the_model_are_refused_with_those_that_are(targets):
+@pytest.mark.parametrize(
+    "targets", ["query", "q_proj,query", "proj", "q_proj,q_pro", ",", "embed_tokens", "q_proj,norm", "self_attn"]
+)
+def test_targets_that_are_not_all_linear_modules_of_the_model_are_refused_with_those_that_are(targets):
     with pytest.raises(ModelError) as raised:
         make_tunable(tiny_llama(), TuningConfig(mode="lora", lora_targets=targets), seed=0)
     assert str(raised.value) == (
-        f"tuning.lora-targets: lora targets must be modules of the small model, got {targets!r}; it has down_proj, "
-        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        f"tuning.lora-targets: lora targets must be linear modules of the small model, got {targets!r}; it has "
+        "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     )
 
 

@@ -149,8 +149,8 @@ def test_a_federation_loads_its_large_model_once_divided_and_never_on_a_device(f
         ),
         (
             Placement(device_map="auto", max_memory='{"cpu": "much"}'),
-            r"the model cannot be loaded in this way \(ValueError: .*; change model\.large-device-map, "
-            r"model\.large-max-memory",
+            r"model\.large-max-memory: a bound on memory gives a device .* its bytes, or a size such as 20GiB, got "
+            r"\{'cpu': 'much'\}",
         ),
         (
             Placement(quantization='{"bits": 4}'),
@@ -159,7 +159,7 @@ def test_a_federation_loads_its_large_model_once_divided_and_never_on_a_device(f
         pytest.param(
             Placement(quantization='{"load_in_8bit": true}'),
             r"model\.large-quantization: a package that this quantisation needs is not there \(.*bitsandbytes.*\), got "
-            r".*; install it where the large model is loaded, or leave the key empty",
+            r".*; install bitsandbytes where the large model is loaded, or leave the key empty in a new run",
             marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there"),
         ),
     ],
@@ -170,6 +170,13 @@ def test_what_cannot_be_placed_is_said_in_one_sentence(folder, monkeypatch, plac
         load_causal_lm(str(folder / "large"), placement=placement)
     assert re.search(said, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_an_8_bit_model_does_not_say_at_every_layer_to_what_its_inputs_are_cast(folder, caplog):
+    pytest.importorskip("bitsandbytes")
+    model = load_causal_lm(str(folder / "large"), placement=Placement(quantization='{"load_in_8bit": true}'))
+    model(IDS)
+    assert "MatMul8bitLt" not in caplog.text
 
 
 @pytest.mark.parametrize(

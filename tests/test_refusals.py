@@ -37,8 +37,13 @@ def test_every_refusal_is_one_sentence_that_says_where_or_what_and_what_to_do(se
 
 
 def test_the_docs_show_what_one_is_told_today(sentences):
-    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    text = _without_libraries((Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8"))
     for wrong, sentence in sentences.items():
-        # What libraries say in parentheses changes with their versions, and with what is installed.
-        begin = sentence.split(" (")[0].replace("|", "\\|")
-        assert f"| {wrong} | {begin}" in text, (wrong, begin)
+        row = _without_libraries(f"| {wrong} | " + sentence.replace("|", "\\|") + " |")
+        assert row in text.splitlines(), row
+
+
+def _without_libraries(text):
+    """The text without what libraries say, which changes with their versions, and with what this machine has."""
+    text = re.sub(r"(cannot be loaded|in this way|is not there) \(.*?\), got ", r"\1 (…), got ", text)
+    return re.sub(r"sees \d+ CUDA", "sees 0 CUDA", text)

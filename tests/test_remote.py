@@ -14,7 +14,7 @@ import pytest
 import torch
 import uvicorn
 from llama_server import export, interpreter, llama_server
-from test_scheduler import make_version
+from test_scheduler import deliver, make_version, task
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -26,6 +26,7 @@ from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
 from fedpt_flwr.losses import answer_losses, proxy_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED
 from fedpt_flwr.recall import Recall
 from fedpt_flwr.remote import connect
 from fedpt_flwr.results import _summed_costs, server_cost_row
@@ -34,7 +35,7 @@ from fedpt_flwr.scoring import Measurement, make_row
 from fedpt_flwr.service.app import create_app
 from fedpt_flwr.service.guard import Service, ServiceConfig
 from fedpt_flwr.service.metrics import Metrics
-from fedpt_flwr.service.scheduler import Limits, Scheduler
+from fedpt_flwr.service.scheduler import Failure, Limits, Scheduler
 
 TEXT = "the cat = 12;\n> a dog"
 
@@ -90,7 +91,10 @@ def relay(target, fault):
                 self.send_header(name, value)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            size = 8 if "slowly" in headers else len(content)
+            for first in range(0, len(content), size or 1):
+                self.wfile.write(content[first : first + size])
+                time.sleep(0.05 * ("slowly" in headers))
 
         def do_GET(self):
             self._go()
@@ -200,6 +204,22 @@ def test_text_is_sent_where_ids_are_not_taken_if_it_reads_back(proxy, url, setti
     assert demo("the")["input_ids"] != apart
     with pytest.raises(RemoteError, match="must read back as the same tokens"):
         remote.endpoint._as_text(apart)
+
+
+def test_a_folder_knows_how_its_remote_model_was_asked(proxy, url, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    asked = replace(settings, api="next", top_logprobs=5, hidden="fill")
+    folder = tmp_path / "proxy"
+    over(proxy, connect(url, tiny_tokenizer(), asked)).save_pretrained(
+        folder, untuned_ref=BUNDLED, tokenizer=tiny_tokenizer()
+    )
+    again = ProxyModel.from_pretrained(folder).large.endpoint
+    assert (again.config.api, again.config.top_logprobs, again.config.hidden) == ("next", 5, "fill")
+    assert (again.api, again.num_top) == ("next", 5)
+    content = json.loads((folder / "config.json").read_text())  # as it was written before these were kept
+    content["large"] = {key: value for key, value in content["large"].items() if key in ("ref", "fingerprint", "dtype")}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert ProxyModel.from_pretrained(folder).large.endpoint.api == "full"
 
 
 # --- a part of the distribution -----------------------------------------------------------------------------------
@@ -350,6 +370,28 @@ def too_sure(number, body, answer):
 
 WRONG = {
     "slow": ("next", slow, "did not answer within 0.3 s, asked 1 times"),
+    "slow, piece by piece": (
+        "next",
+        lambda number, body, answer: (200, answer.content, {"slowly": "1"}),
+        "did not answer within 0.3 s, asked 1 times; look whether it is overloaded, else raise remote.timeout-s; what "
+        "was answered is kept$",
+    ),
+    "elsewhere": (
+        "next",
+        lambda *_: (307, b"", {"location": "https://other/v1/completions"}),
+        "must not redirect, but does so with status 307, got 'https://other/v1/completions'; give the address",
+    ),
+    "at another path": (
+        "next",
+        lambda *_: (404, b"<html>not here</html>", {}),
+        "status 404: <html>not here</html>; look whether model.large-url is all that stands before /v1/completions",
+    ),
+    "too large a number": (
+        "next",
+        changed(choices=[{"logprobs": {"top_logprobs": [{"token_id:5": -(10**400)}]}}]),
+        "must come as an object of names and numbers",
+    ),
+    "nested": ("next", lambda *_: (200, b"[" * 200_000, {}), "must be JSON"),
     "overloaded": (
         "next",
         lambda *_: (503, b'{"error": {"message": "no room"}}', {}),
@@ -379,7 +421,7 @@ def test_every_failure_is_one_sentence_that_names_the_service(proxy, url, settin
     faults = []
     with relay(url, lambda *about: (faults[0] if faults else lambda n, b, answer: passed(answer))(*about)) as address:
         asked = replace(
-            settings, api=api, top_logprobs=0 if api == "full" else 5, timeout_s=0.3 if name == "slow" else 20
+            settings, api=api, top_logprobs=0 if api == "full" else 5, timeout_s=0.3 if "slow" in name else 20
         )
         remote = connect(address, tiny_tokenizer(), asked)
         faults.append(fault)
@@ -413,6 +455,42 @@ def test_answers_beside_one_that_failed_are_kept(proxy, url, settings):
         assert remote.endpoint.usage.recalled == 1
 
 
+def test_when_one_request_fails_nothing_new_is_begun_nor_tried_again(proxy, url, settings):
+    asked = []
+
+    def fault(number, body, answer):
+        asked.append(number)
+        return 500, b"{}", {"retry-after": "0"}
+
+    with relay(url, fault) as address:
+        remote = connect(address, tiny_tokenizer(), replace(settings, retries=2, concurrency=2))
+        with pytest.raises(
+            RemoteError, match="status 500.*, asked 3 times; wait, or lower remote.concurrency; what was"
+        ):
+            remote.endpoint.ask([[first, 5] for first in range(3, 33)], [[1]] * 30)
+    assert len(asked) < 15  # of 90
+
+
+def test_without_a_cache_nobody_says_that_answers_are_kept(proxy, url, settings):
+    with relay(url, lambda *_: (500, b"{}", {})) as address:
+        remote = connect(address, tiny_tokenizer(), replace(settings, cache="off"))
+        with pytest.raises(RemoteError, match="; wait, or lower remote.concurrency$"):
+            remote(ids_of(TEXT))
+
+
+def test_a_service_that_shows_less_than_it_is_asked_for_is_known_by_what_it_shows(proxy, url, settings):
+    def capped(number, body, answer):
+        content = answer.json()
+        tops = content["choices"][0]["logprobs"]["top_logprobs"]
+        content["choices"][0]["logprobs"]["top_logprobs"] = [dict(list(top.items())[:3]) for top in tops]
+        return 200, json.dumps(content).encode(), {}
+
+    with relay(url, capped) as address:
+        remote = connect(address, tiny_tokenizer(), replace(settings, api="next", top_logprobs=20))
+        assert remote.endpoint.shows == "top 3"
+        assert (remote(ids_of("the cat")).logits.isfinite().sum(-1) == 3).all()
+
+
 def test_another_vocabulary_is_refused_before_anything_is_asked(url, settings):
     with pytest.raises(VocabularyMismatch, match="must have the small models' vocabulary"):
         connect(url, load_tokenizer("demo:small"), settings)
@@ -436,8 +514,20 @@ def test_the_key_is_never_shown(proxy, settings, monkeypatch):
 
 
 def test_nobody_there(settings):
-    with pytest.raises(RemoteError, match="cannot be reached .*asked 1 times"):
+    with pytest.raises(RemoteError, match="cannot be reached .*asked 1 times; look whether it runs"):
         connect("http://127.0.0.1:1", tiny_tokenizer(), settings)
+    with socket.socket() as full:  # nobody takes its connections, and no more may wait
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        address = f"http://127.0.0.1:{full.getsockname()[1]}"
+        with pytest.raises(RemoteError, match=r"cannot be reached within 0\.3 s, asked 1 times; look whether it runs"):
+            connect(address, tiny_tokenizer(), replace(settings, timeout_s=0.3))
+        for one in waiting:
+            one.close()
 
 
 # --- the service --------------------------------------------------------------------------------------------------
@@ -484,6 +574,27 @@ def test_a_service_whose_remote_fails_says_so_and_goes_on(proxy, url, settings):
             assert "on fire" in failed.json()["error"]["message"]
             broken.clear()
             assert httpx.post(f"{second}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("answered", [0, 1], ids=["reading", "writing"])
+def test_what_does_not_need_the_remote_model_goes_on_without_it(proxy, url, settings, answered):
+    def fault(number, body, answer):
+        return passed(answer) if number < answered else (500, b"{}", {})
+
+    with relay(url, fault) as address:
+        remote = over(proxy, connect(address, tiny_tokenizer(), replace(settings, cache="off")))
+        version, prompt = make_version(remote), ids_of("the cat")[0].tolist()
+        scheduler = Scheduler(version, Limits(draft_tokens=2), Metrics(), deliver, num_threads=1)
+        tuned, mixed, again = (task(version, prompt, model=name) for name in ("tuned", "proxy", "tuned"))
+        scheduler.submit([tuned, mixed])
+        scheduler.start()
+        tuned.sink.ended(1)
+        mixed.sink.wait(lambda events: any(isinstance(event, Failure) and event.reason == "remote" for event in events))
+        assert len(mixed.sink.ids()) == answered
+        scheduler.submit([again])
+        assert again.sink.ended(1).ids() == tuned.sink.ids()
+        scheduler.stop(0)
+        assert scheduler.join(30)
 
 
 # --- whole programs -----------------------------------------------------------------------------------------------

@@ -226,7 +226,10 @@ def test_what_an_item_is_about_is_said_by_the_cover_field(data):
 @pytest.mark.parametrize("number", [1, 2])
 def test_too_little_data_to_hold_some_out_is_refused_with_what_to_do(data, tmp_path, number):
     few = dataclasses.replace(data, train=write(tmp_path / "few.jsonl", [record(n) for n in range(number)]))
-    with pytest.raises(DataError, match="at least two examples are needed to hold some out.* a file of its own"):
+    sentence = (
+        rf"few\.jsonl: at least 3 records .* for data\.test and data\.validation, but there are {number}; give more"
+    )
+    with pytest.raises(DataError, match=sentence):
         held_out_items(few, "validation", seed=SEED)
 
 

@@ -408,6 +408,15 @@ def test_too_few_devices_end_the_wait_with_their_number():
         run(fedpt(min_devices=3, wait_timeout_s=0.1), LocalGrid(make_device(), 2))
 
 
+def test_devices_that_are_slow_to_answer_are_told_apart_from_too_few():
+    def silent(device, message, reply):
+        return None if device else reply
+
+    remedy = "raise wait-timeout-s if nodes that are connected need longer to answer; else start more devices"
+    with pytest.raises(RoundError, match=remedy):
+        fedpt(min_devices=2, wait_timeout_s=0.1).meet_devices(LocalGrid(make_device(), 2, tamper=silent))
+
+
 @pytest.mark.parametrize("code", [None, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
 def test_a_device_whose_answer_was_lost_is_asked_again_while_it_is_waited_for(code, monkeypatch):
     monkeypatch.setattr("fedpt_flwr.roster._ASK_AGAIN_S", 0.5)

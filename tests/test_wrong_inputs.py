@@ -36,6 +36,9 @@ WRONG = [
     ("an empty file", "notes.jsonl", b"\n", {"data.format": "text"}),
     ("a row with too many cells", "notes.csv", b"text,label\na,b\na,b,c\n", {"data.format": "text"}),
     ("a table without a header", "notes.csv", b"a,a\nb,c\n", {"data.format": "text"}),
+    ("a field that is there twice", "notes.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', {
+        "data.format": "text"}),
+    ("a number without end", "notes.jsonl", b'{"text": 1e400}\n', {"data.format": "text"}),
     ("a record without its answer", "notes.jsonl", lines(GOOD, {"instruction": "x"}), {"data.format": "instruction"}),
     ("an answer that is blank", "notes.jsonl", lines(GOOD | {"response": " "}), {"data.format": "instruction"}),
     (
@@ -44,6 +47,7 @@ WRONG = [
         lines(GOOD | {"output": "x"}),
         {"data.format": "instruction"},
     ),
+    ("two contexts", "notes.jsonl", lines(GOOD | {"input": "a", "context": "b"}), {"data.format": "instruction"}),
     ("a field that is no text", "notes.jsonl", lines({"prompt": ["a"], "completion": "b"}), {
         "data.format": "completion"}),
     ("a value that is missing", "notes.jsonl", lines({"text": None}), {"data.format": "text"}),
@@ -62,10 +66,13 @@ WRONG = [
         "data.format": "chat"}),
     ("a conversation in which the assistant is silent", "notes.jsonl", lines({"messages": [TURN]}), {
         "data.format": "chat"}),
+    ("a conversation that the assistant begins", "notes.jsonl", lines({"messages": [SAID, TURN, SAID]}), {
+        "data.format": "chat"}),
     ("an assistant's turn that is empty", "notes.jsonl", lines({"messages": [TURN, SAID | {"content": ""}]}), {
         "data.format": "chat"}),
     ("turns that the model's chat template refuses", "notes.jsonl", lines({"messages": [TURN, TURN, SAID]}), {
         "data.format": "chat"}),
+    ("too few records to hold some out", "notes.jsonl", lines(GOOD, GOOD), {"data.format": "instruction"}),
     ("labels without choices", "notes.jsonl", lines({"text": "a", "label": "b"}), {"data.format": "classification"}),
     ("choices of which there is one", "notes.jsonl", lines(*[{"text": "a", "label": "b"}] * 4), {
         "data.format": "classification", "data.choices": "train"}),

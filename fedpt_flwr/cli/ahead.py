@@ -17,7 +17,9 @@ from fedpt_flwr.cli.options import App, Overrides
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedpt_flwr.sources import Items
 
     from fedpt_flwr.config import RunConfig
 
@@ -35,8 +37,8 @@ def check_config(
 ) -> None:
     """Say everything that is wrong with a run config, without a run.
 
-    Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders and
-    vocabularies, and the data. Weights are not loaded.
+    Reads the app's defaults and the overrides as `flwr run` would, then looks at the strategy, the models' folders,
+    shapes and vocabularies, and the data. Weights are not loaded.
     """
     from fedpt_flwr.accounting import privacy_outlook
     from fedpt_flwr.config import parse_run_config, settings_markdown
@@ -61,9 +63,17 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     from fedpt_flwr.config import examine_run_config
     from fedpt_flwr.distiller import check_translated
     from fedpt_flwr.inner import make_inner_strategy
-    from fedpt_flwr.models import large_placement, load_tokenizer
+    from fedpt_flwr.models import (
+        check_context,
+        large_placement,
+        load_tokenizer,
+        make_tunable,
+        model_without_weights,
+        output_size,
+    )
     from fedpt_flwr.sources import (
         answer_choices,
+        check_choices,
         device_shard,
         held_out_items,
         needs_tokenizer,
@@ -86,16 +96,29 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
     refs = {"model.large": config.model.large, "model.small": config.model.small}
     if config.model.large_url:  # the service is asked when a run begins
         del refs["model.large"]
+    models: dict[str, PreTrainedModel] = {}
     for key, ref in refs.items():
         with collecting(), naming(key):
             tokenizers[key] = load_tokenizer(ref)
-    if len(tokenizers) == 2:
+        with collecting(), naming(key):
+            models[key] = model_without_weights(ref)
+    tokenizer = tokenizers.get("model.small")
+    large_tokenizer = tokenizer if config.model.large_url else tokenizers.get("model.large")
+    if tokenizer is not None and large_tokenizer is not None:
+        sizes = {key.removeprefix("model."): output_size(model) for key, model in models.items()}
         with collecting():
-            vocabulary = match_vocabularies(tokenizers["model.large"], tokenizers["model.small"])
+            vocabulary = match_vocabularies(large_tokenizer, tokenizer, sizes)
             if vocabulary.id_map is not None:
                 check_translated(config, vocabulary.id_map)
+    if (small := models.get("model.small")) is not None:
+        with collecting():
+            check_context(small.config, config.train.max_length)
+        with collecting():
+            make_tunable(small, config.tuning, seed=config.seed)
     with collecting(), naming("model.large"):
-        large_placement(config.model).arguments()
+        placement = large_placement(config.model)
+        placement.arguments()
+        placement.check_package()
     with collecting():
         make_inner_strategy(config.strategy)
     if config.privacy.is_on:
@@ -108,19 +131,25 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
         problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
     with collecting():
         _check_round(config, num_devices)
-    tokenizer = tokenizers.get("model.small")
     if tokenizer is None and needs_tokenizer(config.data):
         return problems  # without it no record can be written
     if config.data.partitioner != "node-local":
         with collecting():
             device_shard(config.data, device=0, num_devices=num_devices, seed=config.seed, tokenizer=tokenizer)
+    items: dict[str, Items] = {}
     for which in ("validation", "test"):
         with collecting():
-            held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer)
+            items[which] = held_out_items(config.data, which, seed=config.seed, tokenizer=tokenizer)
     with collecting():
         public_texts(config.data, tokenizer=tokenizer)
+    choices: list[str] = []
     with collecting():
-        answer_choices(config.data)
+        choices = answer_choices(config.data)
+    if choices:
+        for which, found in items.items():
+            with collecting():
+                scored = found.first(config.scoring.num_items) if which == "test" else found
+                check_choices(scored, choices, place=f"data.{which}")
     if config.distillation.mode != "off":
         with collecting():
             public_prompts(config.data, tokenizer=tokenizer)

@@ -241,7 +241,7 @@ class TuningConfig:
     )
     lora_targets: str = _setting(
         "all-linear",
-        "Modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
+        "Linear modules that get an adapter: `all-linear`, or names separated by commas such as `q_proj,v_proj`.",
         *_NOT_EMPTY,
     )
     lora_aggregation: str = _setting(

@@ -428,9 +428,6 @@ class Scheduler:
             while self._wait():
                 try:
                     self._step()
-                except RemoteError as error:
-                    _log.warning("the remote large model: %s", error)
-                    self._fail_all("remote", str(error))
                 except Exception as error:  # a model failed: whoever used it is told, the next request works
                     _log.exception("a decoding step failed")
                     self._fail_all("internal", f"a decoding step failed ({type(error).__name__})")
@@ -460,7 +457,11 @@ class Scheduler:
         if self._prefill is None:
             self._begin_prefill()
         if self._prefill is not None:
-            self._advance_prefill(self._prefill)
+            try:
+                self._advance_prefill(self._prefill)
+            except RemoteError as error:  # a prompt's fault perhaps: the texts that are being written go on
+                self._fail_remote(self._reading, error)
+                self._prefill, self._reading = None, []
         if self._live:
             self._decode()
         self._metrics.slots_in_use.set(sum(map(len, self._live.values())))
@@ -499,6 +500,8 @@ class Scheduler:
                 width = max(width, len(task.prompt_ids))
                 alone = task.settings.score_prompt or (len(tasks) + 1) * width > self.limits.prefill_tokens
                 if len(task.seeds) > free or (tasks and (alone or tasks[0].settings.score_prompt)):
+                    break
+                if tasks and _needs_remote(task) != _needs_remote(tasks[0]):  # that may fail, and by itself
                     break
                 tasks.append(self._queue.popleft())
                 free -= len(task.seeds)
@@ -568,8 +571,21 @@ class Scheduler:
         """Append a token to every text, or several."""
         texts = [text for texts in self._live.values() for text in texts]
         num_drafts = self._num_drafts(texts)
-        scored = {runner: runner.draft(num_drafts) for runner in self._runners.values() if runner.name == "tuned"}
-        scored |= {runner: runner.step(num_drafts) for runner in self._runners.values() if runner.name != "tuned"}
+        runners = list(self._runners.values())
+        lengths = [list(runner.cache.lengths) for runner in runners]
+        try:
+            scored = {runner: runner.draft(num_drafts) for runner in runners if runner.name == "tuned"}
+            scored |= {runner: runner.step(num_drafts) for runner in runners if runner.name != "tuned"}
+        except RemoteError as error:
+            for runner, before in zip(runners, lengths, strict=True):
+                runner.cache.cut(before)
+            for text in texts:
+                text.drafts = []
+            lost = [task for task in self._live if _needs_remote(task)]
+            self._fail_remote(lost, error)
+            for task in lost:
+                self._release(self._live.pop(task))
+            return
         self._num_steps += 1
         if not num_drafts and self._num_steps % _LOOK_EVERY == 0 and self.limits.draft_tokens == "auto":
             for runner, scores in scored.items():  # what it would have drafted costs nothing to know
@@ -759,6 +775,11 @@ class Scheduler:
     def _fail(self, task: Task, reason: str, message: str) -> None:
         self._emit(task, Failure(reason, message))
 
+    def _fail_remote(self, tasks: Iterable[Task], error: RemoteError) -> None:
+        _log.warning("the remote large model: %s", error)
+        for task in tasks:
+            self._fail(task, "remote", str(error))
+
     def _fail_all(self, reason: str, message: str) -> None:
         """Give up everything but the queue."""
         for task in dict.fromkeys([*self._live, *self._reading]):
@@ -781,6 +802,11 @@ def _steppers(task: Task) -> dict[str, Stepper]:
     """The models that a task needs, by name."""
     names = PARTS if task.settings.model == "proxy" else (task.settings.model,)
     return {name: task.version.steppers[name] for name in names}
+
+
+def _needs_remote(task: Task) -> bool:
+    """Whether a task needs a model behind an API."""
+    return any(stepper.is_remote for stepper in _steppers(task).values())
 
 
 def _scores(settings: Sequence[Settings], version: Version, logits: dict[str, Tensor]) -> Tensor:
