@@ -678,7 +678,7 @@ def test_what_needs_single_changes_on_the_wire_does_not_go_with_a_secure_sum():
     [
         ("threshold", 0.5, "must be greater than 0.5 and at most 1, got 0.5"),
         ("threshold", 1.01, "must be greater than 0.5 and at most 1, got 1.01"),
-        ("range", 0.0, "must be greater than 0 and at most 1000000, got 0.0"),
+        ("range", 0.0, "must be from 0.000000001 to 1000000, got 0.0"),
         ("bits", 8, "must be one of 16, 32, got 8"),
     ],
 )

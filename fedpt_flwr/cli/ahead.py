@@ -19,9 +19,8 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedpt_flwr.sources import Items
-
     from fedpt_flwr.config import RunConfig
+    from fedpt_flwr.sources import Items
 
 
 def check_config(
