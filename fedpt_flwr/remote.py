@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fedpt_flwr.config import RemoteConfig, RunConfig
+from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
 from fedpt_flwr.endpoint import NEXT, Endpoint, Usage
 from fedpt_flwr.errors import ModelError
 
@@ -280,13 +280,14 @@ def remote_large(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Remot
 
 def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> RemoteModel:
     """The model that :meth:`RemoteModel.reference` was of, asked as it was; older references say its name alone."""
-    config = RemoteConfig(
-        model=entry.get("remote_model", ""),
-        api=entry.get("remote_api", "auto"),
-        top_logprobs=int(entry.get("remote_top_logprobs", "0")),
-        hidden=entry.get("remote_hidden", "auto"),
-    )
-    return connect(entry["ref"], tokenizer, config)
+    told = {
+        f"remote.{name.replace('_', '-')}": entry[f"remote_{name}"]
+        for name in ("model", "api", "top_logprobs", "hidden")
+        if f"remote_{name}" in entry
+    }
+    number = told.get("remote.top-logprobs", "0")
+    config = parse_run_config(told | {"remote.top-logprobs": int(number) if number.isdecimal() else number})
+    return connect(entry["ref"], tokenizer, config.remote)
 
 
 def _cache_folder(name: str) -> Path | None:
