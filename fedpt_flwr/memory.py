@@ -125,6 +125,8 @@ def memory_of(
     """
     rows = min(batch_size, len(examples))
     longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
+    # Of a batch with the longest example and the shortest prompt: packed or not, its scores begin where that one ends.
+    scored = longest - min(len(example.prompt_ids) for example in examples) + 1
     answers = sum(sorted(len(example.answer_ids) for example in examples)[-rows:])
     frozen, tuned = (
         sum(weight.numel() for weight in shape.parameters() if weight.requires_grad == is_tuned)
@@ -137,8 +139,8 @@ def memory_of(
         text = shape.config.get_text_config()
         layers = int(text.num_hidden_layers)
         kept = math.ceil(kept / layers) + layers * rows * longest * int(text.hidden_size) * _FLOAT_BYTES
-    # The scores of every position and their gradients; of answers also as float32, normalised, and their gradients.
-    scores = shape.get_output_embeddings().weight.shape[0] * (2 * rows * longest + 3 * answers) * _FLOAT_BYTES
+    # Scores from the first answer on and their gradients; of answers also as float32, normalised, and their gradients.
+    scores = shape.get_output_embeddings().weight.shape[0] * (2 * rows * scored + 3 * answers) * _FLOAT_BYTES
     return MemoryNeed(
         weights=BYTES_OF[dtype] * frozen + tuned_bytes,
         tuned=tuned_bytes,

@@ -256,7 +256,8 @@ def count_flops(model: torch.nn.Module, num_tokens: float) -> float:
     """Operations of training on a number of tokens, from the sizes of the weight matrices.
 
     Two per weight and token forward, two for the gradients that go down, two for the gradients of the weights that are
-    tuned; attention over the context is not counted (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    tuned; attention over the context is not counted (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). The scores of
+    prompts are counted, although none are computed.
     """
     forward, tuned = _matrix_weights(model)
     return float(num_tokens) * (2 * forward + 2 * forward + 2 * tuned)
@@ -286,12 +287,18 @@ def _is_tied(model: torch.nn.Module, weight: Tensor) -> bool:
 
 
 def _answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of nats over the answer tokens of a batch."""
+    """Sum of nats over the answer tokens of a batch.
+
+    Scores are computed from where the first answer is predicted: with the vocabulary of a real model those of the
+    prompts would be most of what a device has to hold.
+    """
     read = {name: part for name, part in batch.items() if name != "labels"}
-    logits = model(**read, use_cache=False).logits
-    targets = batch["labels"][:, 1:]
+    answered = (batch["labels"][:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()
+    targets = batch["labels"][:, 1 + int(answered[0]) :]
     counted = targets != IGNORED_LABEL
-    return F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="sum")
+    # Decoder-only LMs of transformers 5 take `logits_to_keep`; one of another origin may ignore it, hence the slice.
+    logits = model(**read, logits_to_keep=targets.shape[1] + 1, use_cache=False).logits[:, -targets.shape[1] - 1 : -1]
+    return F.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
 
 
 def _accelerator(config: TrainConfig, device: torch.device) -> Accelerator:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
+from tiny import VOCAB, tiny_gpt2, tiny_llama
 
 from fedpt_flwr import memory
 from fedpt_flwr.config import ModelConfig, RunConfig, TrainConfig, TuningConfig, parse_run_config
@@ -145,6 +145,13 @@ def test_activations_grow_with_the_batch_and_a_batch_never_exceeds_the_shard(tmp
     assert sizes[1] < 2.2 * sizes[0]
     assert sizes[4] == sizes[3]
     assert need(model, gradient_checkpointing=True).activations < need(model).activations
+
+
+def test_scores_are_counted_from_the_end_of_the_shortest_prompt(tmp_path):
+    model = saved(tiny_llama(), tmp_path)
+    alike, mixed = examples(8), [*examples(7), *examples(1, prompt=2, answer=22)]
+    more = 2 * 4 * 18 + 3 * (22 - 4)  # positions of four rows, and tokens of the longest answer
+    assert need(model, shard=mixed).activations - need(model, shard=alike).activations == VOCAB * more * 4
 
 
 def test_a_shorter_type_halves_the_frozen_weights_and_fedprox_keeps_a_copy(tmp_path):

@@ -11,7 +11,7 @@ from tiny import EOS, PAD, VOCAB, tiny_gpt2, tiny_llama
 
 from fedpt_flwr import training
 from fedpt_flwr.config import TrainConfig, TuningConfig
-from fedpt_flwr.data import TokenizedExample, batches, collate
+from fedpt_flwr.data import TokenizedExample, batches, collate, collate_packed
 from fedpt_flwr.errors import DataError, DeviceError
 from fedpt_flwr.models import make_tunable, set_arrays, tunable_arrays
 from fedpt_flwr.training import (
@@ -68,6 +68,30 @@ def close(one, other, tolerance=1e-6):
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("put", [collate, collate_packed])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_loss_and_its_gradients_are_those_of_all_scores_though_few_are_computed(put, make):
+    model = make().requires_grad_(True)
+    batch = put([TokenizedExample([5] * 6, [7, 8, EOS]), TokenizedExample([9] * 4, [5, EOS])], PAD)
+    widths = []
+    model.get_output_embeddings().register_forward_hook(lambda _part, _read, scores: widths.append(scores.shape[1]))
+    loss = training._answer_loss(model, batch)
+    loss.backward()
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    read = {name: part for name, part in batch.items() if name != "labels"}
+    scores = model(**read, use_cache=False).logits[:, :-1].flatten(0, 1)
+    full = torch.nn.functional.cross_entropy(scores, batch["labels"][:, 1:].flatten(), reduction="sum")
+    full.backward()
+    assert widths == [6, 9], "from the place that predicts the first answer token, the last place included"
+    torch.testing.assert_close(loss, full)
+    for gradient, weight in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-5, atol=1e-6)
 
 
 # --- the weights ---
