@@ -8,7 +8,16 @@ from typing import Any
 from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.plan import Cell, Plan, Result
 from fedpt_flwr.compare.statistics import ITEM_MEASURES, gap_over_items, holm, mean_over_seeds, paired_difference
-from fedpt_flwr.compare.views import cost_to_target, curves, mean_costs, quality_under_budget, ratios, robustness
+from fedpt_flwr.compare.views import (
+    cost_to_target,
+    curves,
+    mean_costs,
+    no_gap,
+    of_seed,
+    quality_under_budget,
+    ratios,
+    robustness,
+)
 from fedpt_flwr.uncertainty import gap_closed
 from fedpt_flwr.verdict import render_table
 
@@ -104,14 +113,6 @@ def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> l
     return found
 
 
-def _of_seed(cells: Sequence[Result], seed: int) -> Result | None:
-    """A group's cell of this seed, or its only one where nothing depends on the seed."""
-    same = [cell for cell in cells if cell["seed"] == seed]
-    if same:
-        return same[0]
-    return cells[0] if len(cells) == 1 and not KINDS.get(cells[0].get("kind", ""), KINDS[FEDPT]).is_tuned else None
-
-
 def _differences(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
     """Families of comparisons, one for each measure: the proxy against its rivals, in every world and mode."""
     found = [row for measure in ITEM_MEASURES for row in _compared(plan, groups, measure)]
@@ -128,7 +129,7 @@ def _compared(plan: Plan, groups: Mapping[Group, Sequence[Result]], measure: str
             cells = groups.get((world, FEDPT, mode), ())
             for rival in RIVALS:
                 others = cells if rival == "tuned" else groups.get((world, rival, None), ())
-                pairs = [(cell, other) for cell in cells if (other := _of_seed(others, cell["seed"]))]
+                pairs = [(cell, other) for cell in cells if (other := of_seed(others, cell["seed"]))]
                 columns = [((cell.get("items", {}), "proxy"), (other.get("items", {}), rival)) for cell, other in pairs]
                 difference = paired_difference(columns, measure) if columns else None
                 if difference is not None:
@@ -163,7 +164,7 @@ def _gaps_to(
             chosen = [cell for cell in cells if cell["seed"] in references]
             if not chosen:
                 continue
-            larges = [_of_seed(untouched, cell["seed"]) or cell for cell in chosen]
+            larges = [of_seed(untouched, cell["seed"]) or cell for cell in chosen]
             rows = [(cell, name) for cell in chosen], [(cell, "large") for cell in larges]
             compared = [*rows, [(references[cell["seed"]], reference) for cell in chosen]]
             columns = [[_score(cell, row, measure) for cell, row in column] for column in compared]
@@ -171,7 +172,7 @@ def _gaps_to(
             seeds = [cell["seed"] for cell in chosen]
             mean = mean_over_seeds([gap_closed(*part) for part in scores])
             items = [[(cell.get("items", {}), row) for cell, row in same] for same in zip(*compared, strict=True)]
-            why = [f"with seed {seed} {_no_gap(reference, *part)}" for seed, part in zip(seeds, scores, strict=True)]
+            why = [_why_no_share(reference, seed, *part) for seed, part in zip(seeds, scores, strict=True)]
             if name == "proxy":
                 means.setdefault(str(mode), []).append(mean["mean"])
             place = {"world": world, "mode": mode, "row": name, "reference": reference, "measure": measure}
@@ -192,11 +193,10 @@ def _score(cell: Result, row: str, measure: str) -> float | None:
     return value
 
 
-def _no_gap(name: str, proxy: float | None, large: float | None, reference: float | None) -> str:
-    """Why there is no share of a gap to be closed."""
+def _why_no_share(name: str, seed: int, proxy: float | None, large: float | None, reference: float | None) -> str:
     if proxy is None or large is None or reference is None:
-        return "a model was not measured"
-    return f"{name} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
+        return f"with seed {seed} a model was not measured"
+    return no_gap(name, seed, large, reference)
 
 
 def _undefined(mean: Mapping[str, Any], why: Sequence[str]) -> dict[str, Any]:

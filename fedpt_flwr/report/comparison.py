@@ -457,7 +457,9 @@ def _views(summary: Mapping[str, Any]) -> Section:
         )
     targets = [row for row in as_mappings(summary.get("cost_to_target")) if as_number(row.get("share")) is not None]
     if targets:
+        whys = [(as_text(row.get("world")), as_text(row["why"])) for row in targets if row.get("why")]
         blocks.append(_targets(targets))
+        blocks += [Prose(text=f"Cost to reach a target, world {world}: {why}.") for world, why in dict.fromkeys(whys)]
     spread = as_mappings(summary.get("robustness"))
     if spread:
         keys = ("worst_seed", "best_seed", "worst_device", "best_device")
@@ -485,7 +487,7 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     return Table(
         caption="Cost to reach a target: what each device has spent when a row first closes so much of the gap from "
-        "large to large_federated, on validation items; - where not every seed gets there",
+        "large to large_federated, on the validation items that score rounds; - where not every seed gets there",
         head=["world", "row", "gap closed %", "seeds there", "rounds", "MB", "GFLOP", "seconds"],
         rows=[
             [
