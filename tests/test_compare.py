@@ -812,6 +812,16 @@ def test_costs_are_means_and_a_large_model_beside_the_tuned_one_is_none_of_them(
     assert "server_large_tokens" not in direct
 
 
+def test_the_summary_names_the_cells_that_count(settled):
+    plan, results = settled
+    counted = summarise(plan, results)["counted"]
+    tried = {"a-large_federated-lr0.0002-seed0", "b-large_federated-lr0.001-seed0"}
+    assert counted == sorted(results.keys() - tried)
+    varied = make_plan(plan.worlds["a"], worlds=plan.worlds, ablations=(Ablation.parse("train.max-steps=9"),))
+    name = "a-fedpt-off-train.max_steps_9-seed0"
+    assert summarise(varied, results | {name: fedpt_result(0, 0.7)})["counted"] == sorted([*counted, name])
+
+
 def test_the_summary_is_fit_for_json_and_for_a_terminal(settled):
     summary = summarise(*settled)
     json.dumps(summary, allow_nan=False)

@@ -43,7 +43,7 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         of it. ``learning_rates``: what was tried, on the validation items. ``costs``: means over the seeds, and
         ``cost_ratios``, the proxy's over the large rows'. ``curves``, ``quality_under_budget``, ``cost_to_target``,
         ``robustness``, ``calibration``: see ``views.py``. ``ablations``: rows of the cells in which one key was varied.
-        ``meanings``: what the rows are.
+        ``meanings``: what the rows are. ``counted``: the cells that any of this but ``learning_rates`` is about.
 
         A mean has its values beside it, in the order of the seeds, and a 95 % interval over the seeds. A value that is
         not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is None, and then so
@@ -70,6 +70,7 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         "robustness": robustness(groups),
         "calibration": _calibration(groups),
         "ablations": _ablations(plan, settled),
+        "counted": _counted(plan, settled),
     }
 
 
@@ -86,6 +87,14 @@ def _groups(plan: Plan, settled: Mapping[str, Result | None]) -> dict[Group, lis
                 cells.setdefault((world, kind, cell.mode), []).append(cell)
     found = {group: [result for cell in part if (result := settled.get(cell.name))] for group, part in cells.items()}
     return {group: results for group, results in found.items() if results}
+
+
+def _counted(plan: Plan, settled: Mapping[str, Result | None]) -> list[str]:
+    """Names of the cells that are there with the chosen learning rates, ablations among them."""
+    cells = [
+        cell for world in plan.worlds for kind in plan.kinds_of(world) for cell in plan.chosen(world, kind, settled)
+    ]
+    return sorted({cell.name for cell in [*cells, *plan.ablation_cells(settled)] if settled.get(cell.name)})
 
 
 def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> list[dict[str, Any]]:

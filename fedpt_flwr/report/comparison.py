@@ -106,7 +106,12 @@ def comparison_page(folder: Path) -> Page:
     if not isinstance(summary, dict):
         raise RunError("must hold an object", place=str(folder / SUMMARY), remedy="make the comparison again")
     reader = Reader(folder)
-    cells = [reader.mapping(f"cells/{path.name}") for path in sorted((folder / "cells").glob("*.json"))]
+    files = sorted((folder / "cells").glob("*.json"))
+    counted = summary.get("counted")
+    if isinstance(counted, list):  # others are of learning rates that were not chosen, or of other code
+        files = [path for path in files if path.stem in counted]
+    cells = [reader.mapping(f"cells/{path.name}") for path in files]
+    ended = as_mapping(summary.get("cells"))
     rows = as_mappings(summary.get("rows"))
     worlds = list(dict.fromkeys(as_text(row.get("world")) for row in rows))
     meanings = ROWS | {name: as_text(meaning) for name, meaning in as_mapping(summary.get("meanings")).items()}
@@ -117,12 +122,17 @@ def comparison_page(folder: Path) -> Page:
     if not sections:
         sections = [Section(id="results", title="Results", blocks=[absent("The comparison has no rows yet.")])]
     seeds = max((as_whole(row.get("n_seeds")) or 0 for row in rows), default=0)
-    counts = {"world": len(worlds), "seed": seeds, "device": as_whole(summary.get("devices")), "cell": len(cells)}
+    counts = {
+        "world": len(worlds),
+        "seed": seeds,
+        "device": as_whole(summary.get("devices")),
+        "cell": as_whole(ended.get("done")) or len(cells),
+    }
     errors = as_mapping(summary.get("errors"))
     missing = [
         f"{count_of(number, 'cell')} of {planned} {'is' if number == 1 else 'are'} missing: the comparison is not "
         "complete. The command that made it goes on with the same --out."
-        for done, planned in [map(as_whole, map(as_mapping(summary.get("cells")).get, ("done", "all")))]
+        for done, planned in [map(as_whole, map(ended.get, ("done", "all")))]
         if done is not None and planned is not None and (number := planned - done) > 0
     ]
     return Page(
@@ -674,7 +684,7 @@ def _cells(cells: Sequence[Mapping[str, Any]], command: str) -> Section:
     if found:
         names = ("name", "kind", "world", "mode", "seed")
         table = Table(
-            caption=f"The {count_of(len(found), 'cell')} of the comparison",
+            caption=f"The {count_of(len(found), 'cell')} that count; learning rates that were not chosen have others",
             head=[*names, "rows", "seconds"],
             rows=[
                 [
