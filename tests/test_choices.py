@@ -242,7 +242,10 @@ def test_the_quality_of_a_plain_model_is_that_of_its_row(proxy, tokenizer, label
 def test_examples_show_the_choice_token_by_token(proxy, tokenizer, labels_file):
     evaluating = evaluator(proxy, tokenizer, labels_file)
     scores = evaluating.score(proxy)
-    examples, _ = evaluating.examples(proxy, scores, number=2)
+    examples, large_tokens = evaluating.examples(proxy, scores, number=2)
+    # Nothing is written: the large model reads each prompt and choice once, but for the last token.
+    shown = [(example["prompt"], example["models"]["proxy"]) for example in examples]
+    assert large_tokens == sum(len(tokenizer(prompt + answer)["input_ids"]) for prompt, answer in shown)
     for example in examples:
         said = "".join(token["text"] for token in example["tokens"])
         assert said.removesuffix("</s>") == example["models"]["proxy"]
