@@ -40,7 +40,7 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError
 from fedpt_flwr.grid import LocalGrid, run_locally
 from fedpt_flwr.models import load_causal_lm, tunable_arrays
 from fedpt_flwr.report import find_folder, make_report
-from fedpt_flwr.runs import find_run
+from fedpt_flwr.runs import find_run, write_json
 
 APP = Path(__file__).parents[1]
 TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
@@ -365,6 +365,34 @@ def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, co
     # A candidate is missing, so the learning rate is open again, and with it the other seed.
     assert set(again.settled) == {"demo-large_federated-lr0.001-seed0", "demo-untouched-seed0"}
     assert again.num_outdated == 2
+
+
+def test_cells_of_other_data_behind_the_same_path_are_run_again(config, tmp_path):
+    def comparison():
+        made = Comparison(plan, tmp_path / "one", app=APP)
+        made.close()
+        return made
+
+    data = tmp_path / "validation.jsonl"
+    data.write_bytes(Path(config["data.validation"]).read_bytes())
+    plan = make_plan(config | {"data.validation": str(data)}, kinds=(FEDPT,))
+    begun = comparison()
+    for cell in plan.cells({}):
+        task = begun._task(cell, apart=False)
+        kept = {
+            "rows": {"proxy": {}},
+            "validation_rows": {},
+            "costs": {},
+            "seconds": 1.0,
+            "code_hash": begun._code_hash,
+        }
+        kept |= {"run_config": dict(task.run_config), "inputs": dict(task.inputs)}
+        write_json(tmp_path / "one" / "cells" / f"{cell.name}.json", kept)
+    again = comparison()
+    assert (again.num_found, again.num_outdated) == (2, 0)
+    data.write_text(data.read_text().replace("a", "e", 1))
+    again = comparison()
+    assert (again.num_found, again.num_outdated) == (0, 2)
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 """What a comparison is made of, without running any of it: kinds, ablations, tuning files, statistics, views."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from test_compare import APP  # noqa: F401 (its folder is on the path)
 
-from fedpt_flwr.compare import FEDPT, KINDS, LARGE, Ablation, Cell, Plan, read_tuning, tuning_of
+from fedpt_flwr.compare import FEDPT, KINDS, LARGE, Ablation, Cell, Plan, inputs, read_tuning, tuning_of
 from fedpt_flwr.compare.cell import reliability
+from fedpt_flwr.compare.inputs import digest_of_path, input_digests
 from fedpt_flwr.compare.kinds import CENTRAL, DISTILLED, FEW_SHOT_SMALL, LARGE_CENTRAL, LOCAL, UNTOUCHED
 from fedpt_flwr.compare.statistics import (
     bootstrap_p,
@@ -54,7 +56,19 @@ def test_what_is_tuned_in_one_place_makes_as_many_steps_as_all_devices_that_trai
     assert told(make_plan(), CENTRAL)["train.max-steps"] == 4 * 5
     assert told(half, CENTRAL)["train.max-steps"] == 2 * 5
     assert told(half, LARGE_CENTRAL)["fraction-train"] == 1.0
+    # A quarter of four devices is one, but a round has three at least.
+    quarter = make_plan(worlds={"demo": WORLD | {"fraction-train": 0.25, "min-replies": 3, "min-devices": 4}})
+    assert told(quarter, CENTRAL)["train.max-steps"] == 3 * 5
     assert told(make_plan(), LARGE_CENTRAL, learning_rate=0.1)["model.small"] == "demo:large"
+
+
+def test_epochs_of_some_devices_are_no_number_of_epochs_of_one_that_has_all_data():
+    epochs = WORLD | {"train.max-steps": 0, "train.epochs": 1}
+    assert told(make_plan(worlds={"demo": epochs}), CENTRAL)["train.epochs"] == 1
+    half = {"demo": epochs | {"fraction-train": 0.5}}
+    with pytest.raises(ConfigError, match="train.max-steps: .* as many steps as the 2 of 4 devices .* got 0; bound"):
+        make_plan(worlds=half)
+    assert make_plan(worlds=half, kinds=(FEDPT, LARGE)).cells({})
 
 
 def test_the_neighbouring_method_has_the_large_model_as_its_teacher_and_the_budget_of_fedpt():
@@ -114,6 +128,40 @@ def test_the_number_of_devices_can_be_varied():
     assert (plan.devices_of(few), plan.devices_of(many)) == (2, 16)
     assert plan.run_config(many)["data.partitioner"] == "iid"  # whole groups are too few
     assert "devices" not in plan.run_config(many)
+
+
+# --- files ---
+
+
+def test_a_digest_is_of_what_lies_behind_a_path_and_not_of_the_path(tmp_path, monkeypatch):
+    def digest(name, **files):
+        for file, text in files.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        return digest_of_path(tmp_path / name)
+
+    first = digest("one", a="1", b="22")
+    assert digest("two", a="1", b="22") == first
+    assert digest("one", b="23") != first
+    assert digest("one", b="22") == first
+    (tmp_path / "one" / ".cache").mkdir()
+    (tmp_path / "one" / ".cache" / "lock").write_text("")
+    assert digest("one") == first
+    assert digest("one", c="") != first
+    assert digest_of_path(tmp_path / "one" / "a") != digest_of_path(tmp_path / "one" / "b")
+    monkeypatch.setattr(inputs, "_LARGEST_READ", 1)
+    before = digest("two")
+    os.utime(tmp_path / "two" / "a", ns=(0, 0))  # it is read, and still the same
+    assert digest("two") == before
+    os.utime(tmp_path / "two" / "b", ns=(0, 0))  # it is too large to be read, and has another time
+    assert digest("two") != before
+
+
+def test_digests_are_of_the_files_that_a_config_names_and_that_are_here(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    flat = {"data.train": str(tmp_path / "train.jsonl"), "data.test": str(tmp_path / "none.jsonl")}
+    flat |= {"data.choices": "test", "output-dir": str(tmp_path), "remote.cache": str(tmp_path)}
+    assert input_digests(flat) == {"data.train": digest_of_path(tmp_path / "train.jsonl")}
 
 
 # --- tuning ---

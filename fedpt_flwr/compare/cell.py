@@ -62,12 +62,14 @@ class Task:
         cell: The cell.
         run_config: What its run is told.
         num_devices: Devices that the training data is dealt out to.
+        inputs: Digests of the files that the run reads, see :func:`input_digests`.
         apart: Whether to measure what it would take a device alone, and how fast the models write.
     """
 
     cell: Cell
     run_config: Mapping[str, Scalar]
     num_devices: int
+    inputs: Mapping[str, str]
     apart: bool = False
 
     @property
@@ -152,6 +154,7 @@ def run_cell(task: Task, app: App, *, folder: Path, keep_run: bool) -> Result:
             "processor_seconds": round(_processor_seconds() - begun, 2),
             **(parts[0] if kind.who != ALONE else _mean_of(parts)),
             "run_config": dict(task.run_config),
+            "inputs": dict(task.inputs),
         }
         if keep_run:
             kept = made(folder / "runs") / cell.name
