@@ -236,7 +236,9 @@ def test_the_quality_of_a_plain_model_is_that_of_its_row(proxy, tokenizer, label
     exact_match, loss = evaluating.quality(proxy.tuned)
     assert exact_match == scores.rows["tuned"].exact_match
     assert loss == pytest.approx(scores.rows["tuned"].loss, rel=1e-4)
-    assert evaluating.measure(proxy.tuned).answers == scores.measurements["tuned"].answers
+    measured, scored = evaluating.measure(proxy.tuned), scores.measurements["tuned"]
+    assert measured.answers == scored.answers
+    np.testing.assert_allclose(measured.confidence, scored.confidence, rtol=1e-4)
 
 
 def test_examples_show_the_choice_token_by_token(proxy, tokenizer, labels_file):

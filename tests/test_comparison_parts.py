@@ -16,6 +16,7 @@ from fedpt_flwr.compare.statistics import (
     gap_over_items,
     holm,
     item_sums,
+    merged_bins,
     paired_difference,
     t_interval,
     t_quantile,
@@ -278,6 +279,11 @@ def test_calibration_is_the_hand_computed_one():
     assert found["ece"] == pytest.approx(0.95 / 3)
     assert found["bins"][9] == [2, pytest.approx(1.9), 1]
     assert reliability([1.0], [1])["ece"] == 0.0
+
+
+def test_bins_are_added_up():
+    parts = [reliability([0.95, 0.05], [1, 0]), reliability([0.95], [0])]
+    assert merged_bins(parts) == pytest.approx(np.array(reliability([0.95, 0.05, 0.95], [1, 0, 0])["bins"]))
 
 
 # --- views ---

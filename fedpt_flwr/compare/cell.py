@@ -23,7 +23,7 @@ from safetensors import safe_open
 from fedpt_flwr.compare.footprint import first_task_apart
 from fedpt_flwr.compare.kinds import ALONE, KINDS, POOLED, Kind
 from fedpt_flwr.compare.plan import Cell, Result
-from fedpt_flwr.compare.statistics import ITEM_MEASURES
+from fedpt_flwr.compare.statistics import ITEM_MEASURES, merged_bins
 from fedpt_flwr.config import RunConfig, Scalar, parse_run_config, settings
 from fedpt_flwr.errors import ConfigError
 from fedpt_flwr.evaluation import Evaluator
@@ -391,11 +391,7 @@ def _mean_items(parts: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> d
 
 def _pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The calibration of all devices' answers together; the error is the mean of theirs."""
-    bins = [
-        [sum(column) for column in zip(*same, strict=True)]
-        for same in zip(*(part["bins"] for part in parts), strict=True)
-    ]
-    return {"bins": bins, "ece": statistics.fmean(part["ece"] for part in parts)}
+    return {"bins": merged_bins(parts), "ece": statistics.fmean(part["ece"] for part in parts)}
 
 
 def result_path(folder: Path, cell: Cell) -> Path:

@@ -7,7 +7,14 @@ from typing import Any
 
 from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.plan import Cell, Plan, Result
-from fedpt_flwr.compare.statistics import ITEM_MEASURES, gap_over_items, holm, mean_over_seeds, paired_difference
+from fedpt_flwr.compare.statistics import (
+    ITEM_MEASURES,
+    gap_over_items,
+    holm,
+    mean_over_seeds,
+    merged_bins,
+    paired_difference,
+)
 from fedpt_flwr.compare.views import (
     cost_to_target,
     curves,
@@ -174,8 +181,11 @@ def _gaps_to(
             if not chosen:
                 continue
             larges = [of_seed(untouched, cell["seed"]) or cell for cell in chosen]
-            rows = [(cell, name) for cell in chosen], [(cell, "large") for cell in larges]
-            compared = [*rows, [(references[cell["seed"]], reference) for cell in chosen]]
+            compared: list[list[tuple[Mapping[str, Any], str]]] = [
+                [(cell, name) for cell in chosen],
+                [(cell, "large") for cell in larges],
+                [(references[cell["seed"]], reference) for cell in chosen],
+            ]
             columns = [[_score(cell, row, measure) for cell, row in column] for column in compared]
             scores = list(zip(*columns, strict=True))
             seeds = [cell["seed"] for cell in chosen]
@@ -197,7 +207,7 @@ def _gaps_to(
     return found
 
 
-def _score(cell: Result, row: str, measure: str) -> float | None:
+def _score(cell: Mapping[str, Any], row: str, measure: str) -> float | None:
     value: float | None = cell["rows"].get(row, {}).get(measure)
     return value
 
@@ -244,12 +254,8 @@ def _calibration(groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any
     for (world, _, mode), cells in groups.items():
         for name in dict.fromkeys(name for cell in cells for name in cell.get("calibration", {})):
             parts = [cell["calibration"][name] for cell in cells if name in cell.get("calibration", {})]
-            bins = [
-                [sum(column) for column in zip(*same, strict=True)]
-                for same in zip(*(part["bins"] for part in parts), strict=True)
-            ]
             error = mean_over_seeds([part["ece"] for part in parts])
-            found.append({"world": world, "mode": mode, "row": name, "ece": error, "bins": bins})
+            found.append({"world": world, "mode": mode, "row": name, "ece": error, "bins": merged_bins(parts)})
     return found
 
 

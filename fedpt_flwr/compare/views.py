@@ -124,7 +124,7 @@ def _course(cell: Result, row: str, *, is_sent: bool) -> Course:
 
 def _courses(groups: Groups) -> list[tuple[str, str | None, str, Courses]]:
     """World, mode and row with every seed's course, of all rows that are tuned and have one."""
-    found = []
+    found: list[tuple[str, str | None, str, Courses]] = []
     for (world, kind, mode), cells in groups.items():
         if not KINDS[kind].is_tuned:
             continue
