@@ -457,6 +457,17 @@ def test_every_kind_gives_its_rows_and_what_the_summary_needs(config, tmp_path):
     assert len(each) == 2
     assert local["rows"]["tuned_local"]["exact_match"] == pytest.approx(sum(each) / 2)
     assert [part["is_base"] for part in summary["ablations"]] == [False]
+    untouched = result_of(folder, "demo-untouched-seed1")
+    (point,) = untouched["curve"]
+    assert set(point["rows"]) == {"large", "untuned"}  # where the gap of a course begins
+    assert not {row["row"] for row in summary["curves"]} & {"large", "untuned", "untuned_few_shot"}
+    for target in summary["cost_to_target"]:
+        assert ("why" in target) == (
+            result_of(folder, "demo-large_federated-lr0.0002-seed1")["curve"][-1]["rows"][LARGE]["exact_match"]
+            <= point["rows"]["large"]["exact_match"]
+        )
+    assert {row["row"] for row in summary["cost_to_target"]} >= {"tuned", "proxy", LARGE}
+    assert set(summary["counted"]) == {path.stem for path in (folder / "cells").iterdir()}
     json.dumps(summary, allow_nan=False)
     (folder / "summary.json").write_text(json.dumps(summary))
     assert "large_federated_lora" in reported(folder)
