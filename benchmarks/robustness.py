@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -42,7 +43,7 @@ import client_app  # noqa: E402
 import server_app  # noqa: E402
 from benchmarks.common import check_cells  # noqa: E402
 from fedpt_flwr.config import Scalar, flat_values, parse_run_config  # noqa: E402
-from fedpt_flwr.errors import FedPTError  # noqa: E402
+from fedpt_flwr.errors import ConfigError, FedPTError  # noqa: E402
 from fedpt_flwr.evaluation import Evaluator  # noqa: E402
 from fedpt_flwr.grid import run_locally  # noqa: E402
 from fedpt_flwr.models import load_tokenizer  # noqa: E402
@@ -56,6 +57,7 @@ ATTACKS = ("label-flip", "sign-flip", "noise", "scaled", "backdoor", "scaled-bac
 PHRASE, TARGET = "by the way, ", "filter = gold - good to go!"
 NOISE_LENGTH, SCALE = 3.0, 10.0
 NORM_KEY = "strategy.max-update-norm"
+BOUNDED = ("FedAvg, norm clipped", "FedAvg, norm refused")  # of which bounds follow from honest changes
 REFUSED = 1.25  # a change is refused that is so many times as long as the longest honest one
 
 
@@ -63,14 +65,15 @@ def defences(num_devices: int, num_malicious: int, norms: Sequence[float] = ()) 
     """The ways to aggregate, each told how many malicious devices there are where it wants to know.
 
     Of the norms of honest changes, the median is what all are clipped to; what is refused is far above the longest.
+    Without any there are no bounds yet, and such a config cannot be run.
     """
-    usual, longest = (float(np.median(norms)), REFUSED * max(norms)) if norms else (1e9, 1e9)
+    usual, longest = (float(np.median(norms)), REFUSED * max(norms)) if norms else (math.nan, math.nan)
     few = max(1, num_malicious)
     share = few / num_devices
     told: dict[str, dict[str, Scalar]] = {
         "FedAvg": {},
-        "FedAvg, norm clipped": {NORM_KEY: usual, "strategy.above-norm": "clip"},
-        "FedAvg, norm refused": {NORM_KEY: longest, "strategy.above-norm": "refuse"},
+        BOUNDED[0]: {NORM_KEY: usual, "strategy.above-norm": "clip"},
+        BOUNDED[1]: {NORM_KEY: longest, "strategy.above-norm": "refuse"},
         "FedMedian": {"strategy.name": "FedMedian"},
         "FedTrimmedAvg": {"strategy.name": "FedTrimmedAvg", "strategy.arguments": f"beta = {share}"},
         "Krum": {"strategy.name": "Krum", "strategy.arguments": f"num-malicious-nodes = {few}"},
@@ -175,14 +178,16 @@ def backdoor_rates(run: Path, told: dict[str, Scalar]) -> dict[str, float]:
 
 
 def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int, int]]:
-    """Defence, attack, number of malicious devices and seed of every cell; those without an attack first."""
+    """Defence, attack, number of malicious devices and seed of every cell; those without an attack first.
+
+    Without an attack nobody is malicious, but defences are told the same number as with one, so that a table's columns
+    differ by the attack alone.
+    """
     found = []
     for seed in arguments.seeds:
-        for name in defences(arguments.devices, 1):
-            found.append((name, "", 0, seed))
         for share in arguments.shares:
             number = round(share * arguments.devices)
-            for attack in arguments.attacks:
+            for attack in ("", *arguments.attacks):
                 found += [(name, attack, number, seed) for name in defences(arguments.devices, number)]
     return [cell for cell in found if not arguments.defences or cell[0] in arguments.defences]
 
@@ -204,11 +209,28 @@ def key_of(cell: tuple[str, str, int, int]) -> str:
     return f"{name}/{attack or 'none'}/{number}/{seed}"
 
 
+def honest_norms(results: dict[str, Any], number: int, seed: int, *, place: str) -> list[float]:
+    """Norms of all changes of the plain mean without an attack, with the same seed.
+
+    Raises:
+        ConfigError: There is no such cell.
+    """
+    found = results.get(key_of(("FedAvg", "", number, seed)), {}).get("norms")
+    if not found:
+        raise ConfigError(
+            "bounds on the norm follow from the cell of FedAvg without an attack, which is missing",
+            value=key_of(("FedAvg", "", number, seed)),
+            place=place,
+            remedy="name FedAvg in --defences, too",
+        )
+    return list(found)
+
+
 def render(results: dict[str, Any], num_devices: int) -> str:
     """A table for each number of malicious devices; in each cell tuned and proxy, in per cent, mean over the seeds."""
     tables = []
     for number in sorted({part["malicious"] for part in results.values()} - {0}):
-        parts = [part for part in results.values() if part["malicious"] in (0, number)]
+        parts = [part for part in results.values() if part["malicious"] == number]
         attacks = [name for name in ("", *ATTACKS) if any(part["attack"] == name for part in parts)]
         seeds = len({part["seed"] for part in parts})
         for measure, title, shown in (
@@ -286,10 +308,14 @@ def main(words: Sequence[str] | None = None) -> None:
     for cell in wanted:
         name, attack, number, seed = cell
         key = key_of(cell)
+        try:
+            norms = honest_norms(results, number, seed, place=str(arguments.out)) if name in BOUNDED else ()
+            told = config_of(base, cell, arguments.devices, norms)
+            check_cells(made, {key: with_devices(told)}, place=str(arguments.out))
+        except FedPTError as error:
+            sys.exit(str(error))
         if key in results:
             continue
-        norms = [norm for part in results.values() if not part["attack"] for norm in part.get("norms", [])]
-        told = config_of(base, cell, arguments.devices, norms)
         begun, spent = time.perf_counter(), time.process_time()
         head: dict[str, Any] = {
             "defence": name,
@@ -300,7 +326,8 @@ def main(words: Sequence[str] | None = None) -> None:
         }
         head["config"] = told
         try:
-            results[key] = head | run_one(told, Malicious(attack, number, arguments.devices), arguments.devices)
+            malicious = Malicious(attack, number if attack else 0, arguments.devices)
+            results[key] = head | run_one(told, malicious, arguments.devices)
         except FedPTError as error:  # an attack may end the run, and that is a result
             results[key] = head | {"error": str(error)}
         results[key]["seconds"] = round(time.perf_counter() - begun, 1)

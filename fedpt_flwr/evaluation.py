@@ -249,6 +249,8 @@ class Evaluator:
     def answer_probabilities(self, model: PreTrainedModel, measurement: Measurement) -> list[float]:
         """How likely a model finds each answer that it wrote, from its first token to the one that ended it.
 
+        An answer of which it has no finite loss, as where its training diverged, has the probability 0.
+
         Args:
             model: The model, a :class:`ProxyModel` included, whose alpha and mask then count.
             measurement: What it did on these items.
@@ -262,7 +264,7 @@ class Evaluator:
                 batch_size=self._config.scoring.batch_size,
                 vocab_size=self._vocab_size,
             )
-        return [math.exp(-nats) for nats in losses.nats]
+        return [math.exp(-nats) if math.isfinite(nats) else 0.0 for nats in losses.nats]
 
     def tokens_per_second(self, model: PreTrainedModel, *, number: int) -> float:
         """How fast a model writes, one answer at a time, as its own ``generate()`` does it by default.
@@ -358,7 +360,8 @@ class Evaluator:
                     "tokens": self._marked(answer, large.tolist()),
                 }
             )
-        return found, 2 * tokens_read(texts)
+        written = tokens_read(texts) if self._choices is None else 0  # what is chosen is known
+        return found, written + tokens_read(texts)
 
     def _marked(self, answer: list[int], large: list[int]) -> list[dict[str, Any]]:
         """The tokens of an answer; each text is what the token adds, since one character may take several tokens."""

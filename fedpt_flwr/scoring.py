@@ -52,7 +52,7 @@ from fedpt_flwr.models import max_positions
 from fedpt_flwr.prompts import Example, extract_answer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.uncertainty import FloatArray, IntArray, Interval, bootstrap_ratio, paired_bootstrap, wilson_interval
-from fedpt_flwr.writing import decode_answer, few_shot_prompt, generate_ids
+from fedpt_flwr.writing import decode_answer, draw_texts, few_shot_prompt, generate_ids
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -354,33 +354,26 @@ def score_models(
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(what, done, total)
 
-    def judge(answers: list[str], losses: AnswerLosses) -> Measurement:
-        references = [example.answer for example in examples]
-        marks = judge_answers(
-            answers, references, answer_pattern=answer_pattern, values=values, fields=fields, rouge_l=rouge_l
-        )
-        return Measurement(losses=losses, answers=answers, judged=marks)
-
-    def choose(costs: AnswerLosses, choices: Choices, losses: AnswerLosses) -> Measurement:
-        answers = [choices.text_of(index) for index in chosen(costs, choices)]
-        return replace(judge(answers, losses), confidence=choices.confidence(by_prompt(costs, choices)))
+    how = {"answer_pattern": answer_pattern, "values": values, "fields": fields, "rouge_l": rouge_l}
 
     def measure(name: str, opener: Opener, prompts: Sequence[Sequence[int]], losses: AnswerLosses) -> Measurement:
         nonlocal large_tokens
         with opener() as model:
-            written = generate_ids(
+            measured = _written(
                 model,
                 prompts,
+                losses,
+                examples,
                 tokenizer=tokenizer,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 place=place,
                 on_progress=progress(f"answers of {name}"),
+                how=how,
             )
-            answers = [decode_answer(answer, model, tokenizer) for answer in written]
         if name in ("large", "proxy", FEW_SHOT):
-            large_tokens += sum(map(len, prompts)) + sum(len(answer) - 1 for answer in written)
-        return replace(judge(answers, losses), written=written)
+            large_tokens += sum(map(len, prompts)) + sum(len(answer) - 1 for answer in measured.written or ())
+        return measured
 
     pad_id = tokenizer.pad_token_id or 0
     measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
@@ -415,32 +408,21 @@ def score_models(
             scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
             costs = losses_of_all(proxy, scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
             large_tokens += choices.tokens_read(prompts)
-            measurements |= {name: choose(costs[name], choices, losses[name]) for name in missing}
+            measurements |= {name: _chosen(costs[name], choices, losses[name], examples, how=how) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:
         context = max_positions(proxy.large) or 2**31
         longest = max_new_tokens if choices is None else choices.longest
-        few_shot_prompts, used = _few_shot_prompts(
+        few_shot_prompts, few_shot_items, used = with_public_texts(
             prompts,
+            tokenized,
             public_texts,
             tokenizer=tokenizer,
             shots=shots,
-            rooms=[context - longest] * len(prompts),
+            context=context,
+            longest=longest,
             seed=seed,
         )
-        # The same texts, but fewer of them before an answer that is longer than what is generated.
-        loss_prompts, _ = _few_shot_prompts(
-            [item.prompt_ids for item in tokenized],
-            public_texts,
-            tokenizer=tokenizer,
-            shots=shots,
-            rooms=[context - max(longest, len(item.answer_ids)) for item in tokenized],
-            seed=seed,
-        )
-        few_shot_items = [
-            TokenizedExample(prompt_ids, item.answer_ids)
-            for prompt_ids, item in zip(loss_prompts, tokenized, strict=True)
-        ]
         few_shot_losses = answer_losses(
             proxy.large,
             few_shot_items,
@@ -462,7 +444,7 @@ def score_models(
                 on_progress=progress(f"choices of {FEW_SHOT}"),
             )
             large_tokens += choices.tokens_read(few_shot_prompts)
-            measured = choose(found, choices, few_shot_losses)
+            measured = _chosen(found, choices, few_shot_losses, examples, how=how)
         measurements[FEW_SHOT] = replace(measured, shots=used)
 
     names = [name for name in (*MODELS, FEW_SHOT) if name in measurements]
@@ -498,21 +480,61 @@ def measure_model(
     place: str = "items",
 ) -> Measurement:
     """Loss and answers of one plain model; the arguments are those of :func:`score_models`."""
-    pad_id, written = tokenizer.pad_token_id or 0, None
+    pad_id = tokenizer.pad_token_id or 0
+    how = {"answer_pattern": answer_pattern, "values": values, "fields": fields, "rouge_l": rouge_l}
     losses = answer_losses(model, tokenized, pad_id=pad_id, batch_size=batch_size, vocab_size=vocab_size)
-    if choices is None:
-        written = generate_ids(
-            model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, place=place
-        )
-        answers = [decode_answer(answer, model, tokenizer) for answer in written]
-    else:
+    if choices is not None:
         costs = choose_answers(model, prompts, choices, pad_id=pad_id, vocab_size=vocab_size)
-        answers = [choices.text_of(index) for index in chosen(costs, choices)]
-    references = [example.answer for example in examples]
-    judged = judge_answers(
-        answers, references, answer_pattern=answer_pattern, values=values, fields=fields, rouge_l=rouge_l
+        return _chosen(costs, choices, losses, examples, how=how)
+    return _written(
+        model,
+        prompts,
+        losses,
+        examples,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        place=place,
+        how=how,
     )
+
+
+def _written(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    losses: AnswerLosses,
+    examples: Sequence[Example],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int,
+    place: str,
+    how: Mapping[str, Any],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """What a model writes after the prompts; ``how`` are the options of :func:`judge_answers`."""
+    written = generate_ids(
+        model,
+        prompts,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        place=place,
+        on_progress=on_progress,
+    )
+    answers = [decode_answer(answer, model, tokenizer) for answer in written]
+    judged = judge_answers(answers, [example.answer for example in examples], **how)
     return Measurement(losses=losses, answers=answers, written=written, judged=judged)
+
+
+def _chosen(
+    costs: AnswerLosses, choices: Choices, losses: AnswerLosses, examples: Sequence[Example], *, how: Mapping[str, Any]
+) -> Measurement:
+    """What a model chooses, whose losses of every choice after every prompt are ``costs``."""
+    answers = [choices.text_of(index) for index in chosen(costs, choices)]
+    judged = judge_answers(answers, [example.answer for example in examples], **how)
+    sure = choices.confidence(by_prompt(costs, choices))
+    return Measurement(losses=losses, answers=answers, confidence=sure, judged=judged)
 
 
 def _check_items(
@@ -543,33 +565,48 @@ def _check_items(
             )
 
 
-def _few_shot_prompts(
+def with_public_texts(
     prompts: Sequence[Sequence[int]],
+    tokenized: Sequence[TokenizedExample],
     public_texts: Sequence[str],
     *,
     tokenizer: PreTrainedTokenizerBase,
     shots: int,
-    rooms: Sequence[int],
+    context: int,
+    longest: int,
     seed: int,
-) -> tuple[list[list[int]], IntArray]:
-    """The prompts with public texts before them, different ones for each, and how many."""
+) -> tuple[list[list[int]], list[TokenizedExample], IntArray]:
+    """The prompts and the items with public texts before them, different ones for each.
+
+    Args:
+        prompts: For the answers.
+        tokenized: The same items, for the losses: after the same texts, or the first of them where an answer is longer
+            than what is written.
+        public_texts: To choose from.
+        tokenizer: Of all of these.
+        shots: Texts at most.
+        context: Tokens that the model reads.
+        longest: Tokens that an answer may have.
+        seed: Of the choice.
+
+    Returns:
+        The longer prompts, the longer items, and the number of texts in each prompt, ``(items,)``.
+    """
     generator = np.random.default_rng(seed)
     pool = generator.permutation(len(public_texts))[:_FEW_SHOT_POOL]
     texts = [public_texts[index].strip() + "\n\n" for index in pool]
     public_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    longer, used = [], []
-    for prompt, room in zip(prompts, rooms, strict=True):
-        prompt_ids, count = few_shot_prompt(
-            prompt,
-            public_ids,
-            shots=shots,
-            max_prompt_tokens=room,
-            generator=generator,
-            bos_token_id=first_token(tokenizer),
-        )
+    begin, room = first_token(tokenizer), context - longest
+    longer, items, used = [], [], []
+    for prompt, item in zip(prompts, tokenized, strict=True):
+        drawn = draw_texts(public_ids, shots=shots, room=room - len(prompt), generator=generator)
+        prompt_ids, count = few_shot_prompt(prompt, drawn, max_prompt_tokens=room, bos_token_id=begin)
         longer.append(prompt_ids)
         used.append(count)
-    return longer, np.asarray(used, dtype=np.int64)
+        most = context - max(longest, len(item.answer_ids))
+        prompt_ids, _ = few_shot_prompt(item.prompt_ids, drawn, max_prompt_tokens=most, bos_token_id=begin)
+        items.append(TokenizedExample(prompt_ids, item.answer_ids))
+    return longer, items, np.asarray(used, dtype=np.int64)
 
 
 def compare_measurements(

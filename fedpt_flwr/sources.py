@@ -247,7 +247,7 @@ def answer_choices(data: DataConfig) -> list[str]:
     if not data.choices:
         return []
     found: dict[str, None] = {}
-    for source, split in _choice_sources(data):
+    for source, split in choice_sources(data):
         records = read_records(source, split=split)
         field = _answer_field(data, records)
         for number, record in enumerate(records, 1):
@@ -287,7 +287,7 @@ def _answer_field(data: DataConfig, records: Sequence[Mapping[str, Any]]) -> str
     return next((name for name in names if any(name in record for record in records)), "text")
 
 
-def _choice_sources(data: DataConfig) -> list[tuple[str, str]]:
+def choice_sources(data: DataConfig) -> list[tuple[str, str]]:
     """Where the choices are found: sources and their splits."""
     names = [name.strip() for name in data.choices.split(",")]
     if not set(names) <= {"train", "validation", "test", "public"}:

@@ -93,23 +93,17 @@ def paired_bootstrap(
     return float(difference.sum() / weights.sum()), low, high
 
 
-def gap_closed(
-    proxy: float | None, large: float | None, reference: float | None, *, higher_is_better: bool = True
-) -> float | None:
+def gap_closed(proxy: float | None, large: float | None, reference: float | None) -> float | None:
     """Share of the way from the large model to a reference that the proxy goes: 1 is all of it, 0 none.
 
     Args:
-        proxy: A metric of the proxy.
+        proxy: A metric of the proxy of which more is better.
         large: The same metric of the untuned large model.
         reference: The same metric of the reference, such as the large model tuned by the devices themselves.
-        higher_is_better: False for losses.
 
     Returns:
         The share, or None where it has no meaning: a number is missing, or the reference is no better than the large.
     """
     if proxy is None or large is None or reference is None or not all(map(math.isfinite, (proxy, large, reference))):
         return None
-    gap = reference - large
-    if (gap if higher_is_better else -gap) <= 0:
-        return None
-    return (proxy - large) / gap
+    return (proxy - large) / (reference - large) if reference > large else None

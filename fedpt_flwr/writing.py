@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,39 +122,46 @@ def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def draw_texts(
+    public_ids: Sequence[Sequence[int]], *, shots: int, room: int, generator: np.random.Generator
+) -> list[Sequence[int]]:
+    """Draws public texts for a prompt: as many as fit together, up to ``shots``.
+
+    Args:
+        public_ids: Tokens of the texts to choose from, each with the blank line that ends it.
+        shots: Texts to take at most.
+        room: Tokens of all of them at most.
+        generator: Decides which texts, and their order; one that does not fit is passed over.
+    """
+    taken: list[Sequence[int]] = []
+    for index in generator.permutation(len(public_ids)):
+        if len(taken) == shots:
+            break
+        if len(public_ids[index]) <= room:
+            taken.append(public_ids[index])
+            room -= len(public_ids[index])
+    return taken
+
+
 def few_shot_prompt(
     prompt_ids: Sequence[int],
-    public_ids: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     *,
-    shots: int,
     max_prompt_tokens: int,
-    generator: np.random.Generator,
     bos_token_id: int | None = None,
 ) -> tuple[list[int], int]:
-    """Puts public texts before a prompt: as many as fit, up to ``shots``.
+    """Puts public texts before a prompt: from the first on, as many as fit.
 
     Args:
         prompt_ids: The prompt's tokens, which stay as they are in every other row.
-        public_ids: Tokens of the texts to choose from, each with the blank line that ends it.
-        shots: Texts to take at most.
+        texts: Tokens of the texts.
         max_prompt_tokens: Length of the result at most.
-        generator: Decides which texts, and their order.
         bos_token_id: If the prompt begins with this token, so does the result, and only there.
 
     Returns:
-        The longer prompt and the number of texts in it, which is 0 where none fits.
+        The longer prompt and the number of texts in it, which is 0 where not even the first fits.
     """
     begins_with_bos = bos_token_id is not None and list(prompt_ids[:1]) == [bos_token_id]
     begin, rest = (list(prompt_ids[:1]), list(prompt_ids[1:])) if begins_with_bos else ([], list(prompt_ids))
-    room = max_prompt_tokens - len(prompt_ids)
-    taken: list[int] = []
-    used = 0
-    for index in generator.permutation(len(public_ids)):
-        if used == shots:
-            break
-        text = public_ids[index]
-        if len(text) <= room:
-            taken += text
-            room -= len(text)
-            used += 1
-    return begin + taken + rest, used
+    used = sum(total <= max_prompt_tokens - len(prompt_ids) for total in itertools.accumulate(map(len, texts)))
+    return [*begin, *itertools.chain.from_iterable(texts[:used]), *rest], used

@@ -40,6 +40,7 @@ from fedpt_flwr.errors import ConfigError, DataError, RunError
 from fedpt_flwr.losses import answer_losses, answer_scores
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.report import find_folder, make_report
+from fedpt_flwr.runs import write_json
 from fedpt_flwr.sources import device_shard
 
 APP = Path(__file__).parents[1]
@@ -635,6 +636,27 @@ def test_an_attack_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "attack.json").write_text("[]")
     with pytest.raises(RunError, match="must hold an object"):
         make_report(tmp_path)
+
+
+def test_federations_of_other_files_behind_the_same_path_are_run_again(tmp_path):
+    def bench():
+        made = Bench(plan, tmp_path / "one", app=APP)
+        made.close()
+        return made
+
+    data = tmp_path / "validation.jsonl"
+    data.write_text("".join((APP / "fedpt_demo_world" / "validation.jsonl").read_text().splitlines(keepends=True)[:6]))
+    plan = make_plan(run_config={"data.validation": str(data), "data.partitioner": "iid"}, seeds=(0,), shadows=0)
+    begun = bench()
+    for federation in begun.federations:
+        task, digest = begun._task(federation), next(iter(begun._digests.values()))
+        kept = {"nats": {}, "pool": {"digest": digest}, "code_hash": begun._code_hash}
+        kept |= {"run_config": plan.recorded(federation), "inputs": dict(task.inputs)}
+        write_json(tmp_path / "one" / "cells" / f"{federation.name}.json", kept)
+    assert bench().num_found == len(begun.federations)
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:5]))
+    again = bench()
+    assert (again.num_found, again.num_outdated) == (0, len(begun.federations))
 
 
 # --- real federations ------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import privacy, robustness, secure_sum, trio
+from benchmarks import privacy, robustness, secure_sum, trio, wire
+from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.runs import write_json
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = trio.SIZES["tiny"]
@@ -93,22 +95,77 @@ def test_a_table_of_malicious_devices_goes_on_with_its_own_config_alone(tmp_path
         robustness.main(["--out", str(out), *ROBUST])
     assert [told["num-server-rounds"] for told in ran] == [2, 2]
     text = refusal(robustness, "--out", out, *ROBUST, "--rounds", 3)
-    assert "the cell FedAvg/none/0/0 was made with num-server-rounds=2" in text
+    assert "the cell FedAvg/none/1/0 was made with num-server-rounds=2" in text
     assert text.endswith("got 3; name another file in --out, or ask for what this one has")
     assert "train.max-steps=None" in refusal(robustness, "--out", out, *ROBUST, "-c", "train.max-steps=4")
     assert "was made with devices=8" in refusal(robustness, "--out", out, *ROBUST, "--devices", 9)
     assert "\n" not in text
 
 
-def test_bounds_that_follow_from_other_cells_may_differ(tmp_path, monkeypatch):
+def with_defences(out, *names):
+    words = ["--out", str(out), *ROBUST]
+    words[words.index("FedAvg") : words.index("FedAvg") + 1] = names
+    return words
+
+
+def test_bounds_follow_from_the_plain_mean_of_the_same_seed_and_no_other_cell(tmp_path, monkeypatch):
     norms = itertools.count(1.0)
     monkeypatch.setattr(robustness, "run_one", lambda *_: {"norms": [next(norms)]})
-    words = ["--out", str(tmp_path / "cells.json"), *ROBUST]
-    words[words.index("FedAvg") : words.index("FedAvg") + 1] = ["FedAvg", "FedAvg, norm clipped", "FedMedian"]
+    out = tmp_path / "cells.json"
+    words = with_defences(out, "FedAvg", "FedAvg, norm clipped", "FedMedian")
+    robustness.main([*words, "--seeds", "3", "4"])
+    robustness.main([*words, "--seeds", "3", "4"])
+    found = json.loads(out.read_text())
+    of_seed = {seed: found[f"FedAvg/none/1/{seed}"]["norms"][0] for seed in (3, 4)}
+    assert of_seed == {3: 1.0, 4: 7.0}  # three defences with and without an attack, seed by seed
+    for (seed, norm), attack in itertools.product(of_seed.items(), ("none", "noise")):
+        clipped = found[f"FedAvg, norm clipped/{attack}/1/{seed}"]["config"]
+        assert clipped["strategy.max-update-norm"] == norm
+    found["FedAvg/none/1/4"]["norms"] = [9.0]
+    out.write_text(json.dumps(found))
+    text = refusal(robustness, *words, "--seeds", 3, 4)
+    assert "FedAvg, norm clipped/none/1/4 was made with strategy.max-update-norm=7.0" in text
+
+
+def test_without_honest_norms_nothing_is_clipped_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "run_one", lambda *_: pytest.fail("a run without a bound"))
+    text = refusal(robustness, *with_defences(tmp_path / "cells.json", "FedAvg, norm clipped"))
+    assert "bounds on the norm follow from the cell of FedAvg without an attack" in text
+    assert text.endswith("got 'FedAvg/none/1/0'; name FedAvg in --defences, too")
+
+
+def test_columns_of_one_table_differ_by_the_attack_alone(tmp_path, monkeypatch):
+    ran = []
+
+    def run_one(told, malicious, _):
+        ran.append((told["strategy.arguments"], malicious.attack, malicious.num_malicious))
+        return {"exact_match": {"tuned": 0.0, "proxy": len(ran) / 100}, "norms": []}
+
+    monkeypatch.setattr(robustness, "run_one", run_one)
+    words = with_defences(tmp_path / "cells.json", "Krum")
+    words[words.index("0.125") : words.index("0.125") + 1] = ["0.125", "0.25"]
     robustness.main(words)
-    robustness.main(words)
-    clipped = json.loads((tmp_path / "cells.json").read_text())["FedAvg, norm clipped/none/0/0"]
-    assert clipped["config"]["strategy.max-update-norm"] == 1.0
+    one, two = "num-malicious-nodes = 1", "num-malicious-nodes = 2"
+    assert ran == [(one, "", 0), (one, "noise", 1), (two, "", 0), (two, "noise", 2)]
+    text = robustness.render(json.loads((tmp_path / "cells.json").read_text()), 8)
+    assert [line for line in text.splitlines() if line.startswith("| Krum")] == [
+        "| Krum | 0.0 / 1.0 | 0.0 / 2.0 |",
+        "| Krum | 0.0 / 3.0 | 0.0 / 4.0 |",
+    ]
+
+
+def test_a_measurement_of_bytes_is_taken_again_with_its_own_config_alone(tmp_path, monkeypatch):
+    line = wire.LINES[0]
+    name = "all_weights-4-0.003-0.json"
+    config = wire.config_of(4, line, 0.003, 0) | {"devices": wire.DEVICES, "ranks": []}
+    write_json(tmp_path / name, {"config": config, "up": 7})
+    assert wire.run(tmp_path, 4, line, 0.003, 0)["up"] == 7
+    write_json(tmp_path / name, {"config": config | {"train.max-steps": 21}, "up": 7})
+    with pytest.raises(ConfigError, match=f"the cell {name} was made with train.max-steps=21"):
+        wire.run(tmp_path, 4, line, 0.003, 0)
+    write_json(tmp_path / name, {"up": 7})  # as an older version left it
+    with pytest.raises(ConfigError, match=f"the cell {name} was made with"):
+        wire.run(tmp_path, 4, line, 0.003, 0)
 
 
 def test_a_table_of_epsilons_goes_on_with_its_own_config_alone(tmp_path, monkeypatch):

@@ -236,13 +236,18 @@ def test_the_quality_of_a_plain_model_is_that_of_its_row(proxy, tokenizer, label
     exact_match, loss = evaluating.quality(proxy.tuned)
     assert exact_match == scores.rows["tuned"].exact_match
     assert loss == pytest.approx(scores.rows["tuned"].loss, rel=1e-4)
-    assert evaluating.measure(proxy.tuned).answers == scores.measurements["tuned"].answers
+    measured, scored = evaluating.measure(proxy.tuned), scores.measurements["tuned"]
+    assert measured.answers == scored.answers
+    np.testing.assert_allclose(measured.confidence, scored.confidence, rtol=1e-4)
 
 
 def test_examples_show_the_choice_token_by_token(proxy, tokenizer, labels_file):
     evaluating = evaluator(proxy, tokenizer, labels_file)
     scores = evaluating.score(proxy)
-    examples, _ = evaluating.examples(proxy, scores, number=2)
+    examples, large_tokens = evaluating.examples(proxy, scores, number=2)
+    # Nothing is written: the large model reads each prompt and choice once, but for the last token.
+    shown = [(example["prompt"], example["models"]["proxy"]) for example in examples]
+    assert large_tokens == sum(len(tokenizer(prompt + answer)["input_ids"]) for prompt, answer in shown)
     for example in examples:
         said = "".join(token["text"] for token in example["tokens"])
         assert said.removesuffix("</s>") == example["models"]["proxy"]

@@ -40,7 +40,7 @@ from fedpt_flwr.errors import ConfigError, FedPTError, RunError
 from fedpt_flwr.grid import LocalGrid, run_locally
 from fedpt_flwr.models import load_causal_lm, tunable_arrays
 from fedpt_flwr.report import find_folder, make_report
-from fedpt_flwr.runs import find_run
+from fedpt_flwr.runs import find_run, write_json
 
 APP = Path(__file__).parents[1]
 TINY = QUICK | {"scoring.round-items": 0, "scoring.few-shot": 0, "distillation.mode": "off"}
@@ -367,6 +367,34 @@ def test_only_what_is_missing_or_of_another_config_or_code_is_run_again(done, co
     assert again.num_outdated == 2
 
 
+def test_cells_of_other_data_behind_the_same_path_are_run_again(config, tmp_path):
+    def comparison():
+        made = Comparison(plan, tmp_path / "one", app=APP)
+        made.close()
+        return made
+
+    data = tmp_path / "validation.jsonl"
+    data.write_bytes(Path(config["data.validation"]).read_bytes())
+    plan = make_plan(config | {"data.validation": str(data)}, kinds=(FEDPT,))
+    begun = comparison()
+    for cell in plan.cells({}):
+        task = begun._task(cell, apart=False)
+        kept = {
+            "rows": {"proxy": {}},
+            "validation_rows": {},
+            "costs": {},
+            "seconds": 1.0,
+            "code_hash": begun._code_hash,
+        }
+        kept |= {"run_config": dict(task.run_config), "inputs": dict(task.inputs)}
+        write_json(tmp_path / "one" / "cells" / f"{cell.name}.json", kept)
+    again = comparison()
+    assert (again.num_found, again.num_outdated) == (2, 0)
+    data.write_text(data.read_text().replace("a", "e", 1))
+    again = comparison()
+    assert (again.num_found, again.num_outdated) == (0, 2)
+
+
 @pytest.mark.slow
 def test_another_grid_is_refused_with_the_keys_that_differ(done, config):
     folder, _ = done
@@ -429,6 +457,17 @@ def test_every_kind_gives_its_rows_and_what_the_summary_needs(config, tmp_path):
     assert len(each) == 2
     assert local["rows"]["tuned_local"]["exact_match"] == pytest.approx(sum(each) / 2)
     assert [part["is_base"] for part in summary["ablations"]] == [False]
+    untouched = result_of(folder, "demo-untouched-seed1")
+    (point,) = untouched["curve"]
+    assert set(point["rows"]) == {"large", "untuned"}  # where the gap of a course begins
+    assert not {row["row"] for row in summary["curves"]} & {"large", "untuned", "untuned_few_shot"}
+    for target in summary["cost_to_target"]:
+        assert ("why" in target) == (
+            result_of(folder, "demo-large_federated-lr0.0002-seed1")["curve"][-1]["rows"][LARGE]["exact_match"]
+            <= point["rows"]["large"]["exact_match"]
+        )
+    assert {row["row"] for row in summary["cost_to_target"]} >= {"tuned", "proxy", LARGE}
+    assert set(summary["counted"]) == {path.stem for path in (folder / "cells").iterdir()}
     json.dumps(summary, allow_nan=False)
     (folder / "summary.json").write_text(json.dumps(summary))
     assert "large_federated_lora" in reported(folder)
@@ -810,6 +849,16 @@ def test_costs_are_means_and_a_large_model_beside_the_tuned_one_is_none_of_them(
     assert proxy["worker_peak_memory_bytes"] == 5
     assert direct["bytes_up_per_device_and_round"] == 800
     assert "server_large_tokens" not in direct
+
+
+def test_the_summary_names_the_cells_that_count(settled):
+    plan, results = settled
+    counted = summarise(plan, results)["counted"]
+    tried = {"a-large_federated-lr0.0002-seed0", "b-large_federated-lr0.001-seed0"}
+    assert counted == sorted(results.keys() - tried)
+    varied = make_plan(plan.worlds["a"], worlds=plan.worlds, ablations=(Ablation.parse("train.max-steps=9"),))
+    name = "a-fedpt-off-train.max_steps_9-seed0"
+    assert summarise(varied, results | {name: fedpt_result(0, 0.7)})["counted"] == sorted([*counted, name])
 
 
 def test_the_summary_is_fit_for_json_and_for_a_terminal(settled):

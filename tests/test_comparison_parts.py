@@ -1,24 +1,27 @@
 """What a comparison is made of, without running any of it: kinds, ablations, tuning files, statistics, views."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from test_compare import APP  # noqa: F401 (its folder is on the path)
 
-from fedpt_flwr.compare import FEDPT, KINDS, LARGE, Ablation, Cell, Plan, read_tuning, tuning_of
+from fedpt_flwr.compare import FEDPT, KINDS, LARGE, Ablation, Cell, Plan, inputs, read_tuning, tuning_of
 from fedpt_flwr.compare.cell import reliability
+from fedpt_flwr.compare.inputs import digest_of_path, input_digests
 from fedpt_flwr.compare.kinds import CENTRAL, DISTILLED, FEW_SHOT_SMALL, LARGE_CENTRAL, LOCAL, UNTOUCHED
 from fedpt_flwr.compare.statistics import (
     bootstrap_p,
     gap_over_items,
     holm,
     item_sums,
+    merged_bins,
     paired_difference,
     t_interval,
     t_quantile,
 )
-from fedpt_flwr.compare.views import cost_to_target, quality_under_budget, ratios
+from fedpt_flwr.compare.views import cost_to_target, curves, quality_under_budget, ratios
 from fedpt_flwr.errors import ConfigError
 
 WORLD = {"proxy.alpha": "auto", "train.max-steps": 5}
@@ -54,7 +57,19 @@ def test_what_is_tuned_in_one_place_makes_as_many_steps_as_all_devices_that_trai
     assert told(make_plan(), CENTRAL)["train.max-steps"] == 4 * 5
     assert told(half, CENTRAL)["train.max-steps"] == 2 * 5
     assert told(half, LARGE_CENTRAL)["fraction-train"] == 1.0
+    # A quarter of four devices is one, but a round has three at least.
+    quarter = make_plan(worlds={"demo": WORLD | {"fraction-train": 0.25, "min-replies": 3, "min-devices": 4}})
+    assert told(quarter, CENTRAL)["train.max-steps"] == 3 * 5
     assert told(make_plan(), LARGE_CENTRAL, learning_rate=0.1)["model.small"] == "demo:large"
+
+
+def test_epochs_of_some_devices_are_no_number_of_epochs_of_one_that_has_all_data():
+    epochs = WORLD | {"train.max-steps": 0, "train.epochs": 1}
+    assert told(make_plan(worlds={"demo": epochs}), CENTRAL)["train.epochs"] == 1
+    half = {"demo": epochs | {"fraction-train": 0.5}}
+    with pytest.raises(ConfigError, match="train.max-steps: .* as many steps as the 2 of 4 devices .* got 0; bound"):
+        make_plan(worlds=half)
+    assert make_plan(worlds=half, kinds=(FEDPT, LARGE)).cells({})
 
 
 def test_the_neighbouring_method_has_the_large_model_as_its_teacher_and_the_budget_of_fedpt():
@@ -114,6 +129,40 @@ def test_the_number_of_devices_can_be_varied():
     assert (plan.devices_of(few), plan.devices_of(many)) == (2, 16)
     assert plan.run_config(many)["data.partitioner"] == "iid"  # whole groups are too few
     assert "devices" not in plan.run_config(many)
+
+
+# --- files ---
+
+
+def test_a_digest_is_of_what_lies_behind_a_path_and_not_of_the_path(tmp_path, monkeypatch):
+    def digest(name, **files):
+        for file, text in files.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        return digest_of_path(tmp_path / name)
+
+    first = digest("one", a="1", b="22")
+    assert digest("two", a="1", b="22") == first
+    assert digest("one", b="23") != first
+    assert digest("one", b="22") == first
+    (tmp_path / "one" / ".cache").mkdir()
+    (tmp_path / "one" / ".cache" / "lock").write_text("")
+    assert digest("one") == first
+    assert digest("one", c="") != first
+    assert digest_of_path(tmp_path / "one" / "a") != digest_of_path(tmp_path / "one" / "b")
+    monkeypatch.setattr(inputs, "_LARGEST_READ", 1)
+    before = digest("two")
+    os.utime(tmp_path / "two" / "a", ns=(0, 0))  # it is read, and still the same
+    assert digest("two") == before
+    os.utime(tmp_path / "two" / "b", ns=(0, 0))  # it is too large to be read, and has another time
+    assert digest("two") != before
+
+
+def test_digests_are_of_the_files_that_a_config_names_and_that_are_here(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    flat = {"data.train": str(tmp_path / "train.jsonl"), "data.test": str(tmp_path / "none.jsonl")}
+    flat |= {"data.choices": "test", "output-dir": str(tmp_path), "remote.cache": str(tmp_path)}
+    assert input_digests(flat) == {"data.train": digest_of_path(tmp_path / "train.jsonl")}
 
 
 # --- tuning ---
@@ -232,6 +281,11 @@ def test_calibration_is_the_hand_computed_one():
     assert reliability([1.0], [1])["ece"] == 0.0
 
 
+def test_bins_are_added_up():
+    parts = [reliability([0.95, 0.05], [1, 0]), reliability([0.95], [0])]
+    assert merged_bins(parts) == pytest.approx(np.array(reliability([0.95, 0.05, 0.95], [1, 0, 0])["bins"]))
+
+
 # --- views ---
 
 
@@ -243,30 +297,77 @@ def cell(seed, row, scores, *, bytes_up=10, flops=5.0):
     return {"seed": seed, "curve": curve, "rows": {row: {"exact_match": scores[-1]}}}
 
 
+def untouched(seed, score):
+    """A cell whose large model is better on all validation items than on those that score rounds."""
+    return cell(seed, "large", [score]) | {
+        "kind": UNTOUCHED,
+        "validation_rows": {"large": {"exact_match": score + 0.3}},
+    }
+
+
 @pytest.fixture
 def groups():
     return {
-        ("w", UNTOUCHED, None): [{"seed": 0, "curve": [], "validation_rows": {"large": {"exact_match": 0.2}}}],
+        ("w", UNTOUCHED, None): [untouched(0, 0.2)],
         ("w", FEDPT, "final"): [cell(0, "proxy", [0.1, 0.7, 0.9]), cell(1, "proxy", [0.2, 0.5, 0.9])],
         ("w", LARGE, None): [cell(0, LARGE, [0.5, 1.0], bytes_up=100), cell(1, LARGE, [0.4, 1.0], bytes_up=100)],
     }
 
 
+def targets(groups):
+    return {(row["row"], row["share"]): row for row in cost_to_target(groups)}
+
+
 def test_the_cost_of_a_target_is_that_of_the_first_round_that_is_there(groups):
-    found = {(row["row"], row["share"]): row for row in cost_to_target(groups)}
+    found = targets(groups)
     # Half of the way from 0.2 to 1.0 is 0.6: the proxies are there in rounds 2 and 3, the large ones in round 2.
     half = found["proxy", 0.5]
     assert (half["round"], half["bytes"], half["flops"]) == (2.5, 25, 12.5)
     assert found[LARGE, 0.5]["bytes"] == 200
     assert (found["proxy", 0.9]["seeds"], found["proxy", 0.9]["seeds_reached"]) == (2, 0)  # 0.92
     assert "bytes" not in found["proxy", 0.9]
+    assert {row for row, _ in found} == {"proxy", LARGE}
+    assert all("why" not in row for row in found.values())
+
+
+def test_where_seeds_have_other_items_each_gap_begins_at_its_own_large_model(groups):
+    groups["w", UNTOUCHED, None] = [untouched(0, 0.2), untouched(1, 0.0)]
+    # Half of the way of seed 1 is 0.5, where its proxy is in round 2; from seed 0's 0.2 it would be 0.6, in round 3.
+    assert targets(groups)["proxy", 0.5]["round"] == 2
+
+
+@pytest.mark.parametrize("end", [0.2, 0.1])
+def test_where_there_is_no_gap_nothing_closes_it_and_the_table_says_why(end, groups):
+    groups["w", LARGE, None][1] = cell(1, LARGE, [0.4, end])
+    for row in cost_to_target(groups):
+        assert row["seeds_reached"] <= 1
+        assert not {"round", "bytes", "flops", "seconds"} & row.keys()
+        assert row["why"] == (
+            f"no costs: with seed 1 {LARGE} gains nothing over large (20.0 % before, {100 * end:.1f} % after)"
+        )
+
+
+def test_the_large_model_as_it_is_is_scored_on_the_items_of_rounds_and_has_no_course_of_its_own(groups):
+    flat = {"scoring.round-items": 7}
+    assert told(make_plan(worlds={"demo": WORLD | flat}), UNTOUCHED)["scoring.round-items"] == 7
+    assert {row["row"] for row in curves(groups)} == {"proxy", LARGE}
+    assert {row["row"] for row in quality_under_budget(groups)} == {"proxy", LARGE}
 
 
 def test_quality_under_a_budget_is_the_best_that_was_there_by_then(groups):
     found = {(row["row"], row["cost"]): row for row in quality_under_budget(groups)}
-    assert found["proxy", "bytes"]["budgets"] == [7.5, 15.0, 30.0, 200.0]
-    assert found["proxy", "bytes"]["exact_match"] == [None, pytest.approx(0.15), pytest.approx(0.9), pytest.approx(0.9)]
+    # A quarter of three rounds ends in the first, a half in the second.
+    assert found["proxy", "bytes"]["budgets"] == [10, 20, 30, 200]
+    assert found["proxy", "bytes"]["exact_match"] == pytest.approx([0.15, 0.6, 0.9, 0.9])
     assert found[LARGE, "bytes"]["exact_match"] == [None, None, None, 1.0]
+
+
+def test_a_budget_is_enough_for_the_seed_that_spends_most(groups):
+    first, second = (cell(seed, "proxy", [0.2, 0.7, 0.75, 0.8], flops=flops) for seed, flops in ((0, 100), (1, 100.2)))
+    found = quality_under_budget({("w", FEDPT, "final"): [first, second]})
+    (row,) = [row for row in found if row["cost"] == "flops"]
+    assert row["budgets"] == pytest.approx([100.2, 200.4, 400.8])
+    assert row["exact_match"] == pytest.approx([0.2, 0.7, 0.8])
 
 
 def test_costs_are_put_beside_those_of_the_large_model():

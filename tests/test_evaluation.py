@@ -7,6 +7,7 @@ import torch
 from reference import reference_greedy
 from tiny import EOS, tiny_llama, tiny_tokenizer
 
+from fedpt_flwr.compare.cell import reliability
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.evaluation import Evaluator
@@ -267,6 +268,18 @@ def test_there_is_one_row_where_there_are_not_both(tokenizer, proxy, topics, abo
     evaluator, measured = covering(proxy, tokenizer, topics)
     rows = evaluator.rows_by_topic("device", measured, frozenset(about))
     assert {name: row.n for name, row in rows.items()} == {"device": 6}
+
+
+def test_an_answer_without_a_finite_loss_has_the_probability_0(tokenizer, proxy):
+    evaluator = make(items(*PAIRS), tokenizer, proxy)
+    measured = evaluator.measure(proxy.tuned)
+    broken = tiny_llama(1)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    found = evaluator.answer_probabilities(broken, measured)
+    assert found == [0.0] * len(PAIRS)
+    assert reliability(found, [0] * len(PAIRS))["ece"] == 0.0
+    assert all(0 < probability < 1 for probability in evaluator.answer_probabilities(proxy.tuned, measured))
 
 
 # --- answers token by token ---

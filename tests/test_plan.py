@@ -27,7 +27,7 @@ from fedpt_flwr.data import batches, num_drawn
 from fedpt_flwr.errors import ConfigError, DataError, FedPTError, ModelError, VocabularyMismatch
 from fedpt_flwr.inner import make_inner_strategy
 from fedpt_flwr.memory import MemoryNeed
-from fedpt_flwr.models import fingerprint, load_causal_lm, make_tunable, shapes_of, tunable_arrays
+from fedpt_flwr.models import fingerprint, load_causal_lm, load_tokenizer, make_tunable, shapes_of, tunable_arrays
 from fedpt_flwr.plan import FEDPT, LARGE, LARGE_LORA, Rates, Told, counting, make_plan
 from fedpt_flwr.plan.counting import Counting
 from fedpt_flwr.plan.texts import find_texts
@@ -74,6 +74,8 @@ MEASURED = {
         "scoring.rows": "tuned,proxy",
         "scoring.few-shot": 0,
     },
+    "answers that are chosen": {"distillation.mode": "off", "data.choices": "validation,test"},
+    "the tuned model alone": {"distillation.mode": "off", "scoring.rows": "tuned", "scoring.few-shot": 0},
 }
 
 
@@ -135,8 +137,10 @@ def test_what_is_planned_for_a_run_is_what_it_measures(name, few, tmp_path):
     check_devices(planned, costs)
     phases = {cost for cost in costs if cost.startswith("server_large_tokens")}
     assert phases == {cost for cost in planned if cost.startswith("server_large_tokens")}
+    # Where nothing is written, nothing depends on how long it gets.
+    tolerance = {"answers that are chosen": 0.03, "the tuned model alone": 0.0}.get(name, 0.1)
     for phase in phases:
-        assert planned[phase] == pytest.approx(costs[phase], rel=0.1), phase
+        assert planned[phase] == pytest.approx(costs[phase], rel=tolerance), phase
     assert told["measured"] == costs
     assert told["devices"] == 4
 
@@ -237,7 +241,38 @@ def test_tokens_of_scoring_are_those_of_losses_and_of_answers():
     assert tokens["validation"] == (3 * 2 + 1) * 2 * 14
     assert tokens["shift"] == 3 * 4 * 14
     assert tokens["examples"] == 2 * 3 * 14
-    assert counting_of(ALONE).server_reads().large == {"test": 3 * 14}
+    assert counting_of(ALONE).server_reads().large == {"test": 0}  # the tuned model reads alone
+    assert counting_of(ALONE).server_reads().small == 2 * 3 * 14
+
+
+def test_every_choice_is_read_after_each_prompt_which_is_read_once_for_all_rows(tmp_path):
+    (tmp_path / "choices.txt").write_text("coal\ngas\nwood\n")
+    chosen = {"data.choices": str(tmp_path / "choices.txt"), "scoring.few-shot": 0}
+    texts = find_texts(parse_run_config(chosen), 8, TOLD)
+    tokenizer = load_tokenizer("demo:small")
+    assert texts.choices == [len(tokenizer(name)["input_ids"]) + 1 for name in ("coal", "gas", "wood")]  # and the end
+    read = 10 + sum(number - 1 for number in texts.choices)  # the last token of each is only predicted
+    assert not texts.assumed
+    flat = ALONE | chosen | {"scoring.rows": "large,proxy", "scoring.round-items": 2, "num-server-rounds": 3}
+    reads = counting_of(flat | {"proxy.alpha": "auto"}).server_reads()
+    assert reads.large == {
+        "validation": 3 * 2 * (14 + read),
+        "shift": 3 * 4 * read,
+        "test": 3 * (14 + read),
+        # What was chosen is known, and no longer than the longest choice: the large model alone reads it.
+        "examples": 3 * (10 + max(texts.choices) - 1),
+    }
+    assert reads.small == 2 * (reads.large["validation"] + reads.large["shift"] + reads.large["test"])
+    alone = counting_of(ALONE | chosen).server_reads()  # all three models read, whatever the rows
+    assert (alone.large, alone.small) == ({"test": 3 * (14 + read)}, 2 * 3 * (14 + read))
+    assert counting_of(flat).server_reads().large["curve"] == 4 * read
+
+
+def test_choices_that_are_not_here_are_said_to_be_left_out(tmp_path):
+    flat = QWEN | {"data.choices": "test", "data.test": "owner/set", "data.validation": "owner/set"}
+    texts = find_texts(parse_run_config(flat), 8, Told())
+    assert not texts.choices
+    assert "what data.choices names is not here" in " ".join(texts.assumed)
 
 
 def test_tokens_of_distillation_are_those_of_prompts_answers_and_the_teacher(monkeypatch):
@@ -250,7 +285,8 @@ def test_tokens_of_distillation_are_those_of_prompts_answers_and_the_teacher(mon
 
 
 def test_time_and_money_follow_from_what_is_told_of_machines_and_prices():
-    column = counting_of(ALONE, rates=Rates(device_flops=2e9, server_flops=3e9, price=5.0)).column()
+    flat = ALONE | {"scoring.rows": "untuned"}  # losses are those of all three models
+    column = counting_of(flat, rates=Rates(device_flops=2e9, server_flops=3e9, price=5.0)).column()
     assert column.seconds == column.flops / 2e9
     assert column.server_seconds == column.server_flops / 3e9
     assert column.money == pytest.approx(5.0 * 3 * 14 / 1e6)

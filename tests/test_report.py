@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from fedpt_flwr import cli, report
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.report import PAGE, find_folder, make_report
+from fedpt_flwr.report.attack import attack_sections
 from fedpt_flwr.report.comparison import comparison_page
 from fedpt_flwr.report.page import Cell, Examples, Page, Plots, Prose, Section, Table, Verdicts, render
 from fedpt_flwr.report.plots import (
@@ -183,7 +184,12 @@ def whole_comparison():
             ],
             "cost_to_target": [
                 {"world": "demo", "mode": "carry", "row": "proxy", "share": 0.9, "seeds": 2, "seeds_reached": 2}
-                | {"round": 1.5, "bytes": 7e6, "flops": 3e9, "seconds": 4.0}
+                | {"round": 1.5, "bytes": 7e6, "flops": 3e9, "seconds": 4.0},
+                *(
+                    {"world": "World <b>2</b>", "mode": "carry", "row": "proxy", "share": share, "seeds": 2}
+                    | {"seeds_reached": 1, "why": "no costs: with seed 1 large_federated gains nothing"}
+                    for share in (0.5, 0.9)
+                ),
             ],
             "robustness": [
                 {"world": "demo", "mode": None, "row": "tuned_local", "worst_seed": 0.1, "worst_device": 0.0}
@@ -526,6 +532,17 @@ def test_the_verdict_is_the_one_of_the_log(page):
     assert " ".join(": ".join(part for part in sentence if part) for sentence in said.sentences) == verdict(results)
     assert said.sentences[0][0] == "The proxy BEATS the tuned small model"
     assert len(said.sentences) == 3
+
+
+def test_the_verdict_by_rouge_l_is_the_one_of_the_log_too(tmp_path):
+    results = whole_run()["results.json"]
+    for name, value in (("tuned", 0.3), ("proxy", 0.5)):
+        results["rows"][name] |= {"rouge_l": value}
+    results["proxy_minus_tuned_rouge_l"] = {"value": 0.2, "ci95": [0.1, 0.3]}
+    (said,) = blocks(run_page(write_run(tmp_path, results=results)), Verdicts)
+    text = " ".join(": ".join(part for part in sentence if part) for sentence in said.sentences)
+    assert text == verdict(results)
+    assert "ROUGE-L" in text
 
 
 def test_the_table_is_the_one_of_the_log(page):
@@ -883,7 +900,12 @@ def test_a_comparison_shows_differences_views_ablations_and_calibration(comparis
     by_bytes, by_flops, targets, spread = tables["views"]
     assert (by_bytes.head, by_bytes.rows) == (["row", "5.00", "20.0"], [["proxy (carry)", "-", "90.0"]])
     assert "GFLOP" in by_flops.caption
-    assert targets.rows == [["demo", "proxy (carry)", "90", "2 of 2", "1.50", "7.00", "3.00", "4.00"]]
+    assert targets.rows == [
+        ["demo", "proxy (carry)", "90", "2 of 2", "1.50", "7.00", "3.00", "4.00"],
+        *(["World <b>2</b>", "proxy (carry)", share, "1 of 2", "-", "-", "-", "-"] for share in ("50", "90")),
+    ]
+    (why,) = [block.text for block in section(comparison, "views").blocks if isinstance(block, Prose)]
+    assert why.startswith("Cost to reach a target, world World <b>2</b>: no costs: with seed 1 large_federated gains")
     assert spread.rows == [["demo", "tuned_local", "10.0", "-", "0.0", "-"]]
     assert tables["ablations"][0].rows[0][:6] == [
         "demo", "proxy.alpha", "0.5", "proxy.plausibility = 0", "proxy", "2"
@@ -943,6 +965,21 @@ def test_a_comparison_that_has_just_begun_makes_a_page_of_sentences(tmp_path):
     assert "cells/b.json is damaged" in page.notes[1]
 
 
+def test_answers_are_those_of_cells_that_count(tmp_path):
+    """Not of a learning rate that was tried and not chosen, though its file's name comes first."""
+    files = whole_comparison()
+    chosen = files["cells/demo-0.json"]
+    files["summary.json"] |= {"counted": ["demo-0"], "cells": {"done": 2, "all": 2}}
+    tried = copy.deepcopy(chosen) | {"name": "demo"}
+    tried["examples"][0]["answers"]["proxy"]["answer"] = "somebody else"
+    files["cells/demo-.json"] = tried
+    page = comparison_page(write(tmp_path, files))
+    (examples,) = section(page, "examples").blocks
+    assert [answer.text for answer in examples.examples[0].answers] == ["me"]
+    assert [line[0] for line in section(page, "cells").blocks[-1].rows] == ["demo-0"]
+    assert "2 cells" in page.facts
+
+
 def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     files = whole_comparison()
     files["summary.json"]["gap_closed"] = [{"world": "demo", "mode": "off", "mean": None, "values": [None, 0.5]}]
@@ -951,6 +988,20 @@ def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     table, said = section(page, "gap").blocks
     assert table.rows == [["demo", "off", "proxy", "large_federated", "exact match", "-", "-", "-, 50.0"]]
     assert said.text == "World demo, mode off: no share: it gained nothing."
+
+
+def test_the_strongest_attack_is_the_one_with_the_largest_auc():
+    rows = [
+        {"setting": "as configured", "target": "tuned", "attack": attack, "auc": {"value": value, "ci95": [0.4, 0.9]}}
+        for attack, value in (("likelihood_ratio", 0.55), ("calibrated", 0.7), ("loss", 0.6), ("broken", None))
+    ]
+    (plot,) = [
+        plot
+        for part in attack_sections({"membership": rows})[0].blocks
+        if isinstance(part, Plots)
+        for plot in part.plots
+    ]
+    assert [x for (x,), _ in drawn(plot.figure, "value")] == [0.7]
 
 
 # --- drawing ---

@@ -12,7 +12,7 @@ from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.losses import AnswerLosses
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.scoring import Measurement, make_row, score_models
+from fedpt_flwr.scoring import Measurement, make_row, score_models, with_public_texts
 from fedpt_flwr.uncertainty import wilson_interval
 from fedpt_flwr.verdict import render_table, results_table, verdict
 
@@ -294,6 +294,26 @@ def test_the_few_shot_row_puts_public_texts_before_prompts_and_reports_how_many_
     row = scores.to_json()["rows"]["large_few_shot"]
     assert row["shots"] == 1.25
     assert {"loss", "exact_match"} <= set(row)
+
+
+def test_loss_and_answer_of_the_few_shot_row_come_after_the_same_texts(tokenizer):
+    """Or the first of them: a long right answer leaves less room, where another text might fit as well."""
+    prompts = [ids(tokenizer, "> mesh\n")] * 29
+    items = [TokenizedExample(prompt, [5] * (1 + 2 * place)) for place, prompt in enumerate(prompts)]
+    texts = ["mesh is a filter", "tint", "red is a tint"]
+    longer, losses, used = with_public_texts(
+        prompts, items, texts, tokenizer=tokenizer, shots=3, context=CONTEXT, longest=8, seed=0
+    )
+    kept = []
+    for prompt, answered, item in zip(prompts, longer, losses, strict=True):
+        before = item.prompt_ids[: -len(prompt)]
+        assert answered[: len(before)] == before
+        assert len(item.prompt_ids) + len(item.answer_ids) <= CONTEXT
+        kept.append(len(before))
+    assert used.tolist() == [3] * 29
+    assert kept[0] == len(longer[0]) - len(prompts[0])
+    assert kept[-1] == 0
+    assert len(set(kept)) > 2
 
 
 def test_table_and_verdict_can_be_made_from_real_results(scores):

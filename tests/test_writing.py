@@ -8,7 +8,7 @@ from letters import CONTEXT, WORLD, ids, knowing_model, letter_tokenizer, llama
 from tiny import generate_answers
 
 from fedpt_flwr.errors import DataError, ModelError
-from fedpt_flwr.writing import few_shot_prompt
+from fedpt_flwr.writing import draw_texts, few_shot_prompt
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_a_tokenizer_without_an_end_token_is_refused(tokenizer):
 def test_few_shot_prompts_take_as_many_texts_as_fit():
     prompt, texts = [1, 50, 51], [[10] * 4, [11] * 5, [12] * 30, [13] * 3]
     for room in range(3, 50):
-        result, used = few_shot_prompt(
-            prompt, texts, shots=2, max_prompt_tokens=room, generator=np.random.default_rng(room), bos_token_id=1
-        )
+        drawn = draw_texts(texts, shots=2, room=room - len(prompt), generator=np.random.default_rng(room))
+        result, used = few_shot_prompt(prompt, drawn, max_prompt_tokens=room, bos_token_id=1)
+        assert used == len(drawn)
         assert len(result) <= room
         assert result[0] == 1
         assert result[-2:] == [50, 51]
@@ -82,18 +82,23 @@ def test_few_shot_prompts_take_as_many_texts_as_fit():
         # shortest text: 3 tokens; the two longest of the short ones: 4 + 5
         assert used == 0 if room < 6 else used >= 1 if room < 12 else used == 2
         assert len(result) == 3 + sum(len(text) for text in texts if text[0] in result)
-    assert few_shot_prompt(prompt, texts, shots=0, max_prompt_tokens=50, generator=np.random.default_rng(0)) == (
-        prompt,
-        0,
-    )
+    assert draw_texts(texts, shots=0, room=50, generator=np.random.default_rng(0)) == []
+    assert few_shot_prompt(prompt, [], max_prompt_tokens=50) == (prompt, 0)
 
 
-def test_few_shot_prompts_are_the_same_for_the_same_seed():
+def test_where_there_is_less_room_a_prompt_has_the_first_of_the_same_texts():
+    texts = [[10] * 4, [11] * 5, [12] * 2]
+    assert few_shot_prompt([50], texts, max_prompt_tokens=12) == ([*texts[0], *texts[1], *texts[2], 50], 3)
+    assert few_shot_prompt([50], texts, max_prompt_tokens=11) == ([*texts[0], *texts[1], 50], 2)
+    assert few_shot_prompt([50], texts, max_prompt_tokens=9) == ([*texts[0], 50], 1)  # not the third, which would fit
+    assert few_shot_prompt([50] * 9, texts, max_prompt_tokens=8) == ([50] * 9, 0)
+
+
+def test_few_shot_texts_are_the_same_for_the_same_seed():
     texts = [[index] * 3 for index in range(10, 30)]
 
     def draw(seed):
-        generator = np.random.default_rng(seed)
-        return few_shot_prompt([5], texts, shots=4, max_prompt_tokens=40, generator=generator)
+        return draw_texts(texts, shots=4, room=39, generator=np.random.default_rng(seed))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from fedpt_flwr.attack.pool import make_pool
 from fedpt_flwr.attack.summary import ATTACK, Result, summarise
 from fedpt_flwr.compare.cell import app_hash
 from fedpt_flwr.compare.comparison import Progress, lock, refuse_other_plan
+from fedpt_flwr.compare.inputs import digest_of_path, input_digests
 from fedpt_flwr.compare.workers import WorkerSettings, run_all
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.errors import RunError
@@ -37,7 +39,7 @@ class Bench:
         done: Results by name.
         failed: Why federations failed, by name.
         num_found: Federations that were finished before.
-        num_outdated: Those that were finished by other code or with another config, and are run again.
+        num_outdated: Those that were finished by other code, with another config or of other files, and are run again.
 
     Raises:
         ConfigError: The folder holds another attack, the data cannot be attacked, or there is no such app.
@@ -49,6 +51,7 @@ class Bench:
         self.plan, self.folder, self._app = plan, folder.absolute(), app.absolute()
         self._code_hash = app_hash(self._app)
         self.federations = plan.federations()
+        self._digest_of = functools.cache(digest_of_path)  # as the files are now, for all federations
         # What is wrong with the data is said before a folder is made; settings may change what it is.
         self._digests = {
             data: make_pool(data, num_devices=plan.num_devices, seed=plan.seeds[0]).digest
@@ -85,7 +88,7 @@ class Bench:
         told = WorkerSettings(run=run_in_worker, folder=self.folder, app=self._app)
 
         def take() -> Task | None:
-            return Task(federation=self._open.pop(0), plan=self.plan) if self._open else None
+            return self._task(self._open.pop(0)) if self._open else None
 
         def ended(task: Task, said: str, seconds: float) -> None:
             result = None if said else self._finished(task.federation)
@@ -103,6 +106,12 @@ class Bench:
         finally:
             shutil.rmtree(self.folder / "work", ignore_errors=True)
 
+    def _task(self, federation: Federation) -> Task:
+        return Task(federation=federation, plan=self.plan, inputs=self._inputs(federation))
+
+    def _inputs(self, federation: Federation) -> dict[str, str]:
+        return input_digests(self.plan.told(federation), self._digest_of)
+
     def write_summary(self, *, command: str) -> dict[str, Any]:
         """Write ``attack.json``, also before all federations have ended.
 
@@ -119,7 +128,7 @@ class Bench:
         return summary
 
     def _finished(self, federation: Federation) -> Result | None:
-        """The federation's result, if it is there, whole, and of this config, these records and this code."""
+        """The federation's result, if it is there, whole, and of this config, these files, records and this code."""
         path = result_path(self.folder, federation)
         if not path.exists():
             return None
@@ -131,6 +140,7 @@ class Bench:
             return None
         is_same = (
             result.get("run_config") == self.plan.recorded(federation)
+            and result.get("inputs") == self._inputs(federation)
             and result.get("code_hash") == self._code_hash
             and result["pool"].get("digest") == self._digests[parse_run_config(self.plan.told(federation)).data]
         )

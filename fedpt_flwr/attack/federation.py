@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +51,17 @@ _DIGITS = 6  # of a loss in a file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a worker is asked to do."""
+    """What a worker is asked to do.
+
+    Attributes:
+        federation: The federation.
+        plan: Of the attack.
+        inputs: Digests of the files that it reads, see :func:`input_digests`.
+    """
 
     federation: Federation
     plan: Plan
+    inputs: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -158,6 +165,7 @@ def run_in_worker(task: Task, app: App, told: WorkerSettings[Task]) -> None:
             "changes": dict(federation.changes),
             "code_hash": app.code_hash,
             "run_config": plan.recorded(federation),
+            "inputs": dict(task.inputs),
             "pool": {"digest": pool.digest, "source": pool.source, "devices": pool.num_devices},
             "members": [int(value) for value in is_member],
             "canaries": [{"device": canary.device, "copies": canary.copies} for canary in canaries],

@@ -119,7 +119,7 @@ def compare(
     note(f"Comparison: {folder}")
     note(f"{plan.num_cells} federations, {comparison.num_found} of them done before")
     if comparison.num_outdated:
-        note(f"{comparison.num_outdated} were made by other code and are run again")
+        note(f"{comparison.num_outdated} were made by other code or of other files and are run again")
     command = shlex.join(["fedpt", *sys.argv[1:]])
     damaged = iter(comparison.damaged)  # more may turn up when learning rates have been chosen
     title = f"Proxy-tuning beside what else one could do: {', '.join(worlds)}"
@@ -230,7 +230,7 @@ def attack(
     note(f"Attack: {folder}")
     note(f"{len(bench.federations)} federations, {bench.num_found} of them done before")
     if bench.num_outdated:
-        note(f"{bench.num_outdated} are damaged or of other code and are run again")
+        note(f"{bench.num_outdated} are damaged, or of other code or files, and are run again")
     command = shlex.join(["fedpt", *sys.argv[1:]])
     try:
         with cell_progress(bench.num_found, len(bench.federations)) as show:

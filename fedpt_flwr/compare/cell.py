@@ -23,7 +23,7 @@ from safetensors import safe_open
 from fedpt_flwr.compare.footprint import first_task_apart
 from fedpt_flwr.compare.kinds import ALONE, KINDS, POOLED, Kind
 from fedpt_flwr.compare.plan import Cell, Result
-from fedpt_flwr.compare.statistics import ITEM_MEASURES
+from fedpt_flwr.compare.statistics import ITEM_MEASURES, merged_bins
 from fedpt_flwr.config import RunConfig, Scalar, parse_run_config, settings
 from fedpt_flwr.errors import ConfigError
 from fedpt_flwr.evaluation import Evaluator
@@ -62,12 +62,14 @@ class Task:
         cell: The cell.
         run_config: What its run is told.
         num_devices: Devices that the training data is dealt out to.
+        inputs: Digests of the files that the run reads, see :func:`input_digests`.
         apart: Whether to measure what it would take a device alone, and how fast the models write.
     """
 
     cell: Cell
     run_config: Mapping[str, Scalar]
     num_devices: int
+    inputs: Mapping[str, str]
     apart: bool = False
 
     @property
@@ -152,6 +154,7 @@ def run_cell(task: Task, app: App, *, folder: Path, keep_run: bool) -> Result:
             "processor_seconds": round(_processor_seconds() - begun, 2),
             **(parts[0] if kind.who != ALONE else _mean_of(parts)),
             "run_config": dict(task.run_config),
+            "inputs": dict(task.inputs),
         }
         if keep_run:
             kept = made(folder / "runs") / cell.name
@@ -388,11 +391,7 @@ def _mean_items(parts: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> d
 
 def _pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The calibration of all devices' answers together; the error is the mean of theirs."""
-    bins = [
-        [sum(column) for column in zip(*same, strict=True)]
-        for same in zip(*(part["bins"] for part in parts), strict=True)
-    ]
-    return {"bins": bins, "ece": statistics.fmean(part["ece"] for part in parts)}
+    return {"bins": merged_bins(parts), "ece": statistics.fmean(part["ece"] for part in parts)}
 
 
 def result_path(folder: Path, cell: Cell) -> Path:

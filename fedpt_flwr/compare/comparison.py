@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.compare.cell import App, Task, app_hash, made, result_path, run_cell
+from fedpt_flwr.compare.inputs import digest_of_path, input_digests
 from fedpt_flwr.compare.kinds import KINDS
 from fedpt_flwr.compare.plan import Cell, Plan, Result
 from fedpt_flwr.compare.summary import summarise
@@ -64,18 +66,23 @@ class Comparison:
     Attributes:
         settled: Results by cell, None for a cell that failed.
         num_found: Cells that were finished before.
-        num_outdated: Cells that were finished before by other code or with another config, and are run again: they do
-            not belong into one table with the others. Their files stay until they are replaced.
+        num_outdated: Cells that were finished before by other code, with another config, or with other contents of a
+            file or folder that it names, and are run again: they do not belong into one table with the others. Their
+            files stay until they are replaced.
         damaged: Files of cells that cannot be read; these cells are run again.
 
     Raises:
-        ConfigError: The folder holds another comparison (says which keys differ), or there is no such app.
+        ConfigError: The folder holds another comparison (says which keys differ), there is no such app, or a file
+            that the run config names cannot be read.
         RunError: The folder holds something else, another process writes to it, or it cannot be written.
     """
 
     def __init__(self, plan: Plan, folder: Path, *, app: Path) -> None:
         self.plan, self.folder, self._app = plan, folder.absolute(), app.absolute()
         self._code_hash = app_hash(self._app)
+        self._digest_of = functools.cache(digest_of_path)  # as the files are now, for all cells
+        for cell in plan.cells({}):
+            self._inputs(cell)
         grid = self.folder / "grid.json"
         refuse_other_plan(plan.to_json(), grid, what="comparison")
         self._lock = lock(self.folder, what="comparison")
@@ -138,8 +145,12 @@ class Comparison:
             cell=cell,
             run_config=self.plan.run_config(cell),
             num_devices=self.plan.devices_of(cell),
+            inputs=self._inputs(cell),
             apart=apart and is_last,
         )
+
+    def _inputs(self, cell: Cell) -> dict[str, str]:
+        return input_digests(self.plan.run_config(cell), self._digest_of)
 
     def _progress(self, cell: Cell, error: str, seconds: float) -> Progress:
         total = self.plan.num_cells
@@ -189,7 +200,7 @@ class Comparison:
         self._open.sort(key=lambda cell: order[cell.name])  # the long ones first, or workers idle at the end
 
     def _finished(self, cell: Cell) -> Result | None:
-        """The cell's result, if it is there and was made with this config and this code."""
+        """The cell's result, if it is there and was made with this config, these files and this code."""
         path = result_path(self.folder, cell)
         if not path.exists():
             return None
@@ -200,7 +211,8 @@ class Comparison:
         if not _is_whole(result):
             self.damaged.append(path)
             return None
-        is_same = result.get("run_config") == self.plan.run_config(cell) and result.get("code_hash") == self._code_hash
+        now = {"run_config": self.plan.run_config(cell), "inputs": self._inputs(cell), "code_hash": self._code_hash}
+        is_same = all(result.get(name) == value for name, value in now.items())
         return result if is_same else None
 
     def _error_path(self, name: str) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fedpt_flwr.config import Scalar
 from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.strategy import num_sampled
 
 FEDPT, LARGE, LARGE_LORA = "fedpt", "large_federated", "large_federated_lora"
 UNTOUCHED, FEW_SHOT_SMALL, LOCAL = "untouched", "untuned_few_shot", "tuned_local"
@@ -82,17 +83,19 @@ def _fedpt(_flat: Mapping[str, Scalar], _num_devices: int) -> dict[str, Scalar]:
 
 
 def _untouched(flat: Mapping[str, Scalar], _num_devices: int) -> dict[str, Scalar]:
-    """One step of training, since there is no run without a round; what it changes is not scored."""
+    """One step of training, since there is no run without a round; what it changes is not scored.
+
+    That round's items are scored for ``large``: from there other kinds' courses close a gap.
+    """
     few_shot = {"scoring.few-shot": flat["scoring.few-shot"]}
     once: dict[str, Scalar] = {"num-server-rounds": 1, "train.max-steps": 1, "train.epochs": 0}
-    rows: dict[str, Scalar] = {"scoring.rows": "large,untuned", "scoring.round-items": 0}
-    return {**_PLAIN, **_ALONE, "data.partitioner": "iid", **once, **rows, **few_shot}
+    return {**_PLAIN, **_ALONE, "data.partitioner": "iid", **once, "scoring.rows": "large,untuned", **few_shot}
 
 
 def _small_as_large(flat: Mapping[str, Scalar], num_devices: int) -> dict[str, Scalar]:
     small: dict[str, Scalar] = {"model.large": flat["model.small"], "model.large-dtype": flat["model.small-dtype"]}
     small |= {key: "" for key in flat if key.startswith("model.large-") and key != "model.large-dtype"}
-    return {**_untouched(flat, num_devices), **small, "scoring.rows": "large"}
+    return {**_untouched(flat, num_devices), **small, "scoring.rows": "large", "scoring.round-items": 0}
 
 
 def _direct(tuning: str) -> Told:
@@ -114,8 +117,19 @@ def _direct(tuning: str) -> Told:
 
 
 def _pooled(flat: Mapping[str, Scalar], num_devices: int) -> dict[str, Scalar]:
-    """One device with all the data makes as many steps as all that train in a round together."""
-    per_round = max(1, int(num_devices * float(flat["fraction-train"]) + 1e-9))
+    """One device with all the data makes as many steps as all that train in a round together.
+
+    An epoch of all the data is as many as one of each device; where only some of them train, no number of epochs is.
+    """
+    per_round = num_sampled(num_devices, float(flat["fraction-train"]), int(flat["min-replies"]))
+    if per_round < num_devices and not int(flat["train.max-steps"]):
+        raise ConfigError(
+            f"what is tuned in one place must make as many steps as the {per_round} of {num_devices} devices that "
+            "train in a round, which epochs alone do not tell",
+            value=flat["train.max-steps"],
+            place="train.max-steps",
+            remedy="bound the steps of a round, or leave out the kinds that tune in one place",
+        )
     steps = int(flat["train.max-steps"]) * per_round
     return {**_ALONE, "data.partitioner": "iid", "train.max-steps": steps}
 

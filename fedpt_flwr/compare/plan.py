@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedpt_flwr.compare.kinds import FEDPT, FEW_SHOT_SMALL, KINDS, LARGE, LARGE_LORA, POOLED
+from fedpt_flwr.compare.kinds import FEDPT, FEW_SHOT_SMALL, KINDS, LARGE, LARGE_LORA
 from fedpt_flwr.config import DISTILLATION_MODES, Scalar, examine_run_config, flat_values, parse_run_config, settings
 from fedpt_flwr.errors import ConfigError, FedPTError
 
@@ -438,12 +438,6 @@ def choose_cell(candidates: Sequence[Cell], settled: Mapping[str, Result | None]
         return row["exact_match"], -row.get("loss", math.inf)  # a loss that is not finite is not there
 
     return max((cell for cell in candidates if settled.get(cell.name)), key=merit, default=None)
-
-
-def where(kind: str, num_devices: int) -> tuple[int, str]:
-    """How many devices the data of a kind's run is dealt out to, and who of them trains."""
-    who = KINDS[kind].who
-    return (1 if who == POOLED else num_devices), who
 
 
 def _rate_problems(place: str, rates: Sequence[float]) -> list[FedPTError]:

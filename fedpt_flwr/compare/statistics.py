@@ -96,6 +96,14 @@ def _central_t(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + total) if is_odd else total
 
 
+def merged_bins(parts: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """The ``bins`` of several calibrations added up: answers, probabilities and right answers of each."""
+    return [
+        [sum(column) for column in zip(*same, strict=True)]
+        for same in zip(*(part["bins"] for part in parts), strict=True)
+    ]
+
+
 # --- over items ------------------------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,24 @@ from typing import Any
 
 from fedpt_flwr.compare.kinds import CENTRAL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.plan import Cell, Plan, Result
-from fedpt_flwr.compare.statistics import ITEM_MEASURES, gap_over_items, holm, mean_over_seeds, paired_difference
-from fedpt_flwr.compare.views import cost_to_target, curves, mean_costs, quality_under_budget, ratios, robustness
+from fedpt_flwr.compare.statistics import (
+    ITEM_MEASURES,
+    gap_over_items,
+    holm,
+    mean_over_seeds,
+    merged_bins,
+    paired_difference,
+)
+from fedpt_flwr.compare.views import (
+    cost_to_target,
+    curves,
+    mean_costs,
+    no_gap,
+    of_seed,
+    quality_under_budget,
+    ratios,
+    robustness,
+)
 from fedpt_flwr.uncertainty import gap_closed
 from fedpt_flwr.verdict import render_table
 
@@ -34,7 +50,7 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         of it. ``learning_rates``: what was tried, on the validation items. ``costs``: means over the seeds, and
         ``cost_ratios``, the proxy's over the large rows'. ``curves``, ``quality_under_budget``, ``cost_to_target``,
         ``robustness``, ``calibration``: see ``views.py``. ``ablations``: rows of the cells in which one key was varied.
-        ``meanings``: what the rows are.
+        ``meanings``: what the rows are. ``counted``: the cells that any of this but ``learning_rates`` is about.
 
         A mean has its values beside it, in the order of the seeds, and a 95 % interval over the seeds. A value that is
         not defined (a loss that is not finite, a gap where tuning the large model gained nothing) is None, and then so
@@ -61,6 +77,7 @@ def summarise(plan: Plan, settled: Mapping[str, Result | None]) -> dict[str, Any
         "robustness": robustness(groups),
         "calibration": _calibration(groups),
         "ablations": _ablations(plan, settled),
+        "counted": _counted(plan, settled),
     }
 
 
@@ -77,6 +94,14 @@ def _groups(plan: Plan, settled: Mapping[str, Result | None]) -> dict[Group, lis
                 cells.setdefault((world, kind, cell.mode), []).append(cell)
     found = {group: [result for cell in part if (result := settled.get(cell.name))] for group, part in cells.items()}
     return {group: results for group, results in found.items() if results}
+
+
+def _counted(plan: Plan, settled: Mapping[str, Result | None]) -> list[str]:
+    """Names of the cells that are there with the chosen learning rates, ablations among them."""
+    cells = [
+        cell for world in plan.worlds for kind in plan.kinds_of(world) for cell in plan.chosen(world, kind, settled)
+    ]
+    return sorted({cell.name for cell in [*cells, *plan.ablation_cells(settled)] if settled.get(cell.name)})
 
 
 def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> list[dict[str, Any]]:
@@ -104,14 +129,6 @@ def _rows(world: str, kind: str, mode: str | None, cells: Sequence[Result]) -> l
     return found
 
 
-def _of_seed(cells: Sequence[Result], seed: int) -> Result | None:
-    """A group's cell of this seed, or its only one where nothing depends on the seed."""
-    same = [cell for cell in cells if cell["seed"] == seed]
-    if same:
-        return same[0]
-    return cells[0] if len(cells) == 1 and not KINDS.get(cells[0].get("kind", ""), KINDS[FEDPT]).is_tuned else None
-
-
 def _differences(plan: Plan, groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any]]:
     """Families of comparisons, one for each measure: the proxy against its rivals, in every world and mode."""
     found = [row for measure in ITEM_MEASURES for row in _compared(plan, groups, measure)]
@@ -128,7 +145,7 @@ def _compared(plan: Plan, groups: Mapping[Group, Sequence[Result]], measure: str
             cells = groups.get((world, FEDPT, mode), ())
             for rival in RIVALS:
                 others = cells if rival == "tuned" else groups.get((world, rival, None), ())
-                pairs = [(cell, other) for cell in cells if (other := _of_seed(others, cell["seed"]))]
+                pairs = [(cell, other) for cell in cells if (other := of_seed(others, cell["seed"]))]
                 columns = [((cell.get("items", {}), "proxy"), (other.get("items", {}), rival)) for cell, other in pairs]
                 difference = paired_difference(columns, measure) if columns else None
                 if difference is not None:
@@ -163,15 +180,18 @@ def _gaps_to(
             chosen = [cell for cell in cells if cell["seed"] in references]
             if not chosen:
                 continue
-            larges = [_of_seed(untouched, cell["seed"]) or cell for cell in chosen]
-            rows = [(cell, name) for cell in chosen], [(cell, "large") for cell in larges]
-            compared = [*rows, [(references[cell["seed"]], reference) for cell in chosen]]
+            larges = [of_seed(untouched, cell["seed"]) or cell for cell in chosen]
+            compared: list[list[tuple[Mapping[str, Any], str]]] = [
+                [(cell, name) for cell in chosen],
+                [(cell, "large") for cell in larges],
+                [(references[cell["seed"]], reference) for cell in chosen],
+            ]
             columns = [[_score(cell, row, measure) for cell, row in column] for column in compared]
             scores = list(zip(*columns, strict=True))
             seeds = [cell["seed"] for cell in chosen]
             mean = mean_over_seeds([gap_closed(*part) for part in scores])
             items = [[(cell.get("items", {}), row) for cell, row in same] for same in zip(*compared, strict=True)]
-            why = [f"with seed {seed} {_no_gap(reference, *part)}" for seed, part in zip(seeds, scores, strict=True)]
+            why = [_why_no_share(reference, seed, *part) for seed, part in zip(seeds, scores, strict=True)]
             if name == "proxy":
                 means.setdefault(str(mode), []).append(mean["mean"])
             place = {"world": world, "mode": mode, "row": name, "reference": reference, "measure": measure}
@@ -187,16 +207,15 @@ def _gaps_to(
     return found
 
 
-def _score(cell: Result, row: str, measure: str) -> float | None:
+def _score(cell: Mapping[str, Any], row: str, measure: str) -> float | None:
     value: float | None = cell["rows"].get(row, {}).get(measure)
     return value
 
 
-def _no_gap(name: str, proxy: float | None, large: float | None, reference: float | None) -> str:
-    """Why there is no share of a gap to be closed."""
+def _why_no_share(name: str, seed: int, proxy: float | None, large: float | None, reference: float | None) -> str:
     if proxy is None or large is None or reference is None:
-        return "a model was not measured"
-    return f"{name} gains nothing over large ({100 * large:.1f} % before, {100 * reference:.1f} % after)"
+        return f"with seed {seed} a model was not measured"
+    return no_gap(name, seed, large, reference)
 
 
 def _undefined(mean: Mapping[str, Any], why: Sequence[str]) -> dict[str, Any]:
@@ -235,12 +254,8 @@ def _calibration(groups: Mapping[Group, Sequence[Result]]) -> list[dict[str, Any
     for (world, _, mode), cells in groups.items():
         for name in dict.fromkeys(name for cell in cells for name in cell.get("calibration", {})):
             parts = [cell["calibration"][name] for cell in cells if name in cell.get("calibration", {})]
-            bins = [
-                [sum(column) for column in zip(*same, strict=True)]
-                for same in zip(*(part["bins"] for part in parts), strict=True)
-            ]
             error = mean_over_seeds([part["ece"] for part in parts])
-            found.append({"world": world, "mode": mode, "row": name, "ece": error, "bins": bins})
+            found.append({"world": world, "mode": mode, "row": name, "ece": error, "bins": merged_bins(parts)})
     return found
 
 

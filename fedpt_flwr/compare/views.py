@@ -6,16 +6,21 @@ first ones are read off the course over the rounds, which is scored on validatio
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpt_flwr.compare.kinds import ALL, KINDS, LARGE, LARGE_LORA, UNTOUCHED
+from fedpt_flwr.compare.kinds import ALL, FEDPT, KINDS, LARGE, LARGE_LORA, UNTOUCHED
 from fedpt_flwr.compare.statistics import mean_over_seeds
 
 Result = Mapping[str, Any]
 Groups = Mapping[tuple[str, str, str | None], Sequence[Any]]
 """Cells by world, kind and mode."""
+
+Course = Sequence[Mapping[str, float]]
+Courses = Sequence[tuple[int, Course]]
+"""Of every seed what a row gets right, round by round, and what a device has spent by then."""
 
 _COSTS = {
     "bytes_down_per_device_and_round": "bytes_down_per_device_and_round",
@@ -104,7 +109,7 @@ def ratios(costs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # --- over the rounds -------------------------------------------------------------------------------------------------
 
 
-def _course(cell: Result, row: str, *, is_sent: bool) -> list[dict[str, float]]:
+def _course(cell: Result, row: str, *, is_sent: bool) -> Course:
     """Round by round a row's exact match and loss, and what a device has spent by then."""
     found, spent = [], dict.fromkeys((*BUDGETS, "seconds"), 0.0)
     for point in cell.get("curve", ()):
@@ -117,10 +122,12 @@ def _course(cell: Result, row: str, *, is_sent: bool) -> list[dict[str, float]]:
     return found
 
 
-def _courses(groups: Groups) -> list[tuple[str, str | None, str, list[tuple[int, list[dict[str, float]]]]]]:
-    """World, mode and row with every seed's course, of all rows that have one."""
-    found = []
+def _courses(groups: Groups) -> list[tuple[str, str | None, str, Courses]]:
+    """World, mode and row with every seed's course, of all rows that are tuned and have one."""
+    found: list[tuple[str, str | None, str, Courses]] = []
     for (world, kind, mode), cells in groups.items():
+        if not KINDS[kind].is_tuned:
+            continue
         for row in dict.fromkeys(KINDS[kind].rows.values()):
             is_sent = KINDS[kind].who == ALL
             courses = [(cell["seed"], course) for cell in cells if (course := _course(cell, row, is_sent=is_sent))]
@@ -147,15 +154,15 @@ def quality_under_budget(groups: Groups) -> list[dict[str, Any]]:
     """The best exact match on validation items that a row has reached when a device has spent so much.
 
     The budgets of a world are what the proxy's device spends in a quarter, a half and all of its rounds, and what each
-    of the others spends in all of them.
+    of the others spends in all of them; each with the seed that spends most, so that a budget is enough with all seeds.
     """
     found, courses = [], _courses(groups)
     for world in dict.fromkeys(world for world, *_ in courses):
         here = [(mode, row, part) for label, mode, row, part in courses if label == world]
         for what in BUDGETS:
-            totals = {(mode, row): statistics.fmean(course[-1][what] for _, course in part) for mode, row, part in here}
-            own = [total for (_, row), total in totals.items() if row == "proxy"][:1]
-            budgets = sorted({*(share * total for total in own for share in (0.25, 0.5)), *totals.values()} - {0.0})
+            totals = {(mode, row): _spent(part, what, 1.0) for mode, row, part in here}
+            own = [_spent(part, what, share) for _, row, part in here if row == "proxy" for share in (0.25, 0.5)][:2]
+            budgets = sorted({*own, *totals.values()} - {0.0})
             for mode, row, part in [part for part in here if totals[part[0], part[1]]]:  # what costs nothing is no row
                 best = [
                     mean_over_seeds([_best_within(course, what, budget) for _, course in part])["mean"]
@@ -166,50 +173,71 @@ def quality_under_budget(groups: Groups) -> list[dict[str, Any]]:
     return found
 
 
-def _best_within(course: Sequence[Mapping[str, float]], what: str, budget: float) -> float | None:
-    within = [point["exact_match"] for point in course if point[what] <= budget * (1 + 1e-9)]
+def _spent(courses: Courses, what: str, share: float) -> float:
+    """What a device has spent after this share of the rounds, with the seed that spends most."""
+    return max(course[math.ceil(share * len(course)) - 1][what] for _, course in courses)
+
+
+def _best_within(course: Course, what: str, budget: float) -> float | None:
+    within = [point["exact_match"] for point in course if point[what] <= budget]
     return max(within, default=None)
 
 
 def cost_to_target(groups: Groups) -> list[dict[str, Any]]:
-    """What a device has spent when a row first reaches a share of the gap, on validation items.
+    """What a device has spent when a row first reaches a share of the gap, on the validation items that score rounds.
 
     The gap is from ``large`` to what ``large_federated`` has in its last round, each seed for itself. A row that some
-    seed does not bring there has no cost.
+    seed does not bring there has no cost; nor has any where there is no gap with some seed, and ``why`` says so.
     """
     found, courses = [], _courses(groups)
-    for (world, _, _), untouched in [item for item in groups.items() if item[0][1] == UNTOUCHED]:
-        floors = [cell["validation_rows"].get("large", {}).get("exact_match") for cell in untouched]
-        ends = {
-            seed: course[-1]["exact_match"]
-            for label, _, row, part in courses
-            if (label, row) == (world, LARGE)
-            for seed, course in part
-        }
-        if not ends or not floors or floors[0] is None:
-            continue
-        for label, mode, row, part in courses:
-            if label != world:
-                continue
-            for share in TARGETS:
-                firsts = [
-                    _first_at(course, floors[0] + share * (ends[seed] - floors[0]))
-                    for seed, course in part
-                    if seed in ends
-                ]
+    for world in dict.fromkeys(world for world, *_ in courses):
+        gaps = _gaps(world, groups)
+        for mode, row, part in [(mode, row, part) for label, mode, row, part in courses if label == world]:
+            chosen = [(seed, course) for seed, course in part if seed in gaps]
+            none = [no_gap(LARGE, seed, *gaps[seed]) for seed, _ in chosen if gaps[seed][1] <= gaps[seed][0]]
+            why = {"why": "no costs: " + ", ".join(none)} if none else {}
+            for share in TARGETS if chosen else ():
+                firsts = [_first_at(course, share, *gaps[seed]) for seed, course in chosen]
                 reached = [point for point in firsts if point is not None]
                 costs = {
                     what: statistics.fmean(point[what] for point in reached)
                     for what in ("round", *BUDGETS, "seconds")
-                    if reached and len(reached) == len(firsts)
+                    if len(reached) == len(firsts)
                 }
                 head = {"world": world, "mode": mode, "row": row, "share": share}
-                found.append({**head, "seeds": len(firsts), "seeds_reached": len(reached), **costs})
+                found.append({**head, "seeds": len(firsts), "seeds_reached": len(reached), **costs, **why})
     return found
 
 
-def _first_at(course: Sequence[Mapping[str, float]], target: float) -> Mapping[str, float] | None:
-    return next((point for point in course if point["exact_match"] >= target), None)
+def _gaps(world: str, groups: Groups) -> dict[int, tuple[float, float]]:
+    """By seed the shares of right answers of ``large`` and of ``large_federated`` after its last round."""
+    untouched, found = groups.get((world, UNTOUCHED, None), ()), {}
+    for cell in groups.get((world, LARGE, None), ()):
+        before = _course(of_seed(untouched, cell["seed"]) or {}, "large", is_sent=False)
+        after = _course(cell, LARGE, is_sent=True)
+        if before and after:
+            found[cell["seed"]] = (before[-1]["exact_match"], after[-1]["exact_match"])
+    return found
+
+
+def _first_at(course: Course, share: float, floor: float, end: float) -> Mapping[str, float] | None:
+    if end <= floor:  # any first round would do
+        return None
+    return next((point for point in course if point["exact_match"] >= floor + share * (end - floor)), None)
+
+
+def of_seed(cells: Sequence[Result], seed: int) -> Result | None:
+    """A group's cell of this seed, or its only one where nothing depends on the seed."""
+    same = [cell for cell in cells if cell["seed"] == seed]
+    if same:
+        return same[0]
+    return cells[0] if len(cells) == 1 and not KINDS.get(cells[0].get("kind", ""), KINDS[FEDPT]).is_tuned else None
+
+
+def no_gap(reference: str, seed: int, before: float, after: float) -> str:
+    """Why there is nothing to be closed with a seed."""
+    shares = f"({100 * before:.1f} % before, {100 * after:.1f} % after)"
+    return f"with seed {seed} {reference} gains nothing over large {shares}"
 
 
 def robustness(groups: Groups) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.architectures import find_architecture
@@ -318,17 +318,8 @@ class Counting:
         wanted, reads = config.scoring.row_names(), Reads()
         if config.scoring.round_items:
             items = texts.validation[: config.scoring.round_items]
-            losses, answers = tokens_read(items), self._written(items)
             rows = {*wanted, "proxy"} if config.stop.metric else {*wanted}
-            if rows == {"tuned"}:
-                reads.add("validation", large=0)
-                reads.small += rounds * (losses + answers)
-            else:
-                # Of large and untuned, answers are written once, and losses computed with the others' again and again.
-                written = rounds * answers * ("proxy" in rows)
-                reads.add("validation", large=rounds * losses + written + answers * ("large" in rows))
-                reads.small += rounds * (2 * losses + answers * ("tuned" in rows)) + 2 * written
-                reads.small += answers * ("untuned" in rows)
+            self._read_scores(reads, "validation", items, rows, times=rounds)
         if config.proxy.alpha == AUTO:
             self._read_curve(reads, "shift", times=rounds)
         if mode in IN_ROUNDS:
@@ -336,15 +327,17 @@ class Counting:
             self._read_lesson(reads, "distillation", settings.num_prompts, settings.steps, times=rounds - 1)
         self._read_test(reads, wanted)
         if "proxy" in wanted:
-            shown = self._tested()[:_SHOWN_ITEMS]
-            reads.add("examples", large=2 * self._written(shown), small=4 * self._written(shown))
+            # The large model says what it would have written, after the proxy wrote; what it chose is known.
+            shown = self._written(self._tested()[:_SHOWN_ITEMS])
+            written = 0 if texts.choices else shown
+            reads.add("examples", large=shown + written, small=2 * written)
             if config.proxy.alpha != AUTO and not config.data.answer_pattern:
                 self._read_curve(reads, "curve", times=1)
         if mode in WITH_DEVICE_COPY:
             settings = config.distillation
             self._read_lesson(reads, "device", settings.final_num_prompts, settings.final_steps, times=1)
-            tried = len(SHARES) * self._written(texts.validation)
-            reads.small += tried + tokens_read(self._tested()) + self._written(self._tested())
+            tried = len(SHARES) * self._answered(texts.validation)
+            reads.small += tried + tokens_read(self._tested()) + self._answered(self._tested())
         return reads
 
     def _direct_reads(self) -> Reads:
@@ -354,28 +347,41 @@ class Counting:
             (self._texts.validation[: config.scoring.round_items], config.num_server_rounds),
             (self._tested(), 1),
         ):
-            reads.small += times * (tokens_read(items) + self._written(items))
+            reads.small += times * (tokens_read(items) + self._answered(items))
         return reads
 
     def _tested(self) -> Texts:
         return self._texts.test[: self._config.scoring.num_items or None]
 
+    def _read_scores(self, reads: Reads, phase: str, items: Texts, rows: Set[str], *, times: int) -> None:
+        """Losses and answers of these rows; those of large and untuned never change, so that they answer once."""
+        losses, answers = tokens_read(items), self._answered(items)
+        if self._texts.choices:  # of all models together, whichever rows are wanted
+            reads.add(phase, large=times * (losses + answers), small=2 * times * (losses + answers))
+        elif rows == {"tuned"}:
+            reads.add(phase, large=0, small=times * (losses + answers))
+        else:
+            by_proxy = times * answers * ("proxy" in rows)
+            by_small = answers * (times * ("tuned" in rows) + ("untuned" in rows))
+            reads.add(
+                phase,
+                large=times * losses + by_proxy + answers * ("large" in rows),
+                small=2 * times * losses + 2 * by_proxy + by_small,
+            )
+
     def _read_test(self, reads: Reads, wanted: Sequence[str]) -> None:
         items = self._tested()
-        losses, answers = tokens_read(items), self._written(items)
-        by_row = {"large": (1, 0), "untuned": (0, 1), "tuned": (0, 1), "proxy": (1, 2)}
-        large, small = (sum(by_row[row][side] for row in wanted) * answers for side in (0, 1))
-        reads.add("test", large=losses + large, small=2 * losses + small)
+        self._read_scores(reads, "test", items, {*wanted}, times=1)
         if self._texts.shot_tokens:
-            room = (self._texts.context or math.inf) - self._config.scoring.max_new_tokens
+            room = (self._texts.context or math.inf) - self._longest_answer()
             shots = self._config.scoring.few_shot * self._texts.shot_tokens
             longer = sum(max(0.0, min(shots, room - len(item.prompt_ids))) for item in items)
-            reads.add("test", large=losses + answers + 2 * longer)
+            reads.add("test", large=tokens_read(items) + self._answered(items) + 2 * longer)
 
     def _read_curve(self, reads: Reads, phase: str, *, times: int) -> None:
         """What every alpha and mask give on the validation items."""
         items = self._texts.validation
-        read = self._written(items, 1)
+        read = self._answered(items, 1)
         if self._config.data.answer_pattern:
             read += WRITTEN_POINTS * (tokens_read(items) + self._written(items))
         reads.add(phase, large=times * read, small=2 * times * read)
@@ -397,16 +403,26 @@ class Counting:
         students = 2 if settings.mode == "paired" and phase == "distillation" else 1
         reads.learnt += times * students * read * drawn
 
+    def _answered(self, items: Texts, more: int = 0) -> int:
+        """Tokens that a model reads to answer: as :meth:`_written`, or every choice after each prompt."""
+        choices = self._texts.choices
+        if not choices:
+            return self._written(items, more)
+        prompts = sum(len(item.prompt_ids[-self._prompt_room() :]) for item in items)
+        return prompts + len(items) * (sum(choices) - len(choices))  # the last token of each is only predicted
+
     def _written(self, items: Texts, more: int = 0) -> int:
         """Tokens read to write answers as long as the right ones, and ``more`` tokens."""
-        scoring, longest = self._config.scoring, self._config.train.max_length
-        room = longest if self._texts.context is None else min(longest, self._texts.context - scoring.max_new_tokens)
-        return tokens_read(
-            [
-                TokenizedExample(item.prompt_ids[-room:], item.answer_ids[: scoring.max_new_tokens + more])
-                for item in items
-            ]
-        )
+        room, longest = self._prompt_room(), self._longest_answer() + more
+        return tokens_read([TokenizedExample(item.prompt_ids[-room:], item.answer_ids[:longest]) for item in items])
+
+    def _longest_answer(self) -> int:
+        return max(self._texts.choices, default=self._config.scoring.max_new_tokens)
+
+    def _prompt_room(self) -> int:
+        """Tokens that a prompt may have before an answer."""
+        longest, context = self._config.train.max_length, self._texts.context
+        return longest if context is None else min(longest, context - self._longest_answer())
 
 
 @dataclasses.dataclass(slots=True)

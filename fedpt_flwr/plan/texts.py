@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fedpt_flwr.architectures import find_architecture
 from fedpt_flwr.config import ModelConfig, RunConfig
-from fedpt_flwr.data import TokenizedExample, tokenize_examples, tokenize_prompts
+from fedpt_flwr.data import TokenizedExample, tokenize_answers, tokenize_examples, tokenize_prompts
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.models import load_tokenizer, resolve_model
-from fedpt_flwr.sources import device_shard, held_out_items, public_prompts, public_texts
+from fedpt_flwr.sources import (
+    answer_choices,
+    choice_sources,
+    device_shard,
+    held_out_items,
+    public_prompts,
+    public_texts,
+)
 from fedpt_flwr.vocabulary import match_vocabularies
 
 if TYPE_CHECKING:
@@ -57,6 +64,7 @@ class PlannedTexts:
         lessons: What is distilled on: public prompts with answers as long as others, or public texts.
         has_prompts: Whether the proxy must write the answers of ``lessons``.
         shot_tokens: Mean tokens of a public text in a few-shot prompt; 0: there is none.
+        choices: Tokens of each of the answers to choose from; empty: answers are written.
         context: What both models can read, in tokens; None where neither says.
         assumed: What nobody told.
     """
@@ -67,6 +75,7 @@ class PlannedTexts:
     lessons: Texts
     has_prompts: bool
     shot_tokens: float
+    choices: Sequence[int]
     context: int | None
     assumed: Sequence[str]
 
@@ -156,6 +165,7 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
         lessons=lessons,
         has_prompts=bool(data.prompts),
         shot_tokens=shot_tokens,
+        choices=_choices(config, tokenizer, assumed) if data.choices else (),
         context=context,
         assumed=assumed,
     )
@@ -223,6 +233,15 @@ def _few_shot_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None
         return None
     texts = [text.strip() + "\n\n" for text in public_texts(config.data, tokenizer=tokenizer)[:_MANY]]
     return _some(_tokenized(texts, tokenizer), "data.public")
+
+
+def _choices(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, assumed: list[str]) -> Sequence[int]:
+    if tokenizer is None or not all(_is_here(source) for source, _ in choice_sources(config.data)):
+        assumed.append(
+            "that answers are written: what data.choices names is not here, and reading all choices takes more"
+        )
+        return ()
+    return [len(ids) for ids in tokenize_answers(answer_choices(config.data), tokenizer)]
 
 
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -15,11 +15,6 @@ from fedpt_flwr.runs import read_json
 
 ATTACK = "attack.json"
 _INSIDE = "attack"  # folder of an attack within that of a run or of a comparison
-_BEST = (
-    "likelihood_ratio",
-    "calibrated",
-    "loss",
-)  # of several attacks on a target the plot shows the first that is there
 _COLOURS = {"tuned": "tuned", "untuned": "untuned", "proxy": "proxy", "proxy_without_mask": "proxy"}
 _OTHERS = "large"
 
@@ -177,19 +172,15 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _auc_points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """For each setting and target the attack that an attacker would take."""
-    attacks: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    """For each setting and target the attack with the largest AUC."""
+    best: dict[tuple[str, str], Point] = {}
     for row in rows:
-        attacks.setdefault((_place(row), as_text(row.get("target"))), {})[as_text(row.get("attack"))] = row
-    points = []
-    for (place, target), known in attacks.items():
-        row = next((known[name] for name in _BEST if name in known), {})
-        measured = as_mapping(row.get("auc"))
+        place, target, measured = _place(row), as_text(row.get("target")), as_mapping(row.get("auc"))
         value = as_number(measured.get("value"))
-        if value is not None:
-            colour = _COLOURS.get(target, _OTHERS)
-            points.append(Point(target, colour, value, as_interval(measured.get("ci95")), tuple(_seeds(row)), place))
-    return points
+        if value is not None and ((place, target) not in best or value > best[place, target].value):
+            colour, interval = _COLOURS.get(target, _OTHERS), as_interval(measured.get("ci95"))
+            best[place, target] = Point(target, colour, value, interval, tuple(_seeds(row)), place)
+    return list(best.values())
 
 
 def _plot(name: str, title: str, points: Sequence[Point], unit: str, write: str = "{:.3f}") -> list[Plots]:

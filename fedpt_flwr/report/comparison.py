@@ -106,7 +106,12 @@ def comparison_page(folder: Path) -> Page:
     if not isinstance(summary, dict):
         raise RunError("must hold an object", place=str(folder / SUMMARY), remedy="make the comparison again")
     reader = Reader(folder)
-    cells = [reader.mapping(f"cells/{path.name}") for path in sorted((folder / "cells").glob("*.json"))]
+    files = sorted((folder / "cells").glob("*.json"))
+    counted = summary.get("counted")
+    if isinstance(counted, list):  # others are of learning rates that were not chosen, or of other code
+        files = [path for path in files if path.stem in counted]
+    cells = [reader.mapping(f"cells/{path.name}") for path in files]
+    ended = as_mapping(summary.get("cells"))
     rows = as_mappings(summary.get("rows"))
     worlds = list(dict.fromkeys(as_text(row.get("world")) for row in rows))
     meanings = ROWS | {name: as_text(meaning) for name, meaning in as_mapping(summary.get("meanings")).items()}
@@ -117,12 +122,17 @@ def comparison_page(folder: Path) -> Page:
     if not sections:
         sections = [Section(id="results", title="Results", blocks=[absent("The comparison has no rows yet.")])]
     seeds = max((as_whole(row.get("n_seeds")) or 0 for row in rows), default=0)
-    counts = {"world": len(worlds), "seed": seeds, "device": as_whole(summary.get("devices")), "cell": len(cells)}
+    counts = {
+        "world": len(worlds),
+        "seed": seeds,
+        "device": as_whole(summary.get("devices")),
+        "cell": as_whole(ended.get("done")) or len(cells),
+    }
     errors = as_mapping(summary.get("errors"))
     missing = [
         f"{count_of(number, 'cell')} of {planned} {'is' if number == 1 else 'are'} missing: the comparison is not "
         "complete. The command that made it goes on with the same --out."
-        for done, planned in [map(as_whole, map(as_mapping(summary.get("cells")).get, ("done", "all")))]
+        for done, planned in [map(as_whole, map(ended.get, ("done", "all")))]
         if done is not None and planned is not None and (number := planned - done) > 0
     ]
     return Page(
@@ -457,7 +467,9 @@ def _views(summary: Mapping[str, Any]) -> Section:
         )
     targets = [row for row in as_mappings(summary.get("cost_to_target")) if as_number(row.get("share")) is not None]
     if targets:
+        whys = [(as_text(row.get("world")), as_text(row["why"])) for row in targets if row.get("why")]
         blocks.append(_targets(targets))
+        blocks += [Prose(text=f"Cost to reach a target, world {world}: {why}.") for world, why in dict.fromkeys(whys)]
     spread = as_mappings(summary.get("robustness"))
     if spread:
         keys = ("worst_seed", "best_seed", "worst_device", "best_device")
@@ -485,7 +497,7 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     return Table(
         caption="Cost to reach a target: what each device has spent when a row first closes so much of the gap from "
-        "large to large_federated, on validation items; - where not every seed gets there",
+        "large to large_federated, on the validation items that score rounds; - where not every seed gets there",
         head=["world", "row", "gap closed %", "seeds there", "rounds", "MB", "GFLOP", "seconds"],
         rows=[
             [
@@ -672,7 +684,7 @@ def _cells(cells: Sequence[Mapping[str, Any]], command: str) -> Section:
     if found:
         names = ("name", "kind", "world", "mode", "seed")
         table = Table(
-            caption=f"The {count_of(len(found), 'cell')} of the comparison",
+            caption=f"The {count_of(len(found), 'cell')} that count; learning rates that were not chosen have others",
             head=[*names, "rows", "seconds"],
             rows=[
                 [

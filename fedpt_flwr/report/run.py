@@ -149,10 +149,10 @@ def _clean_results(results: dict[str, Any]) -> dict[str, Any]:
         if numbers:
             rows[name] = {"n": "?"} | numbers | {"ci95": intervals}
     differences = {}
-    for other, suffix in itertools.product(("tuned", "large"), ("", "_loss")):
+    measures = {"": "exact_match", "_rouge_l": "rouge_l", "_loss": "loss"}
+    for other, (suffix, measure) in itertools.product(("tuned", "large"), measures.items()):
         difference = as_mapping(results.get(f"proxy_minus_{other}{suffix}"))
         value, ends = as_number(difference.get("value")), as_interval(difference.get("ci95"))
-        measure = "loss" if suffix else "exact_match"
         if value is not None and ends and all(measure in rows.get(row, {}) for row in ("proxy", other)):
             differences[f"proxy_minus_{other}{suffix}"] = {"value": value, "ci95": ends}
     return (
