@@ -207,6 +207,7 @@ def test_a_mask_is_the_same_in_pieces_and_comes_off(dtype, monkeypatch):
 # --- devices and server, with nothing between them ---
 
 RULES = Rules(0.7, 1.0, 32)
+TOLD = ConfigRecord({"server-round": 1, "code-hash": "ab", "proximal-mu": 0.1})
 
 
 def model(value=0.0):
@@ -228,14 +229,15 @@ class Round:
         answer: Called with (phase, device, content); what the server gets instead.
     """
 
-    def __init__(self, num_devices=5, *, rules=RULES, drop=None, tell=None, answer=None, secrets=None, sent=None):
+    def __init__(self, num_devices=5, *, rules=RULES, drop=None, tell=None, answer=None, secrets=None, sent=None, told=None):
         self.sent = sent or {device: model() for device in range(num_devices)}
         self.devices = {
             device: Device(device, rules, RecordDict(), (secrets or {}).get(device, b""))
             for device in range(num_devices)
         }
         self.weights = {device: device + 1 for device in self.devices}
-        self.collector = Collector(1, self.weights, rules, self.sent[0])
+        self.told = told or dict.fromkeys(self.devices, TOLD)
+        self.collector = Collector(1, self.weights, rules, self.sent[0], self.told[0])
         self.drop, self.tell, self.answer = drop or {}, tell or (lambda *a: a[2]), answer or (lambda *a: a[2])
         self.changes = {device: changes_of(device) for device in self.devices}
         self.server_saw: list[RecordDict] = []
@@ -269,6 +271,7 @@ class Round:
         answered = device.join(content).answer(
             sorted(self.changes[number].items()),
             self.sent[number],
+            self.told[number],
             num_examples=self.weights[number],
             train_loss=float(number),
         )
@@ -460,6 +463,14 @@ def test_devices_that_were_sent_different_models_have_masks_that_do_not_cancel()
     sent = {device: model(float(device == 2)) for device in range(5)}
     with pytest.raises(RoundError, match="do not open the masks of the sum"):
         Round(5, sent=sent).run()
+
+
+@pytest.mark.parametrize("other", [{"server-round": 2}, {"proximal-mu": 0.2}, {"proximal-mu": None}, {"new": 1}], ids=str)
+def test_devices_that_were_told_to_train_in_different_ways_have_masks_that_do_not_cancel(other):
+    changed = {name: value for name, value in ({**TOLD} | other).items() if value is not None}
+    told = dict.fromkeys(range(5), TOLD) | {2: ConfigRecord(changed)}
+    with pytest.raises(RoundError, match="do not open the masks of the sum"):
+        Round(5, told=told).run()
 
 
 def test_a_device_with_another_secret_stops_the_round_before_anybody_has_sent_anything_and_is_named():

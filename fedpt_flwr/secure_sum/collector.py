@@ -66,6 +66,7 @@ class Collector:
         weights: Examples of every device that was drawn, by its number.
         rules: The run's.
         sent: What the devices are sent to train, as it is on the wire.
+        told: What they are told of how to train it.
         at_least: How many must stay, if that is more than the threshold.
 
     Attributes:
@@ -75,7 +76,14 @@ class Collector:
     """
 
     def __init__(
-        self, server_round: int, weights: Mapping[int, int], rules: Rules, sent: ArrayRecord, *, at_least: int = 1
+        self,
+        server_round: int,
+        weights: Mapping[int, int],
+        rules: Rules,
+        sent: ArrayRecord,
+        told: ConfigRecord,
+        *,
+        at_least: int = 1,
     ) -> None:
         self.server_round = server_round
         self.offered: dict[int, PublicKeys] = {}
@@ -83,7 +91,7 @@ class Collector:
         self.stayed: list[int] = []
         self._weights, self._rules, self._at_least = weights, rules, at_least
         self._shapes = {name: tuple(sent[name].shape) for name in sorted(sent)}
-        self._model = digest_of(sent)
+        self._model = digest_of(sent, told)
         self._session: Session | None = None
         self._total: dict[str, Words] = {}
         self._revealed: dict[int, list[bytes]] = {}

@@ -3,7 +3,8 @@
 Between them it keeps what it drew and was sent in the state that Flower holds for it while a run lasts, in the memory
 of its SuperNode. Where that is lost, the device has dropped out of the round, and nothing worse. The device itself
 checks what protects it: the number of devices, the threshold, that all were told the same, that no round is summed
-twice, and that it never gives both secrets of another device away.
+twice, and that it never gives both secrets of another device away. That no round is summed twice it knows from the same
+state: a device whose SuperNode was restarted may be asked for another sum of the round.
 """
 
 from __future__ import annotations
@@ -263,6 +264,7 @@ class Sum:
         self,
         changes: Iterable[tuple[str, NDArray[np.float32]]],
         received: ArrayRecord,
+        told: ConfigRecord,
         *,
         num_examples: int,
         train_loss: float,
@@ -271,7 +273,8 @@ class Sum:
 
         Args:
             changes: Names and changes of all arrays, in the order of their names.
-            received: What the server sent.
+            received: The model that the server sent.
+            told: What it said of how to train it.
             num_examples: That it trained on: its weight in the mean.
             train_loss: Nats per answer token.
 
@@ -303,7 +306,7 @@ class Sum:
             "cut": min(num_cut, largest),
         }
         tail = np.array([in_tail[name] for name in IN_TAIL], f"<u{TAIL_BITS // 8}")
-        self._mask(words, tail, digest_of(received))
+        self._mask(words, tail, digest_of(received, told))
         kept = self.device._kept()
         secrets = {name: value for name, value in kept.items() if name not in ("mask-key", "share-key", "seed")}
         self.device._keep({**secrets, "phase": _TRAIN, "summed": session.server_round})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -20,6 +20,7 @@ from fedpt_flwr.errors import DeviceError, ReplyError, RoundError
 from fedpt_flwr.limits import parse_limits
 from fedpt_flwr.records import (
     ARRAYS,
+    CONFIG,
     COST_METRICS,
     LIMITS,
     REQUIRED_METRICS,
@@ -96,7 +97,7 @@ class SecureRound:
             self.server_round,
             {device: self.cards[device].num_examples for device in self.sent},
             self.rules,
-            _arrays_of(self.sent),
+            *_sent_to_all(self.sent),
             at_least=self.at_least,
         )
         here: Sequence[int] = list(self.sent)
@@ -203,13 +204,21 @@ def _told(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in SUMMED_METRICS)
 
 
-def _arrays_of(sent: Mapping[int, Message]) -> ArrayRecord:
-    """What all devices are sent to train: the same for each, or their masks would not cancel."""
-    records = [message.content.array_records[ARRAYS] for message in sent.values()]
-    if any(record is not records[0] and record != records[0] for record in records[1:]):
+def _sent_to_all(sent: Mapping[int, Message]) -> tuple[ArrayRecord, ConfigRecord]:
+    """What all devices are sent to train, and told of how: the same for each, or their masks would not cancel."""
+    arrays = [message.content.array_records[ARRAYS] for message in sent.values()]
+    told = [message.content.config_records[CONFIG] for message in sent.values()]
+    if any(record is not arrays[0] and record != arrays[0] for record in arrays[1:]):
         raise RoundError(
             "in a secure sum all devices must be sent the same arrays",
             place="privacy.secure-sum",
             remedy="have some of them a lora-rank in their node configs? Leave it out",
         )
-    return records[0]
+    if any(record != told[0] for record in told[1:]):
+        raise RoundError(
+            "in a secure sum all devices must be told the same of how to train",
+            value=sorted({name for record in told for name in record if record[name] != told[0].get(name)}),
+            place="privacy.secure-sum",
+            remedy="take a strategy that does not set up each device differently",
+        )
+    return arrays[0], told[0]

@@ -235,14 +235,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def digest_of(arrays: ArrayRecord) -> bytes:
-    """A hash of what devices are sent to train: devices with different models share no masks that cancel.
+def digest_of(arrays: ArrayRecord, told: ConfigRecord) -> bytes:
+    """A hash of what devices are sent to train, and of how: those that are told different things share no masks.
 
-    Otherwise a server could send the others a model that they cannot change, and would have one device's change in the
-    sum (Pasquini et al. 2022, arXiv:2111.07380).
+    Otherwise a server could send the others a model that they cannot change (Pasquini et al. 2022, arXiv:2111.07380),
+    or a round whose learning rate is 0, and would have one device's change in the sum.
+
+    Args:
+        arrays: The model.
+        told: All that the train message says beside it: round, proximal term, fingerprints.
     """
     digest = hashlib.sha256(_LABEL)
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(repr((name, array.dtype, tuple(array.shape), len(array.data))).encode() + array.data)
+    digest.update(repr(sorted(told.items())).encode())
     return digest.digest()
