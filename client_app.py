@@ -195,15 +195,15 @@ def _summing(context: Context) -> Device:
     Raises:
         DeviceError: The run config has none.
     """
-    privacy, device = parse_run_config(context.run_config).privacy, device_number(context)
-    if not privacy.secure_sum:
+    config, device = parse_run_config(context.run_config), device_number(context)
+    if not config.privacy.secure_sum:
         raise DeviceError(
             "the server asks for a secure sum, and this device's run config has none",
-            value=privacy.secure_sum,
+            value=config.privacy.secure_sum,
             place=f"device {device}, privacy.secure-sum",
         )
     secret = read_secret(context.node_config, place=f"device {device}")
-    return Device(device, Rules.of(privacy), context.state, secret)
+    return Device(device, Rules.of(config), context.state, secret)
 
 
 def _join_sum(config: RunConfig, message: Message, context: Context, server_round: int, place: str) -> Sum | None:

@@ -126,7 +126,7 @@ def _federate(
         expected=server.devices_before() if config.resume else None,
         on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
-        secure_sum=Rules.of(config.privacy) if config.privacy.secure_sum else None,
+        secure_sum=Rules.of(config) if config.privacy.secure_sum else None,
         lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
         lora_aggregation=config.tuning.lora_aggregation,
         taken=server.taken_before(last_round),

@@ -65,7 +65,7 @@ from fedpt_flwr.records import (
 from fedpt_flwr.roster import MAX_DEVICES, MAX_REASONS, Roster, listed
 from fedpt_flwr.secure_sum.collector import changed
 from fedpt_flwr.secure_sum.rounds import SecureRound
-from fedpt_flwr.secure_sum.session import MIN_DEVICES, Rules
+from fedpt_flwr.secure_sum.session import Rules
 
 _FORWARDED_METRICS = (WEIGHT, "train-loss")
 
@@ -374,7 +374,7 @@ class FedPT(Strategy):
     @property
     def _num_needed(self) -> int:
         """Replies without which no round is completed."""
-        return self.min_replies if self.secure_sum is None else max(self.min_replies, MIN_DEVICES)
+        return self.min_replies if self.secure_sum is None else max(self.min_replies, self.secure_sum.at_least)
 
     def _evaluate_on_devices(
         self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
@@ -559,7 +559,6 @@ class FedPT(Strategy):
             cards=self._cards,
             rules=rules,
             server_round=server_round,
-            at_least=self._num_needed,
             read=content_of,
         )
         arrays, metrics = None, None

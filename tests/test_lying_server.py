@@ -3,6 +3,8 @@
 Each test gives the server everything that it needs to get at one device's change, and would fail by finding it.
 """
 
+import dataclasses
+
 import pytest
 from federation import QUICK
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -26,6 +28,12 @@ class LyingServer:
 
     Args:
         run_config: On top of :data:`SETTINGS`.
+
+    Attributes:
+        at_least: Devices of which it takes a sum.
+        silent: Devices whose change it takes for lost.
+        declined: Why devices declined in the last sum.
+        masked: What they answered with their change in it.
     """
 
     def __init__(self, **run_config):
@@ -39,6 +47,8 @@ class LyingServer:
         for device in range(NUM_DEVICES):
             card = self.ask(device, "query", RecordDict({CONFIG: ConfigRecord({})}))
             self.weights[device] = int(card[CONFIG]["num-examples"])
+        self.at_least = Rules.of(self.config).at_least
+        self.silent: list[int] = []
         self.declined: dict[int, str] = {}
         self.masked: dict[int, RecordDict] = {}
 
@@ -50,10 +60,11 @@ class LyingServer:
     def sum_of(self, devices, sum_round, told):
         """The sum of these devices' changes, in the sum of a round, where each is told what ``told`` gives for it."""
         self.declined, self.masked = {}, {}
-        rules = Rules.of(self.config.privacy)
+        rules = dataclasses.replace(Rules.of(self.config), at_least=self.at_least)
         collector = Collector(sum_round, self.weights, rules, self.sent, ConfigRecord(told(0)))
         here = list(devices)
         for phase in (KEYS, SHARES, TRAIN, REVEAL):
+            here = [device for device in here if phase != TRAIN or device not in self.silent]
             for device in list(here):
                 content = RecordDict({RECORD: collector.question(phase, device)})
                 if phase == TRAIN:
@@ -102,6 +113,23 @@ def test_the_others_do_not_train_a_round_that_leaves_them_as_they_were(other_rou
         server.sum_of(range(NUM_DEVICES), 1, lambda device: {"server-round": other_round if device else 1})
     assert list(server.masked) == [0]  # and nobody helps to take its masks off
     assert sorted(server.declined) == [1, 2, 3]
+
+
+def test_a_device_takes_no_part_in_a_sum_of_fewer_than_the_run_config_says():
+    """A server that has four devices could begin with three of them, and learn of fewer what it wants of all."""
+    server = LyingServer(**{"min-replies": 4, "min-devices": 4})
+    server.at_least = 3
+    with pytest.raises(RoundError, match="0 answered with shares of their secrets"):
+        server.sum_of([0, 1, 2], 1, honest(1))
+    assert all("a secure sum needs 4 to 256 devices, got 3" in server.declined[device] for device in (0, 1, 2))
+
+
+def test_a_device_does_not_help_to_open_a_sum_of_fewer_than_the_run_config_says():
+    server = LyingServer(**{"min-replies": 4, "min-devices": 4})
+    server.at_least, server.silent = 3, [3]
+    with pytest.raises(RoundError, match="0 answered with the shares that open it"):
+        server.sum_of(range(NUM_DEVICES), 1, honest(1))
+    assert all("of 4 devices at least 4 must stay in a secure sum" in server.declined[device] for device in (0, 1, 2))
 
 
 @pytest.mark.parametrize("lie", [{"proximal-mu": 1e30}, {"anything": 1}], ids=str)

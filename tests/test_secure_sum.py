@@ -339,6 +339,20 @@ def test_so_many_must_stay(num_devices, threshold):
     assert Rules(1.0, 1.0, 32).threshold(num_devices) == num_devices
 
 
+@pytest.mark.parametrize(("num_devices", "threshold"), [(3, 5), (5, 5), (6, 5), (8, 6)])
+def test_no_fewer_must_stay_than_a_round_needs_whatever_the_server_begins_with(num_devices, threshold):
+    assert Rules(0.7, 1.0, 32, 5).threshold(num_devices) == threshold
+
+
+def test_a_device_helps_to_open_no_sum_of_fewer_than_a_round_needs():
+    rules = Rules(0.7, 1.0, 32, 5)  # of 6 devices 5 would do by their share
+    with pytest.raises(RoundError, match="that 4 devices begin needs 5 of them to its end"):
+        Round(4, rules=rules).run()
+    summing = Round(6, rules=rules, tell=only(2, REVEAL, lambda question: question.update({"stayed": [0, 1, 2, 3]})))
+    summing.run()
+    assert "of 6 devices at least 5 must stay in a secure sum, got 4" in summing.refused[2]
+
+
 def test_two_devices_are_too_few():
     with pytest.raises(RoundError, match="that 2 devices begin needs 3 of them to its end, and 2 answered with their"):
         Round(2).run()
@@ -413,7 +427,7 @@ def without_devices(count):
 
 REFUSALS = {
     "its own key changed": (SHARES, drop_own, "must pass on the keys that this device offered"),
-    "two devices": (SHARES, without_devices(2), r"needs 3 to 256 devices, got 2; see min-devices"),
+    "two devices": (SHARES, without_devices(2), r"needs 3 to 256 devices, got 2; see min-replies"),
     "no device": (SHARES, without_devices(0), "needs 3 to 256 devices, got 0"),
     "a key twice": (
         SHARES,

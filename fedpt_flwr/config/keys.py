@@ -525,8 +525,8 @@ class PrivacyConfig:
     )
     secure_sum_threshold: float = _setting(
         0.7,
-        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3; "
-        "with fewer the round fails. The others may drop out.",
+        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3 and "
+        "`min-replies`; with fewer the round fails. The others may drop out.",
         "must be greater than 0.5 and at most 1",
         lambda value: 0.5 < value <= 1,
     )
@@ -695,7 +695,11 @@ class RunConfig:
     num_server_rounds: int = _setting(8, "Rounds.", *_at_least(1))
     fraction_train: float = _setting(1.0, "Share of the devices that train in a round.", *_FRACTION)
     min_devices: int = _setting(2, "Devices that must be there before a round begins.", *_at_least(1))
-    min_replies: int = _setting(1, "Usable replies that a round needs.", *_at_least(1))
+    min_replies: int = _setting(
+        1,
+        "Usable replies that a round needs. With `privacy.secure-sum` a device takes part in no sum of fewer.",
+        *_at_least(1),
+    )
     max_failed_rounds: int = _setting(
         0, "Rounds in a row that may lack replies (the model stays as it was); one more ends the run.", *_at_least(0)
     )

@@ -67,7 +67,6 @@ class Collector:
         rules: The run's.
         sent: What the devices are sent to train, as it is on the wire.
         told: What they are told of how to train it.
-        at_least: How many must stay, if that is more than the threshold.
 
     Attributes:
         offered: Public keys by device, of those that have answered the first question.
@@ -82,14 +81,12 @@ class Collector:
         rules: Rules,
         sent: ArrayRecord,
         told: ConfigRecord,
-        *,
-        at_least: int = 1,
     ) -> None:
         self.server_round = server_round
         self.offered: dict[int, PublicKeys] = {}
         self.shared: dict[int, dict[int, bytes]] = {}
         self.stayed: list[int] = []
-        self._weights, self._rules, self._at_least = weights, rules, at_least
+        self._weights, self._rules = weights, rules
         self._shapes = {name: tuple(sent[name].shape) for name in sorted(sent)}
         self._model = digest_of(sent, told)
         self._session: Session | None = None
@@ -181,13 +178,11 @@ class Collector:
         answered = by_phase.get(phase, self.stayed)
         begun = len(self.offered)
         needed = self._rules.threshold(begun)
-        if phase != REVEAL:
-            needed = max(needed, self._at_least)
         if len(answered) < needed:
             raise RoundError(
                 f"round {self.server_round}: a secure sum that {begun} devices begin needs {needed} of them to its "
                 f"end, and {len(answered)} answered {_WHAT.get(phase, 'with their change')}",
-                place="privacy.secure-sum-threshold",
+                place="privacy.secure-sum-threshold and min-replies",
                 remedy="nothing of the others was opened; checkpoints of earlier rounds are kept",
             )
         if begun > MAX_DEVICES:

@@ -27,7 +27,6 @@ from fedpt_flwr.secure_sum.session import (
     IN_TAIL,
     LOSS_LIMIT,
     MAX_DEVICES,
-    MIN_DEVICES,
     RECORD,
     TAIL,
     TAIL_BITS,
@@ -196,12 +195,13 @@ class Device:
 
     def _check(self, session: Session, mask: bytes, share: bytes) -> None:
         place = f"device {self.number}, round {session.server_round}"
-        if not MIN_DEVICES <= len(session.parties) <= MAX_DEVICES:
+        # The server chooses who begins, and could begin many sums of few; the run config says how few.
+        if not self.rules.at_least <= len(session.parties) <= MAX_DEVICES:
             raise DeviceError(
-                f"a secure sum needs {MIN_DEVICES} to {MAX_DEVICES} devices",
+                f"a secure sum needs {self.rules.at_least} to {MAX_DEVICES} devices",
                 value=len(session.parties),
                 place=place,
-                remedy="see min-devices and fraction-train",
+                remedy="see min-replies and fraction-train",
             )
         own = session.parties.get(self.number)
         if own is None or (own.mask, own.share) != (keys.public_key(mask), keys.public_key(share)):
@@ -212,7 +212,7 @@ class Device:
             f"of {len(session.parties)} devices at least {session.threshold} must stay in a secure sum",
             value=found,
             place=place,
-            remedy="see privacy.secure-sum-threshold",
+            remedy="see privacy.secure-sum-threshold and min-replies",
         )
 
     # --- shares on their way ---

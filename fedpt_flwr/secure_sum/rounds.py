@@ -68,7 +68,6 @@ class SecureRound:
         cards: What devices said of themselves, by number.
         rules: The run's.
         server_round: From 1.
-        at_least: Changes that the round needs.
         read: Gives the content of a reply, or raises DeviceError where the device failed or declined.
         parts: By device number.
     """
@@ -78,7 +77,6 @@ class SecureRound:
     cards: Mapping[int, DeviceCard]
     rules: Rules
     server_round: int
-    at_least: int
     read: Callable[[Message], RecordDict]
     parts: dict[int, Part] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +96,6 @@ class SecureRound:
             {device: self.cards[device].num_examples for device in self.sent},
             self.rules,
             *_sent_to_all(self.sent),
-            at_least=self.at_least,
         )
         here: Sequence[int] = list(self.sent)
         for phase in (KEYS, SHARES, TRAIN, REVEAL):

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedpt_flwr.config import PrivacyConfig
+from fedpt_flwr.config import RunConfig
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.secure_sum.keys import KEY_BYTES, agree, derive
 from fedpt_flwr.secure_sum.ring import Ring
@@ -51,23 +51,26 @@ class Rules:
         stay: Share of a round's devices that must stay to its end, above one half.
         limit: Largest change of a weight in a round.
         bits: Of a word on the wire.
+        at_least: Devices that must stay, however few began.
     """
 
     stay: float
     limit: float
     bits: int
+    at_least: int = MIN_DEVICES
 
     @classmethod
-    def of(cls, privacy: PrivacyConfig) -> Rules:
+    def of(cls, config: RunConfig) -> Rules:
         """As the run config has them."""
-        return cls(privacy.secure_sum_threshold, privacy.secure_sum_range, privacy.secure_sum_bits)
+        privacy, at_least = config.privacy, max(MIN_DEVICES, config.min_replies)
+        return cls(privacy.secure_sum_threshold, privacy.secure_sum_range, privacy.secure_sum_bits, at_least)
 
     def threshold(self, num_devices: int) -> int:
-        """How many of so many devices must stay.
+        """How many of so many devices must stay; more than there are, if they are too few to begin.
 
         More than half, so that no two groups of devices that have nobody in common can both open something.
         """
-        return max(MIN_DEVICES, num_devices // 2 + 1, math.ceil(self.stay * num_devices - 1e-9))
+        return max(self.at_least, num_devices // 2 + 1, math.ceil(self.stay * num_devices - 1e-9))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
