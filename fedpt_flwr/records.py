@@ -180,6 +180,11 @@ def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[t
         yield name, values if dtype == "float32" else np.asarray(own + values)
 
 
+def in_type(record: ArrayRecord, dtype: str) -> ArrayRecord:
+    """The same arrays in another type of NumPy's, ``float32`` or ``float64``."""
+    return ArrayRecord({name: Array(np.asarray(array.numpy(), dtype)) for name, array in record.items()})
+
+
 def to_tensors(record: ArrayRecord, dtype: str = "float32") -> dict[str, Tensor]:
     """An ArrayRecord that has been checked, as float32 tensors of their own memory."""
     return {name: torch.from_numpy(_widened(array, dtype).copy()) for name, array in record.items()}
