@@ -268,8 +268,7 @@ class TrainConfig:
     learning_rate_end: float = _setting(
         0.2,
         "Learning rate of the last round as a fraction of the first round's.",
-        "must be at least 0 and at most 1",
-        lambda value: 0 <= value <= 1,
+        *_FRACTION,  # not 0: a round at that rate is trained for nothing, and a change of zero is none to clip
     )
     schedule: str = _setting(
         "linear", "Course of the learning rate over the rounds.", *_one_of("constant", "linear", "cosine")
