@@ -329,7 +329,7 @@ class Server:
         if last_round:
             with self._of_round(last_round, LEDGER) as path:
                 checkpoint = read_json(path)
-        was_spent = any(row["phase"] == _PRIVACY for row in self.run.read_lines("metrics.jsonl"))
+        was_spent = any(row["phase"] == _PRIVACY for row in self.run.read_lines_after("metrics.jsonl", 0))
         if not last_round and not was_spent and not ledger.is_file():
             return  # not even the first round came to its end: nothing is spent
         with naming(str(ledger)):

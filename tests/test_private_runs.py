@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import federation
 import pytest
@@ -51,6 +52,15 @@ def test_nothing_in_the_folder_tells_what_a_single_device_holds(run):
             assert row["num_examples"] == 1
     assert all("train_loss" not in row for row in lines(run, "metrics.jsonl"))
     assert json.loads((run / "rounds/0002/round.json").read_text())["train_loss"] is None
+
+
+def test_half_a_line_of_a_process_that_was_killed_does_not_keep_a_run_from_going_on(run, tmp_path):
+    copy = shutil.copytree(run.parent, tmp_path / "runs", symlinks=True) / run.name
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "pha')
+    before = (copy / "results.json").read_bytes()
+    federation.federate(copy.parent, 3, PRIVATE | {"resume": run.name})
+    assert (copy / "results.json").read_bytes() == before
 
 
 def test_the_report_says_what_was_spent_and_not_who_holds_what(run):
