@@ -61,12 +61,13 @@ class Roster:
         self._declined: dict[int, str] = {}
         self._check = check
 
-    def meet(self, grid: Grid, min_devices: int) -> dict[int, DeviceCard]:
+    def meet(self, grid: Grid, min_devices: int, among: Collection[int] = ()) -> dict[int, DeviceCard]:
         """Wait until enough devices are connected and have said who they are.
 
         Args:
             grid: Connects to them.
             min_devices: With examples; the first time a run that goes on waits for those that it had instead.
+            among: Numbers of the devices that count; empty: all do.
 
         Returns:
             The connected devices' cards by Flower's node id, one node for each number.
@@ -94,7 +95,7 @@ class Roster:
                 longest_s = _ASK_AGAIN_S if first else _NEWCOMER_TIMEOUT_S
                 self._ask(grid, unknown, max(1.0, min(deadline - now, longest_s)))
             present = self._one_node_a_number(connected, refuse=first)
-            usable = sum(card.num_examples > 0 for card in present.values())
+            usable = sum(card.num_examples > 0 and (not among or card.device in among) for card in present.values())
             wanted, there = min_devices, usable
             if first and self.expected is not None:
                 self._refuse_other_devices(present)

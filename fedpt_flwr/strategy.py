@@ -401,7 +401,8 @@ class FedPT(Strategy):
             RunError: Before the first round: they are not those that are expected.
         """
         is_first = not self.roster.devices
-        present = self.roster.meet(grid, self.min_devices)
+        # Who comes later has no part in a private run, and takes nobody's place in it.
+        present = self.roster.meet(grid, self.min_devices, among=self.private.devices if self.private else ())
         if is_first:
             self.roster.log_shards(are_told=self.private is None)
             if self.on_devices is not None:

@@ -568,6 +568,25 @@ def test_a_device_that_comes_later_has_no_part_in_the_run():
     assert len(run.private.devices) == 3
 
 
+def test_a_device_that_comes_later_takes_no_place_of_one_that_is_waited_for(monkeypatch):
+    """Between rounds device 3 goes and another comes; while the run waits, device 3 comes back."""
+    run = Run(fedpt={"wait_timeout_s": 5.0})
+    grid = LocalGrid(make_device(), NUM_DEVICES + 1, {"privacy.dp": "server-fixed"})
+    node_of = {device: node for node, device in grid.device_of.items()}
+    grid.online.discard(node_of[4])
+
+    def swap(outcome):
+        run.outcomes.append(outcome)
+        if outcome.server_round == 1:
+            grid.online.discard(node_of[3])
+            grid.online.add(node_of[4])
+
+    run.fedpt.after_aggregate = swap
+    monkeypatch.setattr("fedpt_flwr.roster.time.sleep", lambda _seconds: grid.online.add(node_of[3]))
+    run.fedpt.start(grid, start_arrays(), num_rounds=2, timeout=5)
+    assert [[part.device for part in outcome.devices] for outcome in run.outcomes] == [[0, 1, 2, 3]] * 2
+
+
 def test_other_devices_than_those_of_the_first_round_are_refused():
     run = saved(rounds=1)
     for devices, sampled in (((0, 1, 2), 3), ((0, 1, 2, 4), 4), ((0, 1, 2, 3), 2)):
