@@ -96,11 +96,10 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
 def _federate(
     grid: Grid, config: RunConfig, server: Server, inner: Strategy, started: float, flower_run_id: int
 ) -> None:
-    run = server.run
     arrays, last_round = server.first_arrays(), 0
     if config.resume:
         arrays, last_round = server.resume(inner, arrays)
-        if server.is_over(last_round) and (run.path / "results.json").is_file():
+        if server.has_results(last_round):
             log(INFO, "This run has ended after round %d and has its results: it is left as it is", last_round)
             server.leave()
             return

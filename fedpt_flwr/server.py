@@ -376,6 +376,12 @@ class Server:
         is_spent = self.private is not None and not self.private.affords_another()
         return last_round >= self.config.num_server_rounds or (last_round > 0 and (is_spent or self.is_good_enough()))
 
+    def has_results(self, last_round: int) -> bool:
+        """Whether the run has come to its end after this round, which need not be the last: that may have failed."""
+        path = self.run.path / "results.json"
+        results = read_json(path) if path.is_file() else {}
+        return isinstance(results, dict) and results.get("rounds") == last_round
+
     def devices_before(self) -> dict[int, DeviceCard] | None:
         """The devices that the run had, by number; None where none has trained yet.
 

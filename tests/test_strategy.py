@@ -300,7 +300,7 @@ BAD_REPLIES = {
     ),
     "a negative cost": (
         lambda message, reply: changed(reply, metrics={"seconds": -1.0}),
-        "the metric seconds must be a number from 0 to 1e+30, got -1.0",
+        r"the metric seconds must be a number from 0 to 1e\+30, got -1.0",
     ),
     "no arrays": (
         lambda message, reply: Message(RecordDict({"metrics": reply.content["metrics"]}), reply_to=message),

@@ -715,7 +715,9 @@ class RunConfig:
     resume: str = _setting(
         "",
         "Go on with a run after its last complete round: its id, a unique beginning of it, its folder, or `latest`, "
-        "the newest that was begun. All other keys and the number of devices must be as they were.",
+        "the newest that was begun. The devices and all other keys must be as they were, but for `min-devices`, "
+        "`max-failed-rounds`, `round-timeout-s`, `wait-timeout-s`, `keep-rounds`, `output-dir`, and what `remote` may "
+        "take of time, money and disk.",
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
