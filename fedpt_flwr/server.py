@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedpt_flwr.accounting import privacy_outlook
-from fedpt_flwr.config import AUTO, RunConfig, flat_values
+from fedpt_flwr.config import AUTO, PLAIN_MEANS, RunConfig, flat_values
 from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
 from fedpt_flwr.endpoint import Usage
@@ -94,11 +94,19 @@ def make_private(inner: Strategy, config: RunConfig, run: RunFolder) -> PrivateA
     """Differential privacy around the inner strategy, if the config asks for it; what it spends is kept in the run.
 
     Raises:
-        ConfigError: The accountant is not installed, or the budget does not allow a single round.
+        ConfigError: The accountant is not installed, the budget does not allow a single round, or the strategy makes
+            no plain mean.
     """
     privacy = config.privacy
-    if not privacy.is_on or not isinstance(inner, FedAvg):
+    if not privacy.is_on:
         return None
+    if not isinstance(inner, FedAvg) or type(inner).__name__ not in PLAIN_MEANS:  # a median is a FedAvg to Flower
+        raise ConfigError(
+            "noise is accounted for on the plain mean of equal weights alone",
+            value=type(inner).__name__,
+            place="privacy.dp and strategy.name",
+            remedy="set strategy.name='FedAvg'",
+        )
     for line in privacy_outlook(privacy, config.num_server_rounds):
         log(INFO, "%s", line)
     return PrivateAverage(inner, privacy, lambda spent: write_json(run.path / LEDGER, spent))
