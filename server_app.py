@@ -7,9 +7,7 @@ Flower calls it failed.
 
 from __future__ import annotations
 
-import ctypes
 import time
-from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.distiller import IN_ROUNDS
 from fedpt_flwr.errors import FedPTError
-from fedpt_flwr.inner import check_resumable, make_inner_strategy
+from fedpt_flwr.inner import make_inner_strategy
+from fedpt_flwr.memory import give_freed_memory_back
 from fedpt_flwr.records import code_hash
 from fedpt_flwr.runs import RunFolder, find_run_to_resume, runs_root
 from fedpt_flwr.secure_sum.session import Rules
@@ -31,7 +30,6 @@ from fedpt_flwr.strategy import FedPT, RoundOutcome
 
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
 
 app = ServerApp()
 transformers_logging.disable_progress_bar()  # a log is no place for it
@@ -41,12 +39,11 @@ transformers_logging.disable_progress_bar()  # a log is no place for it
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     started = time.perf_counter()
-    return_freed_memory()
+    give_freed_memory_back()
     try:
         config = parse_run_config(context.run_config)
         root = runs_root(config.output_dir)
         if config.resume:
-            check_resumable(config.strategy.name)
             run = RunFolder.open(find_run_to_resume(config.resume, root=root))
             log(INFO, "Resuming the run %s", run.path.name)
         else:
@@ -63,16 +60,6 @@ def main(grid: Grid, context: Context) -> None:
         message = str(error).strip() or "no message"
         log(ERROR, "%s: %s: %s", FAILED, type(error).__name__, message.splitlines()[0])
         raise
-
-
-def return_freed_memory() -> None:
-    """Let glibc give every large block back to the system as soon as it is freed.
-
-    Otherwise it takes to keeping blocks of up to 32 MB for reuse, with holes between them: a model comes and goes in
-    pieces of 5 MB with every reply, and the process would look and be as large as several.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _headline(error: FedPTError) -> str:

@@ -68,7 +68,9 @@ def answer(device: Device, phase: str, question: RecordDict, sent: ArrayRecord, 
     """What a device says in a phase."""
     if phase == TRAIN:
         summed = device.join(question)
-        return RecordDict({"arrays": summed.answer([("weights", change)], sent, TOLD, num_examples=100, train_loss=1.0)})
+        return RecordDict(
+            {"arrays": summed.answer([("weights", change)], sent, TOLD, num_examples=100, train_loss=1.0)}
+        )
     return {KEYS: device.offer_keys, SHARES: device.share_secrets, REVEAL: device.reveal}[phase](question)
 
 

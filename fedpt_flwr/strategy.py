@@ -33,7 +33,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from fedpt_flwr.aggregate import WeightedMean
-from fedpt_flwr.answers import answers, content_of
+from fedpt_flwr.answers import MAX_REASONS, answers, content_of
 from fedpt_flwr.bounds import norm, shortened, update_norm
 from fedpt_flwr.errors import ChangeError, ConfigError, DeviceError, PrivacyError, ReplyError, RoundError
 from fedpt_flwr.inner import (
@@ -62,7 +62,7 @@ from fedpt_flwr.records import (
     sent_as,
     to_wire,
 )
-from fedpt_flwr.roster import MAX_DEVICES, MAX_REASONS, Roster, listed
+from fedpt_flwr.roster import Roster, listed
 from fedpt_flwr.secure_sum.collector import changed
 from fedpt_flwr.secure_sum.rounds import SecureRound
 from fedpt_flwr.secure_sum.session import Rules
@@ -545,7 +545,7 @@ class FedPT(Strategy):
         for device, reply in came:
             devices.append(self._take(server_round, device, reply, usable, mean))
             del reply  # before the next one is fetched
-        self._log_refused(server_round, devices)
+        self._log_refused(server_round, ((part.device, part.refused) for part in devices))
         arrays, metrics = self._finish_round(server_round, usable, mean, devices)
         self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
         return arrays, metrics
@@ -566,6 +566,7 @@ class FedPT(Strategy):
         try:
             opened = summing.run(timeout_s=timeout, answer_timeout_s=min(timeout, self.wait_timeout_s))
         except RoundError as error:
+            self._log_refused(server_round, ((device, part.refused) for device, part in summing.parts.items()))
             self._fail(error)
         else:
             devices = [
@@ -579,7 +580,7 @@ class FedPT(Strategy):
                 )
                 for device, part in summing.parts.items()
             ]
-            self._log_refused(server_round, devices)
+            self._log_refused(server_round, ((part.device, part.refused) for part in devices))
             mean = WeightedMean(opened.num_examples)
             mean.add(changed(self._broadcast, opened), opened.num_examples)
             told = MetricRecord({WEIGHT: opened.num_examples, "train-loss": opened.train_loss})
@@ -703,13 +704,11 @@ class FedPT(Strategy):
                 remedy="does it run the same code?",
             )
 
-    def _log_refused(self, server_round: int, devices: Sequence[DeviceRound]) -> None:
-        refused = [part for part in devices if part.refused]
-        for part in refused[:MAX_DEVICES]:
-            log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
-        if len(refused) > MAX_DEVICES:
-            rest = len(refused) - MAX_DEVICES
-            log(WARNING, "Round %d: %d more devices are left out; costs.jsonl says why", server_round, rest)
+    def _log_refused(self, server_round: int, devices: Iterable[tuple[int, str]]) -> None:
+        """Log why devices are left out, all of them: a round that fails leaves no other trace of it."""
+        for device, reason in devices:
+            if reason:
+                log(WARNING, "Round %d: device %d is left out: %s", server_round, device, reason)
 
     def _finish_round(
         self,

@@ -175,6 +175,7 @@ def test_a_round_with_too_few_fails_with_the_reasons_and_the_next_goes_on(caplog
     said = "round {}: a secure sum that 6 devices begin needs 5 of them to its end, and 3 answered with {}"
     assert said.format(2, "their change") in caplog.text
     assert "  - device 1, round 2: no reply with its change came in time" in caplog.text
+    assert [f"Round 2: device {device} is left out" in caplog.text for device in range(6)] == [0, 1, 1, 1, 0, 0]
     assert said.format(3, "the shares that open it; nothing of") in caplog.text or said.format(3, "the") in caplog.text
     with pytest.raises(RoundError, match="3 answered with their change"):
         run("FedAvg", secure=True, rounds=2, tamper=gone)

@@ -35,14 +35,17 @@ INNER_STRATEGIES = (
 NEED_SINGLE_UPDATES = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 """Of these, those that compare the devices' arrays with each other; the others see no more than their weighted mean."""
 
+PLAIN_MEANS = ("FedAvg", "FedProx")
+"""Of the former, those that make the weighted mean of the devices' weights, and nothing else."""
+
 DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 """What ``distillation.mode`` can be."""
 
 DP_MODES = ("off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive")
 """What ``privacy.dp`` can be."""
 
-PRIVATE_STRATEGIES = ("FedAvg", "FedProx")
-"""Strategies whose mean of equal weights the accountant knows."""
+SECURE_SUM_WIDTHS = (16, 32)
+"""What ``privacy.secure-sum-bits`` can be."""
 
 SAMPLINGS = ("no-amplification", "poisson", "without-replacement")
 """What ``privacy.sampling`` can be asked to be; all but the first are refused."""
@@ -76,8 +79,8 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
-    return "must be one of " + ", ".join(names), lambda value: value in names
+def _one_of(*names: str | int) -> tuple[str, Callable[[Any], bool]]:
+    return "must be one of " + ", ".join(map(str, names)), lambda value: value in names
 
 
 def _at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
@@ -524,8 +527,8 @@ class PrivacyConfig:
     )
     secure_sum_threshold: float = _setting(
         0.7,
-        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3 and "
-        "`min-replies`; with fewer the round fails. The others may drop out.",
+        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3 "
+        "and `min-replies`; with fewer the round fails. The others may drop out.",
         "must be greater than 0.5 and at most 1",
         lambda value: 0.5 < value <= 1,
     )
@@ -539,8 +542,7 @@ class PrivacyConfig:
         32,
         "Bits of a number in a masked answer. 16 halve what devices send; the mean is then off by at most about the "
         "number of devices times the range divided by 65536.",
-        "must be one of 16, 32",
-        lambda value: value in (16, 32),
+        *_one_of(*SECURE_SUM_WIDTHS),
     )
 
     @property

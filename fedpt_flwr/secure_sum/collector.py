@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedpt_flwr.errors import ReplyError, RoundError
 from fedpt_flwr.records import check_words
 from fedpt_flwr.secure_sum import keys, shamir
-from fedpt_flwr.secure_sum.device import sign_of
+from fedpt_flwr.secure_sum.device import SEALED_BYTES, sign_of
 from fedpt_flwr.secure_sum.ring import Words
 from fedpt_flwr.secure_sum.session import (
     IN_TAIL,
@@ -33,8 +33,6 @@ from fedpt_flwr.secure_sum.session import (
     Session,
     digest_of,
 )
-
-_SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +149,7 @@ class Collector:
 
     def _take_shares(self, device: int, reader: Reader) -> None:
         others = [other for other in self.session.parties if other != device]
-        sealed = reader.texts("sealed", len(others), _SEALED_BYTES)
+        sealed = reader.texts("sealed", len(others), SEALED_BYTES)
         self.shared[device] = dict(zip(others, sealed, strict=True))
 
     def _take_masked(self, device: int, content: RecordDict, place: str) -> None:
@@ -208,7 +206,7 @@ class Collector:
         for index, device in enumerate(joined):
             shares = {session.point(helper): self._revealed[helper][index] for helper in helpers}
             try:
-                secret = shamir.join_with(weights, shares)
+                secret = shamir.join(weights, shares)
             except ValueError as error:
                 raise self._wrong_shares(device) from error
             if device in self.stayed:

@@ -41,7 +41,9 @@ SECRET_KEY = "secure-sum-secret"  # noqa: S105 (the name of a key of the node co
 """Names a file that all devices of a federation have and the server has not."""
 
 _MIN_SECRET_BYTES = 16
-_SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
+SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
+"""What a device seals for another: a share of each of its two secrets."""
+
 _KEYS, _SHARES, _TRAIN, _DONE = "keys", "shares", "train", "done"  # what was answered last
 
 
@@ -117,7 +119,8 @@ class Device:
         """
         reader, mine = self._next(content, after=_KEYS)
         session = Session.from_record(reader.record, self.rules, error=DeviceError, place=reader.place)
-        mask, share, seed = mine.text("mask-key", 32), mine.text("share-key", 32), os.urandom(shamir.SECRET_BYTES)
+        mask, share = (mine.text(name, keys.KEY_BYTES) for name in ("mask-key", "share-key"))
+        seed = os.urandom(shamir.SECRET_BYTES)
         self._check(session, mask, share)
         points = [session.point(device) for device in session.parties]
         of_mask, of_seed = (shamir.split(secret, session.threshold, points) for secret in (mask, seed))
@@ -139,16 +142,18 @@ class Device:
         reader, mine = self._next(content, after=_SHARES)
         session = Session.from_record(mine.record, self.rules, error=DeviceError, place=reader.place)
         others = reader.numbers("from")
-        sealed = reader.texts("sealed", len(others), _SEALED_BYTES)
+        sealed = reader.texts("sealed", len(others), SEALED_BYTES)
         if others != sorted(set(others)) or not set(others) <= session.parties.keys() - {self.number}:
             raise DeviceError("shares must come from other devices of the round", value=others, place=reader.place)
         if len(others) + 1 < session.threshold:
             raise self._too_few(len(others) + 1, session, reader.place)
-        private, shares = mine.text("share-key", 32), {self.number: mine.text("own-shares", 2 * shamir.SHARE_BYTES)}
+        private = mine.text("share-key", keys.KEY_BYTES)
+        shares = {self.number: mine.text("own-shares", 2 * shamir.SHARE_BYTES)}
         for device, text in zip(others, sealed, strict=True):
             shares[device] = self._unseal(session, private, device, text, reader.place)
         self._keep({**mine.record, "from": sorted(shares), "shares": [shares[device] for device in sorted(shares)]})
-        return Sum(self, session, mine.text("mask-key", 32), mine.text("seed", 32), tuple(others), reader.place)
+        mask, seed = mine.text("mask-key", keys.KEY_BYTES), mine.text("seed", shamir.SECRET_BYTES)
+        return Sum(self, session, mask, seed, tuple(others), reader.place)
 
     def reveal(self, content: RecordDict) -> RecordDict:
         """The fourth answer: one share of each device, whichever helps to open the sum.

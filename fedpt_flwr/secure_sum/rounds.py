@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedpt_flwr.answers import answers
+from fedpt_flwr.answers import MAX_REASONS, answers
 from fedpt_flwr.errors import DeviceError, ReplyError, RoundError
 from fedpt_flwr.limits import parse_limits
 from fedpt_flwr.records import (
@@ -35,7 +35,6 @@ TRAIN = "train"
 SUMMED_METRICS = ("num-examples", "train-loss", "train-loss-last", "num-examples-seen", "batch-size")
 """Metrics that no device tells of itself: the first two are in the sum, the others are left out."""
 
-_MAX_REASONS = 5
 _ASKED = {KEYS: "its keys", SHARES: "shares of its secrets", TRAIN: "its change", REVEAL: "shares that open the sum"}
 
 
@@ -104,7 +103,7 @@ class SecureRound:
                 collector.check_enough(phase)
             except RoundError as error:
                 reasons = list(dict.fromkeys(part.refused for part in self.parts.values() if part.refused))
-                error.problems = tuple(reasons[:_MAX_REASONS])
+                error.problems = tuple(reasons[:MAX_REASONS])
                 raise
         opened = collector.open()
         self._log(opened)
