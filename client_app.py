@@ -195,25 +195,35 @@ def _summing(context: Context) -> Device:
     Raises:
         DeviceError: The run config has none.
     """
-    privacy, device = parse_run_config(context.run_config).privacy, device_number(context)
-    if not privacy.secure_sum:
+    config, device = parse_run_config(context.run_config), device_number(context)
+    if not config.privacy.secure_sum:
         raise DeviceError(
             "the server asks for a secure sum, and this device's run config has none",
-            value=privacy.secure_sum,
+            value=config.privacy.secure_sum,
             place=f"device {device}, privacy.secure-sum",
         )
     secret = read_secret(context.node_config, place=f"device {device}")
-    return Device(device, Rules.of(privacy), context.state, secret)
+    return Device(device, Rules.of(config), context.state, secret)
 
 
-def _join_sum(config: RunConfig, message: Message, context: Context, place: str) -> Sum | None:
+def _join_sum(config: RunConfig, message: Message, context: Context, server_round: int, place: str) -> Sum | None:
     """The secure sum in which this round's change goes; None where single changes may be seen.
 
     Raises:
-        DeviceError: There should be one, and the server asks for the change itself.
+        DeviceError: There should be one, and the server asks for the change itself; or it is that of another round.
     """
     if RECORD in message.content.config_records:
-        return _summing(context).join(message.content)
+        summed = _summing(context).join(message.content)
+        # Learning rate and order of the examples follow from the round: one that is trained for several sums, with
+        # other devices in each, gives what each of them changed.
+        if not server_round == summed.session.server_round <= config.num_server_rounds:
+            raise DeviceError(
+                f"a device trains the round whose changes are summed, here {summed.session.server_round} of "
+                f"{config.num_server_rounds}, and the server asks it to train another",
+                value=server_round,
+                place=f"{place}, privacy.secure-sum",
+            )
+        return summed
     if config.privacy.secure_sum:
         raise DeviceError(
             "this device's change goes into a secure sum or nowhere, and the server asks for it in the clear",
@@ -232,7 +242,7 @@ def train(message: Message, context: Context) -> Message:
     told = message.content.config_records[CONFIG]
     server_round, device = int(str(told["server-round"])), device_number(context)
     place = f"device {device}, round {server_round}"
-    summed = _join_sum(config, message, context, place)
+    summed = _join_sum(config, message, context, server_round, place)
     fedprox_mu = float(str(told.get("proximal-mu", 0.0))) or config.train.fedprox_mu
     limits = load_limits(config, context)
     rank = limits.rank_of(config.tuning, place=f"device {device}")
@@ -302,7 +312,7 @@ def train(message: Message, context: Context) -> Message:
     if summed is not None:
         begun = time.perf_counter()
         changes = changes_of(arrays_of(model), received, sent_as(wire))
-        update = summed.answer(changes, received, num_examples=len(examples), train_loss=result.loss)
+        update = summed.answer(changes, received, told, num_examples=len(examples), train_loss=result.loss)
         metrics = {name: value for name, value in metrics.items() if name not in SUMMED_METRICS}
         metrics["mask-seconds"] = time.perf_counter() - begun
     elif wire == "int8":

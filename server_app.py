@@ -7,9 +7,7 @@ Flower calls it failed.
 
 from __future__ import annotations
 
-import ctypes
 import time
-from contextlib import suppress
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.distiller import IN_ROUNDS
 from fedpt_flwr.errors import FedPTError
-from fedpt_flwr.inner import check_resumable, make_inner_strategy
+from fedpt_flwr.inner import make_inner_strategy
+from fedpt_flwr.memory import give_freed_memory_back
 from fedpt_flwr.records import code_hash
 from fedpt_flwr.runs import RunFolder, find_run_to_resume, runs_root
 from fedpt_flwr.secure_sum.session import Rules
@@ -31,7 +30,6 @@ from fedpt_flwr.strategy import FedPT, RoundOutcome
 
 FAILED = "FEDPT-RUN-FAILED"
 CODE_HASH = code_hash(Path(__file__).with_name("client_app.py"))  # of the code that runs, whatever is edited later
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 512 * 1024  # see mallopt(3)
 
 app = ServerApp()
 transformers_logging.disable_progress_bar()  # a log is no place for it
@@ -41,12 +39,11 @@ transformers_logging.disable_progress_bar()  # a log is no place for it
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     started = time.perf_counter()
-    return_freed_memory()
+    give_freed_memory_back()
     try:
         config = parse_run_config(context.run_config)
         root = runs_root(config.output_dir)
         if config.resume:
-            check_resumable(config.strategy.name)
             run = RunFolder.open(find_run_to_resume(config.resume, root=root))
             log(INFO, "Resuming the run %s", run.path.name)
         else:
@@ -63,16 +60,6 @@ def main(grid: Grid, context: Context) -> None:
         message = str(error).strip() or "no message"
         log(ERROR, "%s: %s: %s", FAILED, type(error).__name__, message.splitlines()[0])
         raise
-
-
-def return_freed_memory() -> None:
-    """Let glibc give every large block back to the system as soon as it is freed.
-
-    Otherwise it takes to keeping blocks of up to 32 MB for reuse, with holes between them: a model comes and goes in
-    pieces of 5 MB with every reply, and the process would look and be as large as several.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _headline(error: FedPTError) -> str:
@@ -96,11 +83,10 @@ def federate(grid: Grid, config: RunConfig, run: RunFolder, started: float, *, f
 def _federate(
     grid: Grid, config: RunConfig, server: Server, inner: Strategy, started: float, flower_run_id: int
 ) -> None:
-    run = server.run
     arrays, last_round = server.first_arrays(), 0
     if config.resume:
         arrays, last_round = server.resume(inner, arrays)
-        if server.is_over(last_round) and (run.path / "results.json").is_file():
+        if server.has_results(last_round):
             log(INFO, "This run has ended after round %d and has its results: it is left as it is", last_round)
             server.leave()
             return
@@ -126,7 +112,7 @@ def _federate(
         expected=server.devices_before() if config.resume else None,
         on_devices=None if config.resume else server.write_shards,
         is_good_enough=server.is_good_enough,
-        secure_sum=Rules.of(config.privacy) if config.privacy.secure_sum else None,
+        secure_sum=Rules.of(config) if config.privacy.secure_sum else None,
         lora_rank=config.tuning.lora_rank if config.tuning.mode == "lora" else 0,
         lora_aggregation=config.tuning.lora_aggregation,
         taken=server.taken_before(last_round),

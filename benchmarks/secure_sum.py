@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedpt_flwr.errors import RoundError
 from fedpt_flwr.records import message_bytes
@@ -24,6 +24,7 @@ from fedpt_flwr.secure_sum.session import KEYS, RECORD, REVEAL, SHARES, Rules
 
 TRAIN = "train"
 RULES = Rules(0.7, 1.0, 32)
+TOLD = ConfigRecord({"server-round": 1})
 
 
 def measure(num_devices: int, num_weights: int, num_gone: int) -> dict[str, float]:
@@ -36,7 +37,7 @@ def measure(num_devices: int, num_weights: int, num_gone: int) -> dict[str, floa
     """
     sent = ArrayRecord({"weights": Array(np.zeros(num_weights, np.float32))})
     devices = [Device(number, RULES, RecordDict()) for number in range(num_devices)]
-    collector = Collector(1, dict.fromkeys(range(num_devices), 100), RULES, sent)
+    collector = Collector(1, dict.fromkeys(range(num_devices), 100), RULES, sent, TOLD)
     change = np.random.default_rng(0).uniform(-0.1, 0.1, num_weights).astype(np.float32)
     seconds: dict[str, float] = defaultdict(float)
     up = down = 0
@@ -67,7 +68,9 @@ def answer(device: Device, phase: str, question: RecordDict, sent: ArrayRecord, 
     """What a device says in a phase."""
     if phase == TRAIN:
         summed = device.join(question)
-        return RecordDict({"arrays": summed.answer([("weights", change)], sent, num_examples=100, train_loss=1.0)})
+        return RecordDict(
+            {"arrays": summed.answer([("weights", change)], sent, TOLD, num_examples=100, train_loss=1.0)}
+        )
     return {KEYS: device.offer_keys, SHARES: device.share_secrets, REVEAL: device.reveal}[phase](question)
 
 

@@ -39,6 +39,9 @@ try:  # Flower's own grid in a deployment; not part of its public interface
 except ImportError:  # another version of Flower: its own way to fetch replies works, too
     _IN_PIECES = ()
 
+MAX_REASONS = 5
+"""Shown of what devices say when they all fail."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0  # between two questions, the longest as in Flower
 _PAUSES_AFTER_ERRORS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _DEPTH_OF_ARRAYS = 3  # message, records, record, array, chunk of an array

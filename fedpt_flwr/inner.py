@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from fedpt_flwr.config import INNER_STRATEGIES, StrategyConfig
 from fedpt_flwr.errors import ConfigError, RunError
 
-RESUMABLE = INNER_STRATEGIES
-"""Strategies with which a run can go on: they carry nothing from round to round, or :func:`inner_state` has it."""
-
 FOLDED = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 """Strategies that see no more of the replies than their weighted mean."""
 
@@ -97,26 +94,11 @@ def _record_keys(cls: type) -> list[str]:
     return [name for name in names if name.endswith(("_key", "_fn"))]
 
 
-def check_resumable(name: str) -> None:
-    """Check that a run with this inner strategy can go on where it stopped.
-
-    Raises:
-        ConfigError: It cannot.
-    """
-    if name not in RESUMABLE:
-        raise ConfigError(
-            "what this strategy remembers from round to round cannot be saved",
-            value=name,
-            place="strategy.name",
-            remedy=f"a run can be resumed with {', '.join(RESUMABLE)}",
-        )
-
-
 def inner_state(strategy: Strategy) -> dict[str, NDArray[Any]]:
     """What a strategy carries from one round into the next, besides the arrays that it sends.
 
     Args:
-        strategy: Of those in :data:`RESUMABLE`; of any other nothing is known.
+        strategy: One that ``strategy.name`` can name; of any other nothing is known.
 
     Returns:
         Arrays by flat names such as ``m_t/<name of an array>``, in the types in which the strategy computes. Empty for
@@ -135,7 +117,7 @@ def set_inner_state(strategy: Strategy, state: Mapping[str, NDArray[Any]], array
     """Give a new strategy what :func:`inner_state` took from another after a complete round.
 
     Args:
-        strategy: Of those in :data:`RESUMABLE`, made with the same arguments.
+        strategy: One that ``strategy.name`` can name, made with the same arguments.
         state: What was saved; it is not trusted.
         arrays: Those that the next round sends: the state has the same names and shapes.
 
@@ -143,7 +125,14 @@ def set_inner_state(strategy: Strategy, state: Mapping[str, NDArray[Any]], array
         ConfigError: The strategy is none that can be resumed.
         RunError: Names, shapes or types are not those of this strategy and these arrays, or a value is not finite.
     """
-    check_resumable(type(strategy).__name__)
+    name = type(strategy).__name__
+    if name not in INNER_STRATEGIES:
+        raise ConfigError(
+            "what this strategy remembers from round to round cannot be saved",
+            value=name,
+            place="strategy.name",
+            remedy=f"a run can be resumed with {', '.join(INNER_STRATEGIES)}",
+        )
     fields = tuple(carried(strategy))
     shapes = {f"{field}/{name}": tuple(array.shape) for field in fields for name, array in arrays.items()}
     if state.keys() != shapes.keys():

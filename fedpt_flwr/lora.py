@@ -220,10 +220,3 @@ def dense_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """
     rows = {_module_of(name): shape[0] for name, shape in shapes.items() if is_left(name)}
     return sum(rows[_module_of(name)] * shape[1] for name, shape in shapes.items() if is_right(name))
-
-
-def products(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
-    """``B A`` of each module, formed, in float64: for tests and for what is small."""
-    rights = {_module_of(name): values for name, values in arrays.items() if is_right(name)}
-    lefts = {_module_of(name): values for name, values in arrays.items() if is_left(name)}
-    return {module: lefts[module].astype(np.float64) @ rights[module].astype(np.float64) for module in rights}

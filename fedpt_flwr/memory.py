@@ -249,7 +249,8 @@ def check_fits(
 def give_freed_memory_back() -> None:
     """Let large blocks go back to the system as soon as they are freed, with glibc; elsewhere this does nothing.
 
-    By itself glibc keeps what it has been given, in pieces: a process then takes up to twice what its tensors take.
+    By itself glibc keeps blocks of up to 32 MB for reuse, with holes between them: a device then takes up to twice what
+    its tensors take, and a server, to which a model comes and goes in pieces with every reply, as much as several.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)

@@ -4,13 +4,15 @@
 added (McMahan et al. 2018, arXiv:1710.06963; the norm that follows the devices: Andrew et al. 2021, arXiv:1905.03871).
 All else, distillation and the proxy among it, is done with the noisy mean, and costs no privacy any more.
 
-Flower's wrappers clip, average and account. Three things are otherwise here:
+Flower's wrappers clip, average and account. Four things are otherwise here:
 
 - Noise comes from the operating system's random numbers, not from NumPy's global generator: whoever knows the seed, or
   enough of the noise, must not be able to take the rest of it away.
 - With a norm that follows the devices, Flower adds noise for the norm of the next round to changes that were clipped to
   this one's, and moves the norm away from its target: its bits say who was clipped, the paper's who was not. Both are
   put right, and those rounds are accounted for, which Flower does not do.
+- Changes are measured, clipped and added in float64. Flower does so in the type of the arrays, and the norm of millions
+  of float32 numbers summed in float32 is off by up to a thousandth: by so much a clipped change would be too long.
 - A round is written down as spent before its noise is drawn, so that no process that is killed gives anything back.
 """
 
@@ -40,6 +42,7 @@ from fedpt_flwr.accounting import copy_of, epsilon_after, new_accountant, releas
 from fedpt_flwr.bounds import norm
 from fedpt_flwr.config import PrivacyConfig
 from fedpt_flwr.errors import ConfigError, PrivacyError, RunError
+from fedpt_flwr.records import in_type
 
 if TYPE_CHECKING:
     from flwr.serverapp import RdpAccountant
@@ -301,6 +304,9 @@ class PrivateAverage(Strategy):
         after.compose(self._release())
         self._spend(self._as_json(after))
         wrapper.last_noise_stddev = None
+        for reply in came:  # Flower measures changes in the type of their arrays: in float32 a clipped one is too long
+            for name, record in reply.content.array_records.items() if reply.has_content() else ():
+                reply.content[name] = in_type(record, "float64")
         try:
             arrays, metrics = wrapper.aggregate_train(server_round, came)
         finally:  # what was written down is spent, whatever became of it

@@ -64,6 +64,7 @@ but what the clipping itself needs. The number of examples is 1, which is what e
 # NumPy has no bfloat16: its bits.
 _STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38}
+_LARGEST_METRIC = 1e30  # their sums over devices and rounds stay finite, and no round takes so many operations
 _MAX_GROUPS = 1000
 
 
@@ -178,6 +179,11 @@ def from_reply(record: ArrayRecord, sent: ArrayRecord, dtype: str) -> Iterator[t
         own = _view(sent[name])
         values = restored(_view(array), own.shape) if dtype == "int8" else _widened(array, dtype)
         yield name, values if dtype == "float32" else np.asarray(own + values)
+
+
+def in_type(record: ArrayRecord, dtype: str) -> ArrayRecord:
+    """The same arrays in another type of NumPy's, ``float32`` or ``float64``."""
+    return ArrayRecord({name: Array(np.asarray(array.numpy(), dtype)) for name, array in record.items()})
 
 
 def to_tensors(record: ArrayRecord, dtype: str = "float32") -> dict[str, Tensor]:
@@ -455,6 +461,8 @@ class DeviceCard:
             "".join(groups).encode()  # half of a surrogate pair cannot be written to a file
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             groups = {}
+        if not all(map(_is_count, groups.values())):  # shards.json could not be read again
+            groups = {}
         code = str(config.get("code-hash", ""))
         return cls(device=device, num_examples=num_examples, groups=groups, code_hash=code, lora_rank=rank)
 
@@ -479,7 +487,7 @@ def check_metrics(
         optional: Metrics that may be there.
 
     Raises:
-        ReplyError: There is not one record of numbers, one is unknown, negative or not finite, or they contradict the
+        ReplyError: There is not one record of numbers, one is unknown, negative or too large, or they contradict the
             round or the card.
     """
     if len(content.metric_records) != 1 or METRICS not in content.metric_records:
@@ -488,8 +496,9 @@ def check_metrics(
     for name, value in content.metric_records[METRICS].items():
         if name not in (*required, *optional):
             raise ReplyError("unknown metric", value=name, place=place)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            raise ReplyError(f"the metric {name} must be a finite number of at least 0", value=value, place=place)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST_METRIC:
+            rule = f"the metric {name} must be a number from 0 to {_LARGEST_METRIC:g}"
+            raise ReplyError(rule, value=value, place=place)
         metrics[name] = value
     missing = [name for name in required if name not in metrics]
     if missing:

@@ -18,8 +18,10 @@ _MEGABYTE = 1e6
 
 _FREE_KEYS = frozenset(
     {"resume", "output-dir", "remote.timeout-s", "remote.retries", "remote.concurrency", "remote.token-budget"}
-) | {"remote.price-sent", "remote.price-received", "remote.cache", "remote.cache-mb"}
-"""Keys that may change when a run goes on: its results do not depend on them."""
+    | {"remote.price-sent", "remote.price-received", "remote.cache", "remote.cache-mb", "keep-rounds"}
+    | {"min-devices", "wait-timeout-s", "round-timeout-s", "max-failed-rounds"}
+)
+"""Keys that may change when a run goes on: its results do not depend on them, but for which devices answer in time."""
 
 
 def device_cost_row(

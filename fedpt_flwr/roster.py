@@ -16,15 +16,13 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedpt_flwr.answers import content_of, last_line
+from fedpt_flwr.answers import MAX_REASONS, content_of, last_line
 from fedpt_flwr.errors import DeviceError, ReplyError, RoundError, RunError
 from fedpt_flwr.heterogeneity import measure_shards
 from fedpt_flwr.records import CONFIG, DeviceCard, check_code
 
-MAX_REASONS = 5
-"""Shown of what devices say when they all fail."""
-MAX_DEVICES = 20
-"""Shown one by one in the log."""
+MAX_LISTED = 20
+"""Devices shown one by one in the log."""
 
 _NEWCOMER_TIMEOUT_S = 30.0  # for devices that come after the first round: the others are waiting
 _ASK_AGAIN_S = 90.0  # a question, or its answer, is lost where a SuperNode ends with it
@@ -61,12 +59,13 @@ class Roster:
         self._declined: dict[int, str] = {}
         self._check = check
 
-    def meet(self, grid: Grid, min_devices: int) -> dict[int, DeviceCard]:
+    def meet(self, grid: Grid, min_devices: int, among: Collection[int] = ()) -> dict[int, DeviceCard]:
         """Wait until enough devices are connected and have said who they are.
 
         Args:
             grid: Connects to them.
             min_devices: With examples; the first time a run that goes on waits for those that it had instead.
+            among: Numbers of the devices that count; empty: all do.
 
         Returns:
             The connected devices' cards by Flower's node id, one node for each number.
@@ -94,7 +93,7 @@ class Roster:
                 longest_s = _ASK_AGAIN_S if first else _NEWCOMER_TIMEOUT_S
                 self._ask(grid, unknown, max(1.0, min(deadline - now, longest_s)))
             present = self._one_node_a_number(connected, refuse=first)
-            usable = sum(card.num_examples > 0 for card in present.values())
+            usable = sum(card.num_examples > 0 and (not among or card.device in among) for card in present.values())
             wanted, there = min_devices, usable
             if first and self.expected is not None:
                 self._refuse_other_devices(present)
@@ -213,14 +212,14 @@ class Roster:
             return
         log(INFO, "Shards: %d devices, %d examples", len(cards), sum(card.num_examples for card in cards))
         found = measure_shards([card.num_examples for card in cards], [card.groups for card in cards])
-        for card, distance in zip(cards[:MAX_DEVICES], found.distances, strict=False):
+        for card, distance in zip(cards[:MAX_LISTED], found.distances, strict=False):
             groups = sorted(card.groups.items(), key=lambda item: (-item[1], item[0]))
             shown = ", ".join(f"{name} {count}" for name, count in groups[:6])
             more = f", and {len(groups) - 6} more groups" if len(groups) > 6 else ""
             unlike = "" if distance is None else f"differs by {distance:.2f}  "
             log(INFO, "\tdevice %3d  %7d examples  %s%s%s", card.device, card.num_examples, unlike, shown, more)
-        if len(cards) > MAX_DEVICES:
-            log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - MAX_DEVICES)
+        if len(cards) > MAX_LISTED:
+            log(INFO, "\tand %d more devices; all are in shards.json", len(cards) - MAX_LISTED)
         for sentence in found.sentences():
             log(INFO, "\t%s", sentence)
 
@@ -231,5 +230,5 @@ def _counted(cards: Collection[DeviceCard]) -> str:
 
 def listed(devices: Sequence[object]) -> str:
     """The first of them, and how many more there are."""
-    shown = ", ".join(map(str, devices[:MAX_DEVICES]))
-    return shown if len(devices) <= MAX_DEVICES else f"{shown} and {len(devices) - MAX_DEVICES} more"
+    shown = ", ".join(map(str, devices[:MAX_LISTED]))
+    return shown if len(devices) <= MAX_LISTED else f"{shown} and {len(devices) - MAX_LISTED} more"

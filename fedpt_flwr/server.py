@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedpt_flwr.accounting import privacy_outlook
-from fedpt_flwr.config import AUTO, RunConfig, flat_values
+from fedpt_flwr.config import AUTO, PLAIN_MEANS, RunConfig, flat_values
 from fedpt_flwr.data import content_hash
 from fedpt_flwr.distiller import IN_ROUNDS, WITH_DEVICE_COPY, Distiller, check_translated
 from fedpt_flwr.endpoint import Usage
@@ -94,11 +94,19 @@ def make_private(inner: Strategy, config: RunConfig, run: RunFolder) -> PrivateA
     """Differential privacy around the inner strategy, if the config asks for it; what it spends is kept in the run.
 
     Raises:
-        ConfigError: The accountant is not installed, or the budget does not allow a single round.
+        ConfigError: The accountant is not installed, the budget does not allow a single round, or the strategy makes
+            no plain mean.
     """
     privacy = config.privacy
-    if not privacy.is_on or not isinstance(inner, FedAvg):
+    if not privacy.is_on:
         return None
+    if not isinstance(inner, FedAvg) or type(inner).__name__ not in PLAIN_MEANS:  # a median is a FedAvg to Flower
+        raise ConfigError(
+            "noise is accounted for on the plain mean of equal weights alone",
+            value=type(inner).__name__,
+            place="privacy.dp and strategy.name",
+            remedy="set strategy.name='FedAvg'",
+        )
     for line in privacy_outlook(privacy, config.num_server_rounds):
         log(INFO, "%s", line)
     return PrivateAverage(inner, privacy, lambda spent: write_json(run.path / LEDGER, spent))
@@ -329,7 +337,7 @@ class Server:
         if last_round:
             with self._of_round(last_round, LEDGER) as path:
                 checkpoint = read_json(path)
-        was_spent = any(row["phase"] == _PRIVACY for row in self.run.read_lines("metrics.jsonl"))
+        was_spent = any(row["phase"] == _PRIVACY for row in self.run.read_lines_after("metrics.jsonl", 0))
         if not last_round and not was_spent and not ledger.is_file():
             return  # not even the first round came to its end: nothing is spent
         with naming(str(ledger)):
@@ -375,6 +383,12 @@ class Server:
         """Whether a run that was resumed needs no further round, or may have none."""
         is_spent = self.private is not None and not self.private.affords_another()
         return last_round >= self.config.num_server_rounds or (last_round > 0 and (is_spent or self.is_good_enough()))
+
+    def has_results(self, last_round: int) -> bool:
+        """Whether the run has come to its end after this round, which need not be the last: that may have failed."""
+        path = self.run.path / "results.json"
+        results = read_json(path) if path.is_file() else {}
+        return isinstance(results, dict) and results.get("rounds") == last_round
 
     def devices_before(self) -> dict[int, DeviceCard] | None:
         """The devices that the run had, by number; None where none has trained yet.

@@ -33,7 +33,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from fedpt_flwr.aggregate import WeightedMean
-from fedpt_flwr.answers import answers, content_of
+from fedpt_flwr.answers import MAX_REASONS, answers, content_of
 from fedpt_flwr.bounds import norm, shortened, update_norm
 from fedpt_flwr.errors import ChangeError, ConfigError, DeviceError, PrivacyError, ReplyError, RoundError
 from fedpt_flwr.inner import (
@@ -62,10 +62,10 @@ from fedpt_flwr.records import (
     sent_as,
     to_wire,
 )
-from fedpt_flwr.roster import MAX_DEVICES, MAX_REASONS, Roster, listed
+from fedpt_flwr.roster import Roster, listed
 from fedpt_flwr.secure_sum.collector import changed
 from fedpt_flwr.secure_sum.rounds import SecureRound
-from fedpt_flwr.secure_sum.session import MIN_DEVICES, Rules
+from fedpt_flwr.secure_sum.session import Rules
 
 _FORWARDED_METRICS = (WEIGHT, "train-loss")
 
@@ -374,7 +374,7 @@ class FedPT(Strategy):
     @property
     def _num_needed(self) -> int:
         """Replies without which no round is completed."""
-        return self.min_replies if self.secure_sum is None else max(self.min_replies, MIN_DEVICES)
+        return self.min_replies if self.secure_sum is None else max(self.min_replies, self.secure_sum.at_least)
 
     def _evaluate_on_devices(
         self, grid: Grid, server_round: int, result: Result, config: ConfigRecord, timeout: float
@@ -401,7 +401,8 @@ class FedPT(Strategy):
             RunError: Before the first round: they are not those that are expected.
         """
         is_first = not self.roster.devices
-        present = self.roster.meet(grid, self.min_devices)
+        # Who comes later has no part in a private run, and takes nobody's place in it.
+        present = self.roster.meet(grid, self.min_devices, among=self.private.devices if self.private else ())
         if is_first:
             self.roster.log_shards(are_told=self.private is None)
             if self.on_devices is not None:
@@ -544,7 +545,7 @@ class FedPT(Strategy):
         for device, reply in came:
             devices.append(self._take(server_round, device, reply, usable, mean))
             del reply  # before the next one is fetched
-        self._log_refused(server_round, devices)
+        self._log_refused(server_round, ((part.device, part.refused) for part in devices))
         arrays, metrics = self._finish_round(server_round, usable, mean, devices)
         self._broadcast, self._sent, self._parts = ArrayRecord(), {}, {}
         return arrays, metrics
@@ -559,13 +560,13 @@ class FedPT(Strategy):
             cards=self._cards,
             rules=rules,
             server_round=server_round,
-            at_least=self._num_needed,
             read=content_of,
         )
         arrays, metrics = None, None
         try:
             opened = summing.run(timeout_s=timeout, answer_timeout_s=min(timeout, self.wait_timeout_s))
         except RoundError as error:
+            self._log_refused(server_round, ((device, part.refused) for device, part in summing.parts.items()))
             self._fail(error)
         else:
             devices = [
@@ -579,7 +580,7 @@ class FedPT(Strategy):
                 )
                 for device, part in summing.parts.items()
             ]
-            self._log_refused(server_round, devices)
+            self._log_refused(server_round, ((part.device, part.refused) for part in devices))
             mean = WeightedMean(opened.num_examples)
             mean.add(changed(self._broadcast, opened), opened.num_examples)
             told = MetricRecord({WEIGHT: opened.num_examples, "train-loss": opened.train_loss})
@@ -703,13 +704,11 @@ class FedPT(Strategy):
                 remedy="does it run the same code?",
             )
 
-    def _log_refused(self, server_round: int, devices: Sequence[DeviceRound]) -> None:
-        refused = [part for part in devices if part.refused]
-        for part in refused[:MAX_DEVICES]:
-            log(WARNING, "Round %d: device %d is left out: %s", server_round, part.device, part.refused)
-        if len(refused) > MAX_DEVICES:
-            rest = len(refused) - MAX_DEVICES
-            log(WARNING, "Round %d: %d more devices are left out; costs.jsonl says why", server_round, rest)
+    def _log_refused(self, server_round: int, devices: Iterable[tuple[int, str]]) -> None:
+        """Log why devices are left out, all of them: a round that fails leaves no other trace of it."""
+        for device, reason in devices:
+            if reason:
+                log(WARNING, "Round %d: device %d is left out: %s", server_round, device, reason)
 
     def _finish_round(
         self,

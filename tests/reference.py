@@ -1,10 +1,25 @@
 """Proxy-tuning as its definition reads: the slow and obvious version that the fast ones are compared with.
 
-No cache, no batching, no masks: three full forward passes per token, on one sequence at a time.
+No cache, no batching, no masks: three full forward passes per token, on one sequence at a time. And adapters as what
+they are added to a model as.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fedpt_flwr.lora import is_left, is_right
+
+
+def products(arrays):
+    """``B A`` of each module of an adapter, formed, in float64."""
+
+    def of_modules(is_factor):
+        chosen = {name: values for name, values in arrays.items() if is_factor(name)}
+        return {name.replace(".lora_A", ".lora").replace(".lora_B", ".lora"): chosen[name] for name in chosen}
+
+    lefts, rights = of_modules(is_left), of_modules(is_right)
+    return {module: lefts[module].astype(np.float64) @ rights[module].astype(np.float64) for module in rights}
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from local_grid import LocalGrid
+from reference import products
 
 from fedpt_flwr.config import StrategyConfig
 from fedpt_flwr.errors import RoundError
 from fedpt_flwr.inner import make_inner_strategy
-from fedpt_flwr.lora import completed, is_right, leading, products
+from fedpt_flwr.lora import completed, is_right, leading
 from fedpt_flwr.records import DeviceCard, sent_as, to_int8_reply, to_reply, to_tensors
 from fedpt_flwr.strategy import FedPT
 

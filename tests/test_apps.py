@@ -590,6 +590,21 @@ def test_a_run_in_which_no_round_succeeds_fails_however_patient_it_is(caplog, tm
     failing(caplog, tmp_path, RoundError, "a run needs at least one complete round", settings, tamper=silent)
 
 
+def test_a_run_whose_last_round_failed_has_its_results_and_is_left_alone(caplog, tmp_path):
+    def silent_in_round_2(device, message, reply):
+        told = message.content.config_records["config"]
+        return None if told.get("server-round") == 2 else reply
+
+    settings = {"max-failed-rounds": 1, "distillation.mode": "off", "scoring.rows": "tuned", "scoring.few-shot": 0}
+    run = federate(tmp_path, 2, settings, tamper=silent_in_round_2)
+    before = (run / "results.json").read_bytes()
+    assert json.loads(before)["rounds"] == 1
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        federate(tmp_path, 2, settings | {"resume": "latest"})
+    assert (run / "results.json").read_bytes() == before
+    assert "This run has ended after round 1 and has its results: it is left as it is" in caplog.text
+
+
 def test_answers_that_leave_no_room_for_a_prompt_are_refused_with_the_key(caplog, tmp_path):
     settings = {"scoring.max-new-tokens": 511}
     failing(caplog, tmp_path, DataError, r"^scoring\.max-new-tokens: the models read 512 tokens", settings)

@@ -120,7 +120,7 @@ VALID = {
     "tuning.lora-dropout": st.floats(0, 1, exclude_max=True),
     "tuning.lora-aggregation": st.sampled_from(["average", "frozen-a"]),  # exact goes with two strategies
     "train.schedule": st.sampled_from(["constant", "linear", "cosine"]),
-    "train.learning-rate-end": st.floats(0, 1),
+    "train.learning-rate-end": st.floats(0, 1, exclude_min=True),
     "train.beta2": st.floats(0, 1, exclude_max=True),
     "train.mixed-precision": st.sampled_from(["no", "bf16", "fp16"]),
     "data.train": SOURCES,
@@ -292,6 +292,7 @@ def test_an_unknown_key_with_nothing_near_it_points_to_the_documentation():
         ("fraction-train", 0.0, "must be greater than 0 and at most 1, got 0.0"),
         ("fraction-train", 1.01, "must be greater than 0 and at most 1, got 1.01"),
         ("train.learning-rate", 0, "must be greater than 0, got 0"),
+        ("train.learning-rate-end", 0.0, "must be greater than 0 and at most 1, got 0.0"),
         ("train.beta2", 1.0, "must be at least 0 and below 1, got 1.0"),
         ("train.max-length", 1, "must be at least 2, got 1"),
         ("data.holdout-fraction", 0.5, "must be greater than 0 and below 0.5, got 0.5"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import products
 
 from fedpt_flwr.aggregate import WeightedMean
 from fedpt_flwr.lora import (
@@ -14,7 +15,6 @@ from fedpt_flwr.lora import (
     leading,
     leading_shape,
     product_svd,
-    products,
 )
 
 A, B = "model.q_proj.lora_A.default.weight", "model.q_proj.lora_B.default.weight"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from federation import federate, final_arrays
 from peft import AutoPeftModelForCausalLM, PeftModel
+from reference import products
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedpt_flwr.lora import products
 from fedpt_flwr.models import resolve_model
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import read_json

@@ -107,6 +107,51 @@ def test_arrays_are_taken_by_name_in_whatever_order_a_device_sends_them(mode, no
     np.testing.assert_allclose(got["weight"], [1 + (3 + 0.3 + 0 + 0.06) / 4], rtol=1e-5)
 
 
+# --- precision ---
+
+
+def device_of(change):
+    """A device that adds the same to every weight."""
+
+    def answer(message, context):
+        arrays = {name: Array(array.numpy() + np.float32(change)) for name, array in message.content["arrays"].items()}
+        said = {
+            "device": context.node_config["partition-id"],
+            "server-round": message.content["config"]["server-round"],
+            "num-examples": 1,
+        }
+        content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord(said)})
+        return Message(content=content, reply_to=message)
+
+    def handle(message, context):
+        if message.metadata.message_type == "query":
+            card = DeviceCard(device=context.node_config["partition-id"], num_examples=1, groups={}, code_hash="")
+            return Message(content=card.to_content(), reply_to=message)
+        return clip_update(message, context, answer)
+
+    return handle
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_change_of_millions_of_weights_is_clipped_to_its_norm(mode, no_noise):
+    """In float32 the norm of these comes out too small by 3.7e-4: the server refuses what devices clip to it."""
+    count, norm = 4_000_000, 0.5
+    run = Run(mode, clipping_norm=norm)
+    got = run.start(device=device_of(0.001), arrays=many_weights(count))
+    length = float(np.linalg.norm(got["weight"].astype(np.float64)))
+    assert length == pytest.approx(norm, rel=1e-6)
+    assert len(run.outcomes) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_change_whose_square_is_nothing_in_float32_costs_no_budget_for_nothing(mode, no_noise):
+    """Flower would divide by its norm of 0, after the round was written down as spent."""
+    run = Run(mode, clipping_norm=0.5)
+    got = run.start(device=device_of(1e-30), arrays=many_weights(3))
+    np.testing.assert_allclose(got["weight"], 1e-30, rtol=1e-6)
+    assert len(run.outcomes) == len(run.ledger) == 1
+
+
 # --- noise ---
 
 
@@ -521,6 +566,25 @@ def test_a_device_that_comes_later_has_no_part_in_the_run():
     run.fedpt.start(grid, start_arrays(), num_rounds=3, timeout=5)
     assert [len(outcome.devices) for outcome in run.outcomes] == [3, 3, 3]
     assert len(run.private.devices) == 3
+
+
+def test_a_device_that_comes_later_takes_no_place_of_one_that_is_waited_for(monkeypatch):
+    """Between rounds device 3 goes and another comes; while the run waits, device 3 comes back."""
+    run = Run(fedpt={"wait_timeout_s": 5.0})
+    grid = LocalGrid(make_device(), NUM_DEVICES + 1, {"privacy.dp": "server-fixed"})
+    node_of = {device: node for node, device in grid.device_of.items()}
+    grid.online.discard(node_of[4])
+
+    def swap(outcome):
+        run.outcomes.append(outcome)
+        if outcome.server_round == 1:
+            grid.online.discard(node_of[3])
+            grid.online.add(node_of[4])
+
+    run.fedpt.after_aggregate = swap
+    monkeypatch.setattr("fedpt_flwr.roster.time.sleep", lambda _seconds: grid.online.add(node_of[3]))
+    run.fedpt.start(grid, start_arrays(), num_rounds=2, timeout=5)
+    assert [[part.device for part in outcome.devices] for outcome in run.outcomes] == [[0, 1, 2, 3]] * 2
 
 
 def test_other_devices_than_those_of_the_first_round_are_refused():

@@ -2,14 +2,19 @@
 
 import json
 import logging
+import shutil
 
 import federation
 import pytest
 
 from fedpt_flwr.accounting import epsilon_after
+from fedpt_flwr.config import StrategyConfig, parse_run_config
 from fedpt_flwr.errors import ConfigError, RoundError
+from fedpt_flwr.inner import make_inner_strategy
 from fedpt_flwr.report.run import run_page
 from fedpt_flwr.results import privacy_line
+from fedpt_flwr.runs import RunFolder
+from fedpt_flwr.server import make_private
 
 PLAIN = {"distillation.mode": "off", "scoring.few-shot": 0, "scoring.rows": "tuned", "train.max-steps": 1}
 PRIVATE = PLAIN | {"privacy.dp": "client-adaptive", "privacy.clipped-count-stddev": 10.0}
@@ -51,6 +56,23 @@ def test_nothing_in_the_folder_tells_what_a_single_device_holds(run):
             assert row["num_examples"] == 1
     assert all("train_loss" not in row for row in lines(run, "metrics.jsonl"))
     assert json.loads((run / "rounds/0002/round.json").read_text())["train_loss"] is None
+
+
+def test_half_a_line_of_a_process_that_was_killed_does_not_keep_a_run_from_going_on(run, tmp_path):
+    copy = shutil.copytree(run.parent, tmp_path / "runs", symlinks=True) / run.name
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "pha')
+    before = (copy / "results.json").read_bytes()
+    federation.federate(copy.parent, 3, PRIVATE | {"resume": run.name})
+    assert (copy / "results.json").read_bytes() == before
+
+
+def test_a_strategy_without_a_plain_mean_never_makes_a_run_without_noise(tmp_path):
+    """The run config is refused before; this is what stands behind it."""
+    config = parse_run_config(PRIVATE)
+    inner = make_inner_strategy(StrategyConfig(name="FedMedian"))
+    with RunFolder.create(tmp_path, 1) as folder, pytest.raises(ConfigError, match="plain mean of equal weights alone"):
+        make_private(inner, config, folder)
 
 
 def test_the_report_says_what_was_spent_and_not_who_holds_what(run):

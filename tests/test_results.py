@@ -233,6 +233,8 @@ def test_a_run_is_the_same_as_itself_after_a_way_through_json(caplog):
     before = json.loads(json.dumps(record(proxy__alpha=0.5)))
     check_same_run(before, record(proxy__alpha=0.5), place="/runs/one")
     check_same_run(before, record(proxy__alpha=0.5, resume="latest", output_dir="/elsewhere"), place="/runs/one")
+    patience = {"wait_timeout_s": 9.0, "round_timeout_s": 9.0, "max_failed_rounds": 5, "min_devices": 1}
+    check_same_run(before, record(proxy__alpha=0.5, keep_rounds=9, **patience), place="/runs/one")
     assert not caplog.messages
 
 

@@ -11,17 +11,23 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpt_flwr.config import SECURE_SUM_WIDTHS
 from fedpt_flwr.errors import DeviceError, ReplyError, RoundError
 from fedpt_flwr.secure_sum import keys, shamir
 from fedpt_flwr.secure_sum.collector import Collector, changed
 from fedpt_flwr.secure_sum.device import SECRET_KEY, Device, read_secret
-from fedpt_flwr.secure_sum.ring import WIDTHS, Ring
+from fedpt_flwr.secure_sum.ring import Ring
 from fedpt_flwr.secure_sum.session import KEYS, LOSS_LIMIT, RECORD, REVEAL, SHARES, TAIL, WORDS, Rules
 
 TRAIN = "train"
 PHASES = (KEYS, SHARES, TRAIN, REVEAL)
 
 # --- secrets in shares ---
+
+
+def join(shares):
+    return shamir.join(shamir.weights_at_zero(list(shares)), shares)
+
 
 SECRETS = st.binary(min_size=32, max_size=32)
 
@@ -60,7 +66,7 @@ def test_any_shares_of_enough_give_the_secret_back(sharing, draw):
     secret, threshold, points = sharing
     shares = dict(zip(points, shamir.split(secret, threshold, points), strict=True))
     number = draw.randint(threshold, len(points))
-    assert shamir.join({point: shares[point] for point in draw.sample(points, number)}) == secret
+    assert join({point: shares[point] for point in draw.sample(points, number)}) == secret
 
 
 @settings(deadline=None, max_examples=30)
@@ -73,13 +79,13 @@ def test_one_share_too_few_is_as_good_with_every_other_secret(secret, other, thr
     weights = shamir.weights_at_zero(points)
     rest = sum(weights[point] * int.from_bytes(share, "big") for point, share in known.items())
     last = (int.from_bytes(other, "big") - rest) * pow(weights[points[-1]], -1, shamir.PRIME) % shamir.PRIME
-    assert shamir.join(known | {points[-1]: last.to_bytes(shamir.SHARE_BYTES, "big")}) == other
+    assert join(known | {points[-1]: last.to_bytes(shamir.SHARE_BYTES, "big")}) == other
 
 
 def test_a_secret_shared_by_hand():
     # f(x) = 7 + 3x: f(1) = 10, f(2) = 13; the value at 0 is 2 f(1) - f(2) = 7
     shares = {point: value.to_bytes(33, "big") for point, value in ((1, 10), (2, 13))}
-    assert shamir.join(shares) == (7).to_bytes(32, "big")
+    assert join(shares) == (7).to_bytes(32, "big")
 
 
 def test_two_sharings_of_one_secret_have_nothing_in_common():
@@ -105,9 +111,7 @@ def test_a_sharing_that_is_none_is_refused(arguments, said):
 @pytest.mark.parametrize("share", [b"", bytes(32), shamir.PRIME.to_bytes(33, "big"), (2**256 + 5).to_bytes(33, "big")])
 def test_shares_that_are_none_are_refused(share):
     with pytest.raises(ValueError, match=r"is none|not shares of one secret"):
-        shamir.join({1: share})
-    with pytest.raises(ValueError, match="no shares"):
-        shamir.join({})
+        join({1: share})
 
 
 # --- numbers in the ring ---
@@ -117,7 +121,9 @@ def test_shares_that_are_none_are_refused(share):
 def weighted_numbers(draw):
     """A ring, and the same number of values in its range from each of some devices with their weights."""
     weights = draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=9))
-    ring = Ring(draw(st.sampled_from(WIDTHS)), draw(st.sampled_from([2**-10, 0.25, 1.0, 300.0])), len(weights))
+    ring = Ring(
+        draw(st.sampled_from(SECURE_SUM_WIDTHS)), draw(st.sampled_from([2**-10, 0.25, 1.0, 300.0])), len(weights)
+    )
     values = st.lists(st.floats(-ring.limit, ring.limit, width=32), min_size=3, max_size=3)
     return ring, weights, [np.float32(draw(values)) for _ in weights]
 
@@ -135,7 +141,7 @@ def test_a_mean_from_the_ring_is_off_by_half_a_step_for_each_device_at_most(numb
     np.testing.assert_allclose(ring.decode(total, here / whole), expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", SECURE_SUM_WIDTHS)
 @pytest.mark.parametrize("num_devices", [3, 64, 256])
 def test_no_sum_wraps_round_even_of_the_largest_numbers_rounded_away_from_0(bits, num_devices):
     ring = Ring(bits, 1.0, num_devices)
@@ -207,6 +213,7 @@ def test_a_mask_is_the_same_in_pieces_and_comes_off(dtype, monkeypatch):
 # --- devices and server, with nothing between them ---
 
 RULES = Rules(0.7, 1.0, 32)
+TOLD = ConfigRecord({"server-round": 1, "code-hash": "ab", "proximal-mu": 0.1})
 
 
 def model(value=0.0):
@@ -228,14 +235,17 @@ class Round:
         answer: Called with (phase, device, content); what the server gets instead.
     """
 
-    def __init__(self, num_devices=5, *, rules=RULES, drop=None, tell=None, answer=None, secrets=None, sent=None):
+    def __init__(
+        self, num_devices=5, *, rules=RULES, drop=None, tell=None, answer=None, secrets=None, sent=None, told=None
+    ):
         self.sent = sent or {device: model() for device in range(num_devices)}
         self.devices = {
             device: Device(device, rules, RecordDict(), (secrets or {}).get(device, b""))
             for device in range(num_devices)
         }
         self.weights = {device: device + 1 for device in self.devices}
-        self.collector = Collector(1, self.weights, rules, self.sent[0])
+        self.told = told or dict.fromkeys(self.devices, TOLD)
+        self.collector = Collector(1, self.weights, rules, self.sent[0], self.told[0])
         self.drop, self.tell, self.answer = drop or {}, tell or (lambda *a: a[2]), answer or (lambda *a: a[2])
         self.changes = {device: changes_of(device) for device in self.devices}
         self.server_saw: list[RecordDict] = []
@@ -269,6 +279,7 @@ class Round:
         answered = device.join(content).answer(
             sorted(self.changes[number].items()),
             self.sent[number],
+            self.told[number],
             num_examples=self.weights[number],
             train_loss=float(number),
         )
@@ -292,7 +303,7 @@ def assert_is_mean(opened, expected, there):
         np.testing.assert_allclose(opened.changes[name], values, rtol=0, atol=opened.error)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", SECURE_SUM_WIDTHS)
 @pytest.mark.parametrize(
     "drop",
     [
@@ -334,6 +345,20 @@ def test_so_many_must_stay(num_devices, threshold):
     assert RULES.threshold(num_devices) == threshold
     assert 2 * Rules(0.500001, 1.0, 32).threshold(num_devices) > num_devices
     assert Rules(1.0, 1.0, 32).threshold(num_devices) == num_devices
+
+
+@pytest.mark.parametrize(("num_devices", "threshold"), [(3, 5), (5, 5), (6, 5), (8, 6)])
+def test_no_fewer_must_stay_than_a_round_needs_whatever_the_server_begins_with(num_devices, threshold):
+    assert Rules(0.7, 1.0, 32, 5).threshold(num_devices) == threshold
+
+
+def test_a_device_helps_to_open_no_sum_of_fewer_than_a_round_needs():
+    rules = Rules(0.7, 1.0, 32, 5)  # of 6 devices 5 would do by their share
+    with pytest.raises(RoundError, match="that 4 devices begin needs 5 of them to its end"):
+        Round(4, rules=rules).run()
+    summing = Round(6, rules=rules, tell=only(2, REVEAL, lambda question: question.update({"stayed": [0, 1, 2, 3]})))
+    summing.run()
+    assert "of 6 devices at least 5 must stay in a secure sum, got 4" in summing.refused[2]
 
 
 def test_two_devices_are_too_few():
@@ -410,7 +435,7 @@ def without_devices(count):
 
 REFUSALS = {
     "its own key changed": (SHARES, drop_own, "must pass on the keys that this device offered"),
-    "two devices": (SHARES, without_devices(2), r"needs 3 to 256 devices, got 2; see min-devices"),
+    "two devices": (SHARES, without_devices(2), r"needs 3 to 256 devices, got 2; see min-replies"),
     "no device": (SHARES, without_devices(0), "needs 3 to 256 devices, got 0"),
     "a key twice": (
         SHARES,
@@ -460,6 +485,16 @@ def test_devices_that_were_sent_different_models_have_masks_that_do_not_cancel()
     sent = {device: model(float(device == 2)) for device in range(5)}
     with pytest.raises(RoundError, match="do not open the masks of the sum"):
         Round(5, sent=sent).run()
+
+
+@pytest.mark.parametrize(
+    "other", [{"server-round": 2}, {"proximal-mu": 0.2}, {"proximal-mu": None}, {"new": 1}], ids=str
+)
+def test_devices_that_were_told_to_train_in_different_ways_have_masks_that_do_not_cancel(other):
+    changed = {name: value for name, value in ({**TOLD} | other).items() if value is not None}
+    told = dict.fromkeys(range(5), TOLD) | {2: ConfigRecord(changed)}
+    with pytest.raises(RoundError, match="do not open the masks of the sum"):
+        Round(5, told=told).run()
 
 
 def test_a_device_with_another_secret_stops_the_round_before_anybody_has_sent_anything_and_is_named():

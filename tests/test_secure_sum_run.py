@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from federation import federate, final_arrays
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 from local_grid import LocalGrid
 
@@ -59,7 +59,7 @@ def train(device, content):
     metrics = {"device": number, "server-round": server_round, "seconds": 1.0}
     if RECORD in content:
         arrays = device.join(content).answer(
-            [("weight", change)], sent, num_examples=examples_of(number), train_loss=float(number)
+            [("weight", change)], sent, content["config"], num_examples=examples_of(number), train_loss=float(number)
         )
     else:
         arrays = ArrayRecord({"weight": Array(sent["weight"].numpy() + change)})
@@ -175,14 +175,16 @@ def test_a_round_with_too_few_fails_with_the_reasons_and_the_next_goes_on(caplog
     said = "round {}: a secure sum that 6 devices begin needs 5 of them to its end, and 3 answered with {}"
     assert said.format(2, "their change") in caplog.text
     assert "  - device 1, round 2: no reply with its change came in time" in caplog.text
+    assert [f"Round 2: device {device} is left out" in caplog.text for device in range(6)] == [0, 1, 1, 1, 0, 0]
     assert said.format(3, "the shares that open it; nothing of") in caplog.text or said.format(3, "the") in caplog.text
     with pytest.raises(RoundError, match="3 answered with their change"):
         run("FedAvg", secure=True, rounds=2, tamper=gone)
 
 
-def test_more_may_be_asked_for_than_the_threshold():
+def test_more_may_be_asked_for_than_the_threshold(monkeypatch):
+    monkeypatch.setitem(globals(), "RULES", Rules(0.7, 1.0, 32, 6))  # the devices' too
     with pytest.raises(RoundError, match="that 6 devices begin needs 6 of them to its end, and 5 answered"):
-        run("FedAvg", secure=True, tamper=silent(train=[2]), min_replies=6)
+        run("FedAvg", secure=True, tamper=silent(train=[2]))
 
 
 def test_no_fewer_than_three_are_drawn():
@@ -221,6 +223,20 @@ def test_devices_of_a_lower_rank_have_no_part_in_a_sum():
     )
     with pytest.raises(RoundError, match="in a secure sum all devices must send arrays of the same shapes, got 1"):
         strategy.start(LocalGrid(handle, 3, tamper=of_rank_1), initial_arrays=start_arrays(), num_rounds=1, timeout=5)
+
+
+def test_a_strategy_that_tells_devices_different_things_is_refused():
+    class Uneven(FedPT):
+        def configure_train(self, *arguments):
+            messages = list(super().configure_train(*arguments))
+            for number, message in enumerate(messages):
+                told = ConfigRecord({**message.content["config"], "rate": 0.1 * number})
+                message.content = RecordDict({**message.content, "config": told})
+            return messages
+
+    strategy = Uneven(make_inner_strategy(StrategyConfig()), wait_timeout_s=1.0, secure_sum=RULES)
+    with pytest.raises(RoundError, match=r"must be told the same of how to train, got \['rate'\]"):
+        strategy.start(LocalGrid(handle, 3), initial_arrays=start_arrays(), num_rounds=1, timeout=5)
 
 
 def test_flowers_own_loop_is_refused():

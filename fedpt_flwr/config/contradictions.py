@@ -11,7 +11,7 @@ from typing import Any
 from fedpt_flwr.config.keys import (
     AUTO,
     NEED_SINGLE_UPDATES,
-    PRIVATE_STRATEGIES,
+    PLAIN_MEANS,
     SAMPLINGS,
     RunConfig,
     names_in,
@@ -20,9 +20,6 @@ from fedpt_flwr.errors import ConfigError, FedPTError
 
 _Refuse = Callable[[str, str, Any, str], None]
 """Takes the keys, joined by " and ", the rule, the value and the remedy."""
-
-_WEIGHTED_MEANS = ("FedAvg", "FedProx")
-"""Strategies that make the weighted mean of the devices' weights, and nothing else."""
 
 
 def contradictions(config: RunConfig, wrong: set[str]) -> list[FedPTError]:
@@ -206,7 +203,7 @@ def _check_secure_sum(config: RunConfig, refuse: _Refuse) -> None:
 
 
 def _check_exact(config: RunConfig, refuse: _Refuse) -> None:
-    if config.strategy.name not in _WEIGHTED_MEANS:
+    if config.strategy.name not in PLAIN_MEANS:
         refuse(
             "tuning.lora-aggregation and strategy.name",
             "exact aggregation writes the adapter in new directions after every round, so that momentum, medians and "
@@ -327,7 +324,7 @@ def _share_a_split(one: str, other: str) -> bool:
 def _check_privacy(config: RunConfig, refuse: _Refuse) -> None:
     """What epsilon would say nothing about must not be."""
     privacy, data = config.privacy, config.data
-    if config.strategy.name not in PRIVATE_STRATEGIES:
+    if config.strategy.name not in PLAIN_MEANS:
         refuse(
             "privacy.dp and strategy.name",
             "noise is accounted for on the plain mean of equal weights alone",

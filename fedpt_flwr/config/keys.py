@@ -35,14 +35,17 @@ INNER_STRATEGIES = (
 NEED_SINGLE_UPDATES = ("Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")
 """Of these, those that compare the devices' arrays with each other; the others see no more than their weighted mean."""
 
+PLAIN_MEANS = ("FedAvg", "FedProx")
+"""Of the former, those that make the weighted mean of the devices' weights, and nothing else."""
+
 DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 """What ``distillation.mode`` can be."""
 
 DP_MODES = ("off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive")
 """What ``privacy.dp`` can be."""
 
-PRIVATE_STRATEGIES = ("FedAvg", "FedProx")
-"""Strategies whose mean of equal weights the accountant knows."""
+SECURE_SUM_WIDTHS = (16, 32)
+"""What ``privacy.secure-sum-bits`` can be."""
 
 SAMPLINGS = ("no-amplification", "poisson", "without-replacement")
 """What ``privacy.sampling`` can be asked to be; all but the first are refused."""
@@ -76,8 +79,8 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
-    return "must be one of " + ", ".join(names), lambda value: value in names
+def _one_of(*names: str | int) -> tuple[str, Callable[[Any], bool]]:
+    return "must be one of " + ", ".join(map(str, names)), lambda value: value in names
 
 
 def _at_least(low: float) -> tuple[str, Callable[[Any], bool]]:
@@ -268,8 +271,7 @@ class TrainConfig:
     learning_rate_end: float = _setting(
         0.2,
         "Learning rate of the last round as a fraction of the first round's.",
-        "must be at least 0 and at most 1",
-        lambda value: 0 <= value <= 1,
+        *_FRACTION,  # not 0: a round at that rate is trained for nothing, and a change of zero is none to clip
     )
     schedule: str = _setting(
         "linear", "Course of the learning rate over the rounds.", *_one_of("constant", "linear", "cosine")
@@ -525,8 +527,8 @@ class PrivacyConfig:
     )
     secure_sum_threshold: float = _setting(
         0.7,
-        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3; "
-        "with fewer the round fails. The others may drop out.",
+        "Share of the devices which begin a secure sum that must stay until it is opened, rounded up and at least 3 "
+        "and `min-replies`; with fewer the round fails. The others may drop out.",
         "must be greater than 0.5 and at most 1",
         lambda value: 0.5 < value <= 1,
     )
@@ -540,8 +542,7 @@ class PrivacyConfig:
         32,
         "Bits of a number in a masked answer. 16 halve what devices send; the mean is then off by at most about the "
         "number of devices times the range divided by 65536.",
-        "must be one of 16, 32",
-        lambda value: value in (16, 32),
+        *_one_of(*SECURE_SUM_WIDTHS),
     )
 
     @property
@@ -695,7 +696,11 @@ class RunConfig:
     num_server_rounds: int = _setting(8, "Rounds.", *_at_least(1))
     fraction_train: float = _setting(1.0, "Share of the devices that train in a round.", *_FRACTION)
     min_devices: int = _setting(2, "Devices that must be there before a round begins.", *_at_least(1))
-    min_replies: int = _setting(1, "Usable replies that a round needs.", *_at_least(1))
+    min_replies: int = _setting(
+        1,
+        "Usable replies that a round needs. With `privacy.secure-sum` a device takes part in no sum of fewer.",
+        *_at_least(1),
+    )
     max_failed_rounds: int = _setting(
         0, "Rounds in a row that may lack replies (the model stays as it was); one more ends the run.", *_at_least(0)
     )
@@ -712,7 +717,9 @@ class RunConfig:
     resume: str = _setting(
         "",
         "Go on with a run after its last complete round: its id, a unique beginning of it, its folder, or `latest`, "
-        "the newest that was begun. All other keys and the number of devices must be as they were.",
+        "the newest that was begun. The devices and all other keys must be as they were, but for `min-devices`, "
+        "`max-failed-rounds`, `round-timeout-s`, `wait-timeout-s`, `keep-rounds`, `output-dir`, and what `remote` may "
+        "take of time, money and disk.",
     )
     seed: int = _setting(0, "Seed of everything random.", "must be from 0 to 4294967295", lambda v: 0 <= v < 2**32)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedpt_flwr.errors import ReplyError, RoundError
 from fedpt_flwr.records import check_words
 from fedpt_flwr.secure_sum import keys, shamir
-from fedpt_flwr.secure_sum.device import sign_of
+from fedpt_flwr.secure_sum.device import SEALED_BYTES, sign_of
 from fedpt_flwr.secure_sum.ring import Words
 from fedpt_flwr.secure_sum.session import (
     IN_TAIL,
@@ -33,8 +33,6 @@ from fedpt_flwr.secure_sum.session import (
     Session,
     digest_of,
 )
-
-_SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +64,7 @@ class Collector:
         weights: Examples of every device that was drawn, by its number.
         rules: The run's.
         sent: What the devices are sent to train, as it is on the wire.
-        at_least: How many must stay, if that is more than the threshold.
+        told: What they are told of how to train it.
 
     Attributes:
         offered: Public keys by device, of those that have answered the first question.
@@ -75,15 +73,20 @@ class Collector:
     """
 
     def __init__(
-        self, server_round: int, weights: Mapping[int, int], rules: Rules, sent: ArrayRecord, *, at_least: int = 1
+        self,
+        server_round: int,
+        weights: Mapping[int, int],
+        rules: Rules,
+        sent: ArrayRecord,
+        told: ConfigRecord,
     ) -> None:
         self.server_round = server_round
         self.offered: dict[int, PublicKeys] = {}
         self.shared: dict[int, dict[int, bytes]] = {}
         self.stayed: list[int] = []
-        self._weights, self._rules, self._at_least = weights, rules, at_least
+        self._weights, self._rules = weights, rules
         self._shapes = {name: tuple(sent[name].shape) for name in sorted(sent)}
-        self._model = digest_of(sent)
+        self._model = digest_of(sent, told)
         self._session: Session | None = None
         self._total: dict[str, Words] = {}
         self._revealed: dict[int, list[bytes]] = {}
@@ -146,7 +149,7 @@ class Collector:
 
     def _take_shares(self, device: int, reader: Reader) -> None:
         others = [other for other in self.session.parties if other != device]
-        sealed = reader.texts("sealed", len(others), _SEALED_BYTES)
+        sealed = reader.texts("sealed", len(others), SEALED_BYTES)
         self.shared[device] = dict(zip(others, sealed, strict=True))
 
     def _take_masked(self, device: int, content: RecordDict, place: str) -> None:
@@ -173,13 +176,11 @@ class Collector:
         answered = by_phase.get(phase, self.stayed)
         begun = len(self.offered)
         needed = self._rules.threshold(begun)
-        if phase != REVEAL:
-            needed = max(needed, self._at_least)
         if len(answered) < needed:
             raise RoundError(
                 f"round {self.server_round}: a secure sum that {begun} devices begin needs {needed} of them to its "
                 f"end, and {len(answered)} answered {_WHAT.get(phase, 'with their change')}",
-                place="privacy.secure-sum-threshold",
+                place="privacy.secure-sum-threshold and min-replies",
                 remedy="nothing of the others was opened; checkpoints of earlier rounds are kept",
             )
         if begun > MAX_DEVICES:
@@ -205,7 +206,7 @@ class Collector:
         for index, device in enumerate(joined):
             shares = {session.point(helper): self._revealed[helper][index] for helper in helpers}
             try:
-                secret = shamir.join_with(weights, shares)
+                secret = shamir.join(weights, shares)
             except ValueError as error:
                 raise self._wrong_shares(device) from error
             if device in self.stayed:

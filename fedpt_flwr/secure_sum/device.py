@@ -3,7 +3,8 @@
 Between them it keeps what it drew and was sent in the state that Flower holds for it while a run lasts, in the memory
 of its SuperNode. Where that is lost, the device has dropped out of the round, and nothing worse. The device itself
 checks what protects it: the number of devices, the threshold, that all were told the same, that no round is summed
-twice, and that it never gives both secrets of another device away.
+twice, and that it never gives both secrets of another device away. That no round is summed twice it knows from the same
+state: a device whose SuperNode was restarted may be asked for another sum of the round.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from fedpt_flwr.secure_sum.session import (
     IN_TAIL,
     LOSS_LIMIT,
     MAX_DEVICES,
-    MIN_DEVICES,
     RECORD,
     TAIL,
     TAIL_BITS,
@@ -41,7 +41,9 @@ SECRET_KEY = "secure-sum-secret"  # noqa: S105 (the name of a key of the node co
 """Names a file that all devices of a federation have and the server has not."""
 
 _MIN_SECRET_BYTES = 16
-_SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
+SEALED_BYTES = 2 * shamir.SHARE_BYTES + keys.SEAL_BYTES
+"""What a device seals for another: a share of each of its two secrets."""
+
 _KEYS, _SHARES, _TRAIN, _DONE = "keys", "shares", "train", "done"  # what was answered last
 
 
@@ -117,7 +119,8 @@ class Device:
         """
         reader, mine = self._next(content, after=_KEYS)
         session = Session.from_record(reader.record, self.rules, error=DeviceError, place=reader.place)
-        mask, share, seed = mine.text("mask-key", 32), mine.text("share-key", 32), os.urandom(shamir.SECRET_BYTES)
+        mask, share = (mine.text(name, keys.KEY_BYTES) for name in ("mask-key", "share-key"))
+        seed = os.urandom(shamir.SECRET_BYTES)
         self._check(session, mask, share)
         points = [session.point(device) for device in session.parties]
         of_mask, of_seed = (shamir.split(secret, session.threshold, points) for secret in (mask, seed))
@@ -139,16 +142,18 @@ class Device:
         reader, mine = self._next(content, after=_SHARES)
         session = Session.from_record(mine.record, self.rules, error=DeviceError, place=reader.place)
         others = reader.numbers("from")
-        sealed = reader.texts("sealed", len(others), _SEALED_BYTES)
+        sealed = reader.texts("sealed", len(others), SEALED_BYTES)
         if others != sorted(set(others)) or not set(others) <= session.parties.keys() - {self.number}:
             raise DeviceError("shares must come from other devices of the round", value=others, place=reader.place)
         if len(others) + 1 < session.threshold:
             raise self._too_few(len(others) + 1, session, reader.place)
-        private, shares = mine.text("share-key", 32), {self.number: mine.text("own-shares", 2 * shamir.SHARE_BYTES)}
+        private = mine.text("share-key", keys.KEY_BYTES)
+        shares = {self.number: mine.text("own-shares", 2 * shamir.SHARE_BYTES)}
         for device, text in zip(others, sealed, strict=True):
             shares[device] = self._unseal(session, private, device, text, reader.place)
         self._keep({**mine.record, "from": sorted(shares), "shares": [shares[device] for device in sorted(shares)]})
-        return Sum(self, session, mine.text("mask-key", 32), mine.text("seed", 32), tuple(others), reader.place)
+        mask, seed = mine.text("mask-key", keys.KEY_BYTES), mine.text("seed", shamir.SECRET_BYTES)
+        return Sum(self, session, mask, seed, tuple(others), reader.place)
 
     def reveal(self, content: RecordDict) -> RecordDict:
         """The fourth answer: one share of each device, whichever helps to open the sum.
@@ -195,12 +200,13 @@ class Device:
 
     def _check(self, session: Session, mask: bytes, share: bytes) -> None:
         place = f"device {self.number}, round {session.server_round}"
-        if not MIN_DEVICES <= len(session.parties) <= MAX_DEVICES:
+        # The server chooses who begins, and could begin many sums of few; the run config says how few.
+        if not self.rules.at_least <= len(session.parties) <= MAX_DEVICES:
             raise DeviceError(
-                f"a secure sum needs {MIN_DEVICES} to {MAX_DEVICES} devices",
+                f"a secure sum needs {self.rules.at_least} to {MAX_DEVICES} devices",
                 value=len(session.parties),
                 place=place,
-                remedy="see min-devices and fraction-train",
+                remedy="see min-replies and fraction-train",
             )
         own = session.parties.get(self.number)
         if own is None or (own.mask, own.share) != (keys.public_key(mask), keys.public_key(share)):
@@ -211,7 +217,7 @@ class Device:
             f"of {len(session.parties)} devices at least {session.threshold} must stay in a secure sum",
             value=found,
             place=place,
-            remedy="see privacy.secure-sum-threshold",
+            remedy="see privacy.secure-sum-threshold and min-replies",
         )
 
     # --- shares on their way ---
@@ -263,6 +269,7 @@ class Sum:
         self,
         changes: Iterable[tuple[str, NDArray[np.float32]]],
         received: ArrayRecord,
+        told: ConfigRecord,
         *,
         num_examples: int,
         train_loss: float,
@@ -271,7 +278,8 @@ class Sum:
 
         Args:
             changes: Names and changes of all arrays, in the order of their names.
-            received: What the server sent.
+            received: The model that the server sent.
+            told: What it said of how to train it.
             num_examples: That it trained on: its weight in the mean.
             train_loss: Nats per answer token.
 
@@ -303,7 +311,7 @@ class Sum:
             "cut": min(num_cut, largest),
         }
         tail = np.array([in_tail[name] for name in IN_TAIL], f"<u{TAIL_BITS // 8}")
-        self._mask(words, tail, digest_of(received))
+        self._mask(words, tail, digest_of(received, told))
         kept = self.device._kept()
         secrets = {name: value for name, value in kept.items() if name not in ("mask-key", "share-key", "seed")}
         self.device._keep({**secrets, "phase": _TRAIN, "summed": session.server_round})

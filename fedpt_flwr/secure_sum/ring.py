@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WIDTHS = (16, 32)
-"""Bits of an integer on the wire that can be chosen."""
-
 Words = NDArray[Any]
 """Little-endian unsigned integers of 16 or 32 bits, which wrap round."""
 
@@ -26,7 +23,7 @@ class Ring:
     """The integers modulo ``2 ** bits``, read as numbers.
 
     Attributes:
-        bits: Of :data:`WIDTHS`.
+        bits: Of :data:`~fedpt_flwr.config.SECURE_SUM_WIDTHS`.
         limit: Largest magnitude of a number, above 0; larger ones are cut to it.
         num_devices: How many integers a sum may have, below ``2 ** (bits - 2)``.
     """

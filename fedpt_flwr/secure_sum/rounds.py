@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedpt_flwr.answers import answers
+from fedpt_flwr.answers import MAX_REASONS, answers
 from fedpt_flwr.errors import DeviceError, ReplyError, RoundError
 from fedpt_flwr.limits import parse_limits
 from fedpt_flwr.records import (
     ARRAYS,
+    CONFIG,
     COST_METRICS,
     LIMITS,
     REQUIRED_METRICS,
@@ -34,7 +35,6 @@ TRAIN = "train"
 SUMMED_METRICS = ("num-examples", "train-loss", "train-loss-last", "num-examples-seen", "batch-size")
 """Metrics that no device tells of itself: the first two are in the sum, the others are left out."""
 
-_MAX_REASONS = 5
 _ASKED = {KEYS: "its keys", SHARES: "shares of its secrets", TRAIN: "its change", REVEAL: "shares that open the sum"}
 
 
@@ -67,7 +67,6 @@ class SecureRound:
         cards: What devices said of themselves, by number.
         rules: The run's.
         server_round: From 1.
-        at_least: Changes that the round needs.
         read: Gives the content of a reply, or raises DeviceError where the device failed or declined.
         parts: By device number.
     """
@@ -77,7 +76,6 @@ class SecureRound:
     cards: Mapping[int, DeviceCard]
     rules: Rules
     server_round: int
-    at_least: int
     read: Callable[[Message], RecordDict]
     parts: dict[int, Part] = dataclasses.field(default_factory=dict)
 
@@ -96,8 +94,7 @@ class SecureRound:
             self.server_round,
             {device: self.cards[device].num_examples for device in self.sent},
             self.rules,
-            _arrays_of(self.sent),
-            at_least=self.at_least,
+            *_sent_to_all(self.sent),
         )
         here: Sequence[int] = list(self.sent)
         for phase in (KEYS, SHARES, TRAIN, REVEAL):
@@ -106,7 +103,7 @@ class SecureRound:
                 collector.check_enough(phase)
             except RoundError as error:
                 reasons = list(dict.fromkeys(part.refused for part in self.parts.values() if part.refused))
-                error.problems = tuple(reasons[:_MAX_REASONS])
+                error.problems = tuple(reasons[:MAX_REASONS])
                 raise
         opened = collector.open()
         self._log(opened)
@@ -203,13 +200,21 @@ def _told(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in SUMMED_METRICS)
 
 
-def _arrays_of(sent: Mapping[int, Message]) -> ArrayRecord:
-    """What all devices are sent to train: the same for each, or their masks would not cancel."""
-    records = [message.content.array_records[ARRAYS] for message in sent.values()]
-    if any(record is not records[0] and record != records[0] for record in records[1:]):
+def _sent_to_all(sent: Mapping[int, Message]) -> tuple[ArrayRecord, ConfigRecord]:
+    """What all devices are sent to train, and told of how: the same for each, or their masks would not cancel."""
+    arrays = [message.content.array_records[ARRAYS] for message in sent.values()]
+    told = [message.content.config_records[CONFIG] for message in sent.values()]
+    if any(record is not arrays[0] and record != arrays[0] for record in arrays[1:]):
         raise RoundError(
             "in a secure sum all devices must be sent the same arrays",
             place="privacy.secure-sum",
             remedy="have some of them a lora-rank in their node configs? Leave it out",
         )
-    return records[0]
+    if any(record != told[0] for record in told[1:]):
+        raise RoundError(
+            "in a secure sum all devices must be told the same of how to train",
+            value=sorted({name for record in told for name in record if record[name] != told[0].get(name)}),
+            place="privacy.secure-sum",
+            remedy="take a strategy that does not set up each device differently",
+        )
+    return arrays[0], told[0]

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedpt_flwr.config import PrivacyConfig
+from fedpt_flwr.config import RunConfig
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.secure_sum.keys import KEY_BYTES, agree, derive
 from fedpt_flwr.secure_sum.ring import Ring
@@ -51,23 +51,26 @@ class Rules:
         stay: Share of a round's devices that must stay to its end, above one half.
         limit: Largest change of a weight in a round.
         bits: Of a word on the wire.
+        at_least: Devices that must stay, however few began.
     """
 
     stay: float
     limit: float
     bits: int
+    at_least: int = MIN_DEVICES
 
     @classmethod
-    def of(cls, privacy: PrivacyConfig) -> Rules:
+    def of(cls, config: RunConfig) -> Rules:
         """As the run config has them."""
-        return cls(privacy.secure_sum_threshold, privacy.secure_sum_range, privacy.secure_sum_bits)
+        privacy, at_least = config.privacy, max(MIN_DEVICES, config.min_replies)
+        return cls(privacy.secure_sum_threshold, privacy.secure_sum_range, privacy.secure_sum_bits, at_least)
 
     def threshold(self, num_devices: int) -> int:
-        """How many of so many devices must stay.
+        """How many of so many devices must stay; more than there are, if they are too few to begin.
 
         More than half, so that no two groups of devices that have nobody in common can both open something.
         """
-        return max(MIN_DEVICES, num_devices // 2 + 1, math.ceil(self.stay * num_devices - 1e-9))
+        return max(self.at_least, num_devices // 2 + 1, math.ceil(self.stay * num_devices - 1e-9))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -235,14 +238,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def digest_of(arrays: ArrayRecord) -> bytes:
-    """A hash of what devices are sent to train: devices with different models share no masks that cancel.
+def digest_of(arrays: ArrayRecord, told: ConfigRecord) -> bytes:
+    """A hash of what devices are sent to train, and of how: those that are told different things share no masks.
 
-    Otherwise a server could send the others a model that they cannot change, and would have one device's change in the
-    sum (Pasquini et al. 2022, arXiv:2111.07380).
+    Otherwise a server could send the others a model that they cannot change (Pasquini et al. 2022, arXiv:2111.07380),
+    or a round whose learning rate is 0, and would have one device's change in the sum.
+
+    Args:
+        arrays: The model.
+        told: All that the train message says beside it: round, proximal term, fingerprints.
     """
     digest = hashlib.sha256(_LABEL)
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(repr((name, array.dtype, tuple(array.shape), len(array.data))).encode() + array.data)
+    digest.update(repr(sorted(told.items())).encode())
     return digest.digest()

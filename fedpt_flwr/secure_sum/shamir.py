@@ -47,20 +47,6 @@ def _value_at(point: int, coefficients: Sequence[int]) -> int:
     return value
 
 
-def join(shares: Mapping[int, bytes]) -> bytes:
-    """The secret, from as many shares as its threshold; from fewer, or from others, some other secret or none.
-
-    Args:
-        shares: By point.
-
-    Raises:
-        ValueError: These cannot be shares of one secret.
-    """
-    if not shares:
-        raise ValueError("there are no shares")
-    return join_with(weights_at_zero(list(shares)), shares)
-
-
 def weights_at_zero(points: Sequence[int]) -> dict[int, int]:
     """Lagrange's weights: with them the value at 0 is a sum over the values at these points.
 
@@ -77,8 +63,12 @@ def weights_at_zero(points: Sequence[int]) -> dict[int, int]:
     return weights
 
 
-def join_with(weights: Mapping[int, int], shares: Mapping[int, bytes]) -> bytes:
-    """As :func:`join`, from the shares at the points of these weights.
+def join(weights: Mapping[int, int], shares: Mapping[int, bytes]) -> bytes:
+    """The secret, from as many shares as its threshold; from fewer, or from others, some other secret or none.
+
+    Args:
+        weights: Of :func:`weights_at_zero`, for the points of these shares.
+        shares: By point.
 
     Raises:
         ValueError: A share has another length, or these cannot be shares of one secret.
