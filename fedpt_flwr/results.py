@@ -124,14 +124,6 @@ def is_good_enough(course: Sequence[float], stop: StopConfig) -> bool:
     return 0 < stop.patience <= len(values) - 1 - values.index(max(values))
 
 
-def worse_by(results: Mapping[str, Any]) -> list[str]:
-    """The measures by which the proxy is worse than the tuned model, with the whole 95 % interval."""
-    measures = (("exact match", "proxy_minus_tuned", -1), ("loss", "proxy_minus_tuned_loss", 1))
-    return [
-        name for name, key, sign in measures if key in results and min(sign * end for end in results[key]["ci95"]) > 0
-    ]
-
-
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], *, place: str) -> None:
     """Make sure that a resumed run is the same run.
 

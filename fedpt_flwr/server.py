@@ -67,7 +67,6 @@ from fedpt_flwr.results import (
     run_results,
     server_cost_row,
     summary_lines,
-    worse_by,
 )
 from fedpt_flwr.runs import PROMPT_FORM, SIZES, RunFolder, read_json, write_json
 from fedpt_flwr.shapes import Shape
@@ -75,6 +74,7 @@ from fedpt_flwr.shift import BY_CONFIG, Shift, ShiftPoint
 from fedpt_flwr.sources import Items, Prompts, held_out_items, public_prompts, public_texts, scored_shape
 from fedpt_flwr.strategy import RoundOutcome
 from fedpt_flwr.training import check_packing
+from fedpt_flwr.verdict import worse_by
 from fedpt_flwr.vocabulary import match_vocabularies, translate
 
 if TYPE_CHECKING:

@@ -7,6 +7,12 @@ from typing import Any
 
 from fedpt_flwr.scoring import ROUGE_L, SHARES
 
+_LOSES = "LOSES TO"
+
+FEWEST_ITEMS = 6
+"""Paired items that a difference is told from: five all point one way by chance in 2 * 0.5^5 = 6 % of cases, and a
+bootstrap over one item finds an interval without any width."""
+
 _COLUMNS = {
     "exact_match": "exact match %",
     "contains_value": "contains value %",
@@ -63,24 +69,34 @@ def render_table(table: Sequence[Sequence[str]]) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """Says plainly whether the proxy beats, ties with or loses to the tuned small model and the large one.
 
-    By the paired 95 % intervals of the difference in exact match and in loss: it beats or loses where the interval
-    leaves out 0. Where no model gets anything right, exact match is a tie that says nothing and loss tells them apart.
+    By the paired 95 % intervals of the difference in exact match, ROUGE-L and loss: it beats or loses where the
+    interval leaves out 0, and nothing is said of fewer than :data:`FEWEST_ITEMS` items. Where no model gets anything
+    right, exact match is a tie that says nothing and loss tells them apart.
 
     Args:
         results: What ``results.json`` holds.
     """
     sentences = []
     for other, name in (("tuned", "tuned small"), ("large", "large")):
-        measures = [
-            ("exact match", _by_share(results, other, "", "exact_match", "exact match", " %")),
-            ("ROUGE-L", _by_share(results, other, f"_{ROUGE_L}", ROUGE_L, "ROUGE-L", "")),
-            ("loss", _by_loss(results, other)),
-        ]
-        compared = [(measure, *found) for measure, found in measures if found is not None]
-        for place, (measure, outcome, numbers) in enumerate(compared):
+        for place, (measure, outcome, numbers) in enumerate(_compared(results, other)):
             said = f"By {measure} it {outcome} it" if place else f"The proxy {outcome} the {name} model"
             sentences.append(f"{said}: {numbers}.")
     return " ".join(sentences) or "No verdict: the proxy was not compared."
+
+
+def worse_by(results: Mapping[str, Any]) -> list[str]:
+    """The measures by which the proxy loses to the tuned model."""
+    return [measure for measure, outcome, _ in _compared(results, "tuned") if outcome == _LOSES]
+
+
+def _compared(results: Mapping[str, Any], other: str) -> list[tuple[str, str, str]]:
+    """What there is of measures of the proxy against another model: their names, outcomes and numbers."""
+    measures = [
+        ("exact match", _by_share(results, other, "", "exact_match", "exact match", " %")),
+        ("ROUGE-L", _by_share(results, other, f"_{ROUGE_L}", ROUGE_L, "ROUGE-L", "")),
+        ("loss", _by_loss(results, other)),
+    ]
+    return [(measure, *found) for measure, found in measures if found is not None]
 
 
 def _by_share(
@@ -93,9 +109,9 @@ def _by_share(
     low, high = difference["ci95"]
     rows = results["rows"]
     ours, theirs = (_percent(rows[row][column]) for row in ("proxy", other))
-    return _outcome(low, high), (
+    return _outcome(low, high, rows["proxy"]["n"]), (
         f"{name} {ours}{unit} against {theirs}{unit}, difference {100 * difference['value']:+.1f} points "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {rows['proxy']['n']} items, paired)"
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {_items(rows['proxy']['n'])}, paired)"
     )
 
 
@@ -106,12 +122,19 @@ def _by_loss(results: Mapping[str, Any], other: str) -> tuple[str, str] | None:
     low, high = difference["ci95"]
     rows = results["rows"]
     ours, theirs = (f"{rows[row]['loss']:.4g}" for row in ("proxy", other))
-    return _outcome(-high, -low), (
+    return _outcome(-high, -low, rows["proxy"]["n"]), (
         f"loss {ours} against {theirs} nats per answer token, difference {difference['value']:+.4g} "
-        f"(95 % interval {low:+.4g} to {high:+.4g}, {rows['proxy']['n']} items, paired)"
+        f"(95 % interval {low:+.4g} to {high:+.4g}, {_items(rows['proxy']['n'])}, paired)"
     )
 
 
-def _outcome(low: float, high: float) -> str:
+def _outcome(low: float, high: float, num_items: int) -> str:
     """What an interval of an advantage says."""
-    return "BEATS" if low > 0 else "LOSES TO" if high < 0 else "TIES WITH"
+    if num_items < FEWEST_ITEMS:
+        return "CANNOT BE TOLD FROM"
+    return "BEATS" if low > 0 else _LOSES if high < 0 else "TIES WITH"
+
+
+def _items(number: int) -> str:
+    few = f", too few: {FEWEST_ITEMS} are the fewest" if number < FEWEST_ITEMS else ""
+    return f"{number} item{'' if number == 1 else 's'}{few}"

@@ -16,7 +16,6 @@ from fedpt_flwr.results import (
     run_results,
     server_cost_row,
     summary_lines,
-    worse_by,
 )
 
 NAN, INF = math.nan, math.inf
@@ -181,33 +180,6 @@ def test_a_run_that_was_resumed_says_of_which_part_its_seconds_are():
     whole, part = (run_results(parse_run_config({}), [], **settings, resumed_after=after) for after in (0, 3))
     assert part["costs"] == whole["costs"] | {"seconds_after_round": 3}
     assert "seconds_after_round" not in whole["costs"]
-
-
-# --- a proxy that is worse ---
-
-
-def difference(low, high):
-    return {"value": (low + high) / 2, "ci95": [low, high]}
-
-
-@pytest.mark.parametrize(
-    ("exact_match", "loss", "measures"),
-    [
-        ((-0.3, -0.1), (0.1, 0.3), ["exact match", "loss"]),
-        ((-0.3, -0.1), (-0.3, -0.1), ["exact match"]),
-        ((0.1, 0.3), (0.1, 0.3), ["loss"]),
-        ((0.1, 0.3), (-0.3, -0.1), []),
-        ((-0.3, 0.1), (-0.1, 0.3), []),  # an interval that holds 0 says nothing
-        ((-0.3, 0.0), (0.0, 0.3), []),
-    ],
-)
-def test_a_proxy_is_worse_where_the_whole_interval_says_so(exact_match, loss, measures):
-    results = {"proxy_minus_tuned": difference(*exact_match), "proxy_minus_tuned_loss": difference(*loss)}
-    assert worse_by(results) == measures
-
-
-def test_what_was_not_compared_is_not_worse():
-    assert worse_by({"proxy_minus_large": difference(-1, -0.5)}) == []
 
 
 # --- the same run ---

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpt_flwr.verdict import render_table, results_table, verdict
+from fedpt_flwr.verdict import render_table, results_table, verdict, worse_by
 
 RESULTS = {
     "rows": {
@@ -70,6 +70,40 @@ def test_the_verdict_names_the_loss_where_exact_match_tells_nothing():
     text = verdict(RESULTS | {"proxy_minus_tuned": nothing, "proxy_minus_tuned_loss": worse})
     assert text.startswith("The proxy TIES WITH the tuned small model: exact match")
     assert "By loss it LOSES TO it: loss 0.07 against 0.45 nats per answer token, difference +4.6 (95 %" in text
+
+
+@pytest.mark.parametrize(("number", "outcome"), [(1, "CANNOT BE TOLD FROM"), (5, "CANNOT BE TOLD FROM"), (6, "BEATS")])
+def test_a_handful_of_items_that_all_agree_is_chance(number, outcome):
+    rows = {name: row | {"n": number} for name, row in RESULTS["rows"].items()}
+    text = verdict(RESULTS | {"rows": rows})
+    assert text.startswith(f"The proxy {outcome} the tuned small model: exact match 91.5 %")
+    assert (f"{number} item{'s' if number > 1 else ''}, too few: 6 are the fewest, paired)" in text) == (number < 6)
+    worse = RESULTS | {"rows": rows, "proxy_minus_tuned": difference(-0.3, -0.1)}
+    assert worse_by(worse) == ([] if number < 6 else ["exact match"])
+
+
+def difference(low, high):
+    return {"value": (low + high) / 2, "ci95": [low, high]}
+
+
+@pytest.mark.parametrize(
+    ("exact_match", "loss", "measures"),
+    [
+        ((-0.3, -0.1), (0.1, 0.3), ["exact match", "loss"]),
+        ((-0.3, -0.1), (-0.3, -0.1), ["exact match"]),
+        ((0.1, 0.3), (0.1, 0.3), ["loss"]),
+        ((0.1, 0.3), (-0.3, -0.1), []),
+        ((-0.3, 0.1), (-0.1, 0.3), []),  # an interval that holds 0 says nothing
+        ((-0.3, 0.0), (0.0, 0.3), []),
+    ],
+)
+def test_a_proxy_is_worse_where_the_whole_interval_says_so(exact_match, loss, measures):
+    compared = {"proxy_minus_tuned": difference(*exact_match), "proxy_minus_tuned_loss": difference(*loss)}
+    assert worse_by(RESULTS | compared) == measures
+
+
+def test_what_was_not_compared_is_not_worse():
+    assert worse_by({"rows": RESULTS["rows"], "proxy_minus_large": difference(-1, -0.5)}) == []
 
 
 def test_there_is_no_verdict_without_a_proxy():
