@@ -226,6 +226,46 @@ def test_drafts_beside_texts_at_the_end_of_a_context_change_nothing(start):
     assert tasks[1].sink.ids() == alone[0, 3:].tolist()
 
 
+@pytest.fixture
+def never_drafting(monkeypatch):
+    """Drafting never pays, so that the scheduler only looks whether it would; what it has learnt is with its lengths."""
+    monkeypatch.setattr("fedpt_flwr.drafting.DraftLength.choose", lambda *_: 0)
+
+
+@pytest.mark.parametrize(("tuned_seed", "rises"), [(1, True), (9, False)], ids=["right", "wrong"])
+def test_a_look_at_whether_drafts_would_be_right_says_so(start, never_drafting, tuned_seed, rises):
+    tuned = tiny_llama(tuned_seed)
+    proxy = ProxyModel(tiny_llama(1), tuned, tuned, vocab_size=VOCAB)  # the large model, whatever tuned is
+    version = make_version(proxy, end_ids=frozenset())
+    scheduler = start(version, draft_tokens="auto")
+    before = scheduler._length_of(version).prior
+    for number in range(4):
+        text = task(version, random_prompt(5, number), max_new_tokens=24)
+        scheduler.submit([text])
+        text.sink.ended(1)
+    after = scheduler._length_of(version).prior
+    assert after > before + 0.1 if rises else after < before - 0.1
+    assert scheduler._metrics.drafted_tokens._value.get() == 0
+
+
+@pytest.mark.parametrize("model", ["large", "tuned", "untuned"])
+def test_texts_for_which_nobody_drafts_say_nothing_about_drafts(start, never_drafting, model):
+    version = make_version(make_proxy(), end_ids=frozenset())
+    scheduler = start(version, draft_tokens="auto")
+    text = task(version, random_prompt(5, 1), model=model, max_new_tokens=9)
+    inbox = text.sink
+
+    def sink(event):  # in the scheduler's thread
+        if len(inbox.ids()) == 2:
+            scheduler._length_of(version).prior = 0.2  # what others have learnt meanwhile
+        inbox(event)
+
+    text.sink = sink
+    scheduler.submit([text])
+    inbox.ended(1)
+    assert scheduler._length_of(version).prior == 0.2
+
+
 def test_an_adapter_serves_as_tuned_and_untuned(start):
     proxy = make_proxy("lora")
     version = make_version(proxy)

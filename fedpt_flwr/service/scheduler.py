@@ -673,16 +673,15 @@ class Scheduler:
             seeds=[text.seed for text in group for _ in range(num_places)],
             positions=[text.num_tokens + place for text in group for place in range(num_places)],
         )
-        new = [
-            chosen[: 1 + _num_right(text.drafts, chosen)]
-            for text, chosen in zip(group, ids.view(-1, num_places).tolist(), strict=True)
-        ]
+        chosen = ids.view(-1, num_places).tolist()
+        right = [_num_right(text.drafts, row) for text, row in zip(group, chosen, strict=True)]
+        new = [row[: 1 + number] for row, number in zip(chosen, right, strict=True)]
         reports = self._reports(group, new, scores, logits)
         now = time.monotonic()
         ended = []
-        for text, token_ids in zip(group, new, strict=True):
+        for text, token_ids, num_right in zip(group, new, right, strict=True):
             if text.drafts:
-                self._judge(text, len(token_ids) - 1)
+                self._judge(text, num_right, is_look=num_places == 1)
             text.drafts, text.gained = [], 0
             for token_id in token_ids:
                 score, detail = next(reports[text]) if text in reports else (None, None)
@@ -692,12 +691,14 @@ class Scheduler:
                     break
         return ended
 
-    def _judge(self, text: _Choice, num_accepted: int) -> None:
-        """Take up how many of a text's drafts were right."""
-        if text.task.settings.model == "proxy":
-            text.acceptance.observe(num_accepted, len(text.drafts))
+    def _judge(self, text: _Choice, num_right: int, *, is_look: bool) -> None:
+        """Take up how many of a text's drafts were right; a look drafts nothing and only says what would have been."""
+        if text.task.settings.model != "proxy":
+            return
+        text.acceptance.observe(num_right, len(text.drafts))
+        if not is_look:
             self._metrics.drafted_tokens.inc(len(text.drafts))
-            self._metrics.accepted_tokens.inc(num_accepted)
+            self._metrics.accepted_tokens.inc(num_right)
 
     def _reports(
         self, group: Sequence[_Choice], new: Sequence[Sequence[int]], scores: Tensor, logits: dict[str, Tensor]
@@ -756,7 +757,8 @@ class Scheduler:
 
     def _end(self, text: _Choice, reason: str) -> None:
         now, task = time.monotonic(), text.task
-        self._length_of(task.version).remember(text.acceptance)
+        if task.settings.model == "proxy":  # nobody drafts for the others, so theirs is what it was assumed to be
+            self._length_of(task.version).remember(text.acceptance)
         self._emit(task, End(text.index, reason, text.stream.finish()))
         self._metrics.generated_tokens.labels(task.settings.model).inc(text.num_tokens)
         if text.num_tokens > 1:
@@ -866,10 +868,8 @@ def _guesses(texts: Sequence[_Choice], logits: Tensor) -> list[int]:
 
 def _num_right(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     """How many drafts are what was chosen, before the first that is not."""
-    pairs = zip(drafts, chosen, strict=False)
-    return next(
-        (place for place, (draft, choice) in enumerate(pairs) if draft != choice), min(len(drafts), len(chosen) - 1)
-    )
+    pairs = list(zip(drafts, chosen, strict=False))
+    return next((place for place, (draft, choice) in enumerate(pairs) if draft != choice), len(pairs))
 
 
 def _one_or_each(values: Sequence[float]) -> float | Tensor:
