@@ -177,7 +177,8 @@ class Speculation:
             lengths = list(caches["large"].lengths)
             longest = max(rules.room(row) for row in rows) - 1
             if self._context is not None:  # a row near its end takes part in a pass over as many tokens as the others
-                longest = max(0, min(longest, self._context - 1 - max(lengths)))
+                # No text fills the context: a remote model is asked for one token more, which must have room.
+                longest = max(0, min(longest, self._context - 2 - max(lengths)))
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
             rules.begin(rows, num_drafts + 1)
             asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft)

@@ -13,8 +13,10 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fake_endpoint import fake_remote
 from llama_server import export, interpreter, llama_server
 from test_scheduler import deliver, make_version, task
+from test_speculative import relatives
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -595,6 +597,32 @@ def test_what_does_not_need_the_remote_model_goes_on_without_it(proxy, url, sett
         assert again.sink.ended(1).ids() == tuned.sink.ids()
         scheduler.stop(0)
         assert scheduler.join(30)
+
+
+def test_texts_that_end_at_a_remote_models_context_take_nobody_along(proxy):
+    remote = over(proxy, fake_remote(context=64))
+    version = make_version(remote, end_ids=frozenset())
+    scheduler = Scheduler(version, Limits(draft_tokens=4), Metrics(), deliver, num_threads=1)
+    at_the_end = task(version, [5] * 60, max_new_tokens=4)
+    short = task(version, [7] * 5, max_new_tokens=40)
+    scheduler.submit([at_the_end, short])
+    scheduler.start()
+    for text, number in ((at_the_end, 4), (short, 40)):
+        assert len(text.sink.ended(1).ids()) == number
+    scheduler.stop(0)
+    assert scheduler.join(30)
+
+
+def test_a_batch_may_end_at_a_remote_models_context():
+    large, tuned, untuned = relatives()  # drafts are right now and then, so that rows advance unequally
+    local, remote = (
+        ProxyModel(model, tuned, untuned, vocab_size=VOCAB) for model in (large, fake_remote(context=64, model=large))
+    )
+    ids = torch.randint(3, VOCAB, (4, 52), generator=torch.Generator().manual_seed(0))
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = local.generate(ids, draft_tokens=0, **asked).tolist()
+    for drafts in (0, 1, 4):
+        assert remote.generate(ids, draft_tokens=drafts, **asked).tolist() == expected
 
 
 # --- whole programs -----------------------------------------------------------------------------------------------

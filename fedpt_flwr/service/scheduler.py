@@ -610,7 +610,8 @@ class Scheduler:
         longest = max((text.task.settings.max_new_tokens - text.num_tokens for text in drafting), default=0) - 1
         for text in texts:  # those without drafts, too, take part in a pass of so many tokens
             if (context := text.task.version.context) is not None:
-                longest = min(longest, context - len(text.task.prompt_ids) - text.num_tokens)
+                # No text fills the context: a remote model is asked for one token more, which must have room.
+                longest = min(longest, context - 1 - len(text.task.prompt_ids) - text.num_tokens)
         if longest < 1:
             return 0
         if self.limits.draft_tokens != "auto":
