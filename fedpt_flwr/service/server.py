@@ -103,7 +103,13 @@ def serve(
             log_event("a new version could not be loaded; the old one is served", warning=True, reason=reason)
 
         watcher = Watcher(
-            loader, run, follow=server.follow, poll_s=server.poll_s, on_version=on_version, on_failure=on_failure
+            loader,
+            run,
+            served=version.mark,
+            follow=server.follow,
+            poll_s=server.poll_s,
+            on_version=on_version,
+            on_failure=on_failure,
         )
 
         def on_start(running: asyncio.AbstractEventLoop) -> None:

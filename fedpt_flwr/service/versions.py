@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 12
 
+_Mark = tuple[Path, int, int]
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Version:
@@ -73,6 +75,8 @@ class Version:
     is_chat: bool = False
     vocabulary: str = ""
     """Digest of the vocabulary."""
+    mark: _Mark | None = None
+    """What told this state of the run's proxy from others when loading began."""
 
     @property
     def vocab_size(self) -> int:
@@ -139,7 +143,8 @@ class Loader:
             RunError: The folder is no run, or the run has no complete round.
             ModelError: The proxy is damaged, or a model of it cannot be loaded.
         """
-        target = proxy_target(run)
+        mark = _mark(run)  # first: a round that completes while the models load is another one
+        target = mark[0]
         config = _run_config(run)
         last = self._last
         tokenizer = load_tokenizer(str(target))
@@ -180,6 +185,7 @@ class Loader:
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
             vocabulary=vocabulary_digest(tokenizer),
+            mark=mark,
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
@@ -191,6 +197,7 @@ class Watcher:
     Args:
         loader: Loads them.
         run: The run that is served; with ``follow`` the first one.
+        served: Mark of the version that is served.
         follow: Go over to whatever run is the newest.
         poll_s: Seconds between two looks.
         on_version: Called in the watcher's thread with a version that is loaded.
@@ -202,6 +209,7 @@ class Watcher:
         loader: Loader,
         run: Path,
         *,
+        served: _Mark | None,
         follow: bool,
         poll_s: float,
         on_version: Callable[[Version], None],
@@ -213,7 +221,7 @@ class Watcher:
         self._poll_s = poll_s
         self._on_version = on_version
         self._on_failure = on_failure
-        self._served = _mark(run)
+        self._served = served
         self._reported = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fedpt-watcher", daemon=True)
@@ -244,11 +252,10 @@ class Watcher:
             newest = find_run(LATEST, root=run.parent)
             if (newest / "proxy").is_dir():  # a run gets its link with its first round
                 run = newest
-        mark = _mark(run)
-        if mark == self._served:
+        if _mark(run) == self._served:
             return
         version = self._loader.load(run)
-        self._run, self._served, self._reported = run, mark, ""
+        self._run, self._served, self._reported = run, version.mark, ""
         self._on_version(version)
 
 
@@ -267,7 +274,7 @@ def proxy_target(run: Path) -> Path:
     return (run / "proxy").resolve()
 
 
-def _mark(run: Path) -> tuple[Path, int, int]:
+def _mark(run: Path) -> _Mark:
     """What changes when a run's proxy does; a resumed run may write the same round again."""
     target = proxy_target(run)
     config = (target / "config.json").stat()

@@ -1,0 +1,57 @@
+"""How versions of runs are loaded and newer ones noticed, on runs of tiny models."""
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+
+from fedpt_flwr.config import flat_values, parse_run_config
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.proxy_folder import BUNDLED
+from fedpt_flwr.runs import replace_link, write_json
+from fedpt_flwr.service.versions import Loader, Watcher
+
+
+def make_run(root, name="20260101T000000Z-1", *, rounds=1, tokenizer=None, **run_config):
+    """A run that has completed so many rounds, of which the first is linked; the large model is beside it."""
+    run, large = root / name, tiny_llama(1)
+    if not (root / "large").is_dir():
+        large.save_pretrained(root / "large")
+    for number in range(1, rounds + 1):
+        ProxyModel(large, tiny_llama(10 + number), tiny_llama(3)).save_pretrained(
+            run / "rounds" / f"{number:04d}" / "proxy",
+            large_ref=str(root / "large"),
+            untuned_ref=BUNDLED,
+            tokenizer=tokenizer or tiny_tokenizer(),
+        )
+    replace_link(run / "proxy", "rounds/0001/proxy")
+    write_json(run / "config.json", {"run_config": flat_values(parse_run_config(run_config))})
+    return run
+
+
+def watcher_of(loader, run, served, **settings):
+    """A watcher that is only looked with; the versions that it finds, and what it says of those that it does not."""
+    found, failures = [], []
+    watcher = Watcher(
+        loader,
+        run,
+        served=served.mark,
+        **{"follow": False, "poll_s": 1.0, "on_version": found.append, "on_failure": failures.append} | settings,
+    )
+    return watcher, found, failures
+
+
+def test_a_round_that_completes_while_the_models_load_is_noticed(tmp_path, monkeypatch):
+    run, loader = make_run(tmp_path, rounds=2), Loader()
+    load = ProxyModel.from_pretrained
+
+    def slowly(*args, **settings):
+        proxy = load(*args, **settings)
+        replace_link(run / "proxy", "rounds/0002/proxy")
+        return proxy
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProxyModel, "from_pretrained", slowly)
+        first = loader.load(run)
+    watcher, found, _ = watcher_of(loader, run, first)
+    watcher.look()
+    watcher.look()
+    assert (first.server_round, [version.server_round for version in found]) == (1, [2])
