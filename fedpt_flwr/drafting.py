@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.vocabulary import any_id
 
 LONGEST_DRAFT = 7
 """Tokens drafted at most: even good drafters gain little beyond that, and of one text eight are verified, for which
@@ -150,7 +151,7 @@ def _time_pass(step: Stepper, num_tokens: int) -> float:
     if step.is_remote:  # a pass costs money
         return float(step.model.seconds(num_tokens))
     num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
-    ids = torch.zeros((num_rows, num_tokens // num_rows), dtype=torch.int64)
+    ids = torch.full((num_rows, num_tokens // num_rows), any_id(step.model), dtype=torch.int64)
     cache = step.new_cache()
     cache.add_rows(num_rows)
     timings: list[float] = []

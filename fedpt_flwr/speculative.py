@@ -238,7 +238,8 @@ def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:
     cache = step.new_cache()
     cache.add_rows(len(prompts))
     if width:
-        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        # With a token of the row itself, because a translated model need not read any other.
+        padded = [[*prompt[:-1], *[prompt[0]] * (width + 1 - len(prompt))] for prompt in prompts]
         step.read(cache, torch.tensor(padded))
         cache.cut([len(prompt) - 1 for prompt in prompts])
     return cache

@@ -25,6 +25,7 @@ from fedpt_flwr.service.scheduler import (
     Token,
 )
 from fedpt_flwr.service.versions import Version
+from fedpt_flwr.vocabulary import IdMap, translate
 
 
 def make_proxy(kind="llama", tuned_seed=2):
@@ -264,6 +265,23 @@ def test_texts_for_which_nobody_drafts_say_nothing_about_drafts(start, never_dra
     scheduler.submit([text])
     inbox.ended(1)
     assert scheduler._length_of(version).prior == 0.2
+
+
+@pytest.mark.parametrize("missing", [0, VOCAB - 1])
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+def test_no_token_that_the_large_model_lacks_is_drafted_or_filled_in(start, missing, draft_tokens):
+    proxy, ids = make_proxy(), torch.arange(VOCAB)
+    translate(proxy.large, IdMap(torch.where(ids == missing, -1, ids)))
+    for small in (proxy.tuned, proxy.untuned):  # both love that token, so that the shift is small
+        small.lm_head.register_forward_hook(lambda _head, _inputs, scores: scores + 50.0 * (ids == missing))
+    version = make_version(proxy, end_ids=frozenset())
+    scheduler = start(version, draft_tokens=draft_tokens)
+    # Read in one pass, so that the shorter prompts are padded; the large model's own text has no drafts.
+    tasks = [task(version, [5, 6, 7, 8][:number], model=name) for number in (2, 4) for name in ("proxy", "large")]
+    scheduler.submit(tasks)
+    for one in tasks:
+        assert len(one.sink.ended(1).ids()) == 12
+        assert missing not in one.sink.ids()
 
 
 def test_an_adapter_serves_as_tuned_and_untuned(start):

@@ -247,8 +247,9 @@ class _Runner:
 
     def step(self, num_drafts: int) -> Tensor:
         """Scores after every row's last token and after its drafts, ``(rows, 1 + num_drafts, width)``."""
-        # A row without drafts gets any: what is said about them is not looked at.
-        ids = [[text.last_id, *text.drafts, *[0] * (num_drafts - len(text.drafts))] for text in self.choices]
+        # A row without drafts gets its own last token for them, which every model can read that has the row: what is
+        # said about them is not looked at.
+        ids = [[text.last_id, *text.drafts, *[text.last_id] * (num_drafts - len(text.drafts))] for text in self.choices]
         return self.stepper(self.cache, torch.tensor(ids), keep=0)
 
     def draft(self, num_drafts: int) -> Tensor:
@@ -277,7 +278,8 @@ class _Prefill:
         self.offset = 0
         self.width = max(len(task.prompt_ids) for task in tasks)
         self.scores_prompt = tasks[0].settings.score_prompt
-        padded = [[*task.prompt_ids, *[0] * (self.width - len(task.prompt_ids))] for task in tasks]
+        # With a token of the row itself, because a translated model need not read any other.
+        padded = [[*ids, *[ids[-1]] * (self.width - len(ids))] for ids in (task.prompt_ids for task in tasks)]
         self.ids = torch.tensor(padded)
         self.members: dict[Stepper, list[int]] = {}
         for number, task in enumerate(tasks):
@@ -851,9 +853,11 @@ def _guesses(texts: Sequence[_Choice], logits: Tensor) -> list[int]:
     version = texts[0].task.version
     scores = logits.to(torch.float32, copy=True)
     scores[:, version.vocab_size :] = -torch.inf
+    if version.missing is not None:  # the large model reads what is drafted, and never chooses these
+        scores[:, version.missing.to(scores.device)] = -torch.inf
     mask_implausible(
         scores,
-        logits,
+        scores,
         plausibility=_one_or_each([setting.plausibility * (setting.model == "proxy") for setting in settings]),
         vocab_size=version.vocab_size,
     )

@@ -12,8 +12,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
 from fedpt_flwr.endpoint import vocabulary_digest
@@ -26,7 +29,7 @@ from fedpt_flwr.remote import remote_large
 from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
-from fedpt_flwr.vocabulary import translation_of
+from fedpt_flwr.vocabulary import missing_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,12 +86,17 @@ class Version:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
 
+    @cached_property
+    def missing(self) -> Tensor | None:
+        """The ids that the large model has no token for, ``(tokens,)``; None where it has all."""
+        return missing_ids(self.proxy.large)
+
     def unreadable(self, ids: Sequence[int]) -> list[int]:
         """Those of some ids that the large model has no token for."""
-        id_map = translation_of(self.proxy.large)
-        if id_map is None or id_map.is_whole:
+        if self.missing is None:
             return []
-        return [number for number in ids if int(id_map.large_ids[number]) < 0]
+        missing = set(self.missing.tolist())
+        return [number for number in ids if number in missing]
 
     @property
     def context(self) -> int | None:
