@@ -437,6 +437,20 @@ def test_a_service_that_drafts_has_timed_its_passes_before_the_first_request_com
     until(lambda: gate.calls)
 
 
+def test_what_fails_while_passes_are_timed_leaves_the_service_running(start, monkeypatch):
+    version, failed = make_version(make_proxy(), end_ids=frozenset()), threading.Event()
+
+    def out_of_memory(_length):
+        failed.set()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedpt_flwr.drafting.DraftLength.measure", out_of_memory)
+    text = task(version, [5, 6])
+    start(version, draft_tokens="auto").submit([text])
+    assert text.sink.ended(1).reason() == "length"
+    assert failed.is_set()
+
+
 def test_a_cancelled_text_frees_its_slot_at_the_next_step(start):
     version = gated()
     gate = version.steppers["large"]

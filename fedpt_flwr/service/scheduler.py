@@ -426,7 +426,10 @@ class Scheduler:
             torch.set_num_threads(self._num_threads)  # OpenMP counts per thread
         with torch.inference_mode():
             if self.limits.draft_tokens == "auto":
-                self._length_of(self._version).measure()
+                try:
+                    self._length_of(self._version).measure()
+                except Exception:  # what is not over soon fails in a step, where somebody is told
+                    _log.exception("the passes could not be timed")
             while self._wait():
                 try:
                     self._step()
