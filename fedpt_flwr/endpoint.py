@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,8 @@ class Endpoint:
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._lock = threading.Lock()
         self._job = threading.local()  # has the flag by which a thread learns that it need not ask again
+        self._flags: set[threading.Event] = set()  # those flags, of all that is being asked
+        self._is_closed = False
         self.spent_before = 0
         self._reserved = 0
         self._adds_first = False  # the service itself puts the tokenizer's first token before a text
@@ -176,7 +178,11 @@ class Endpoint:
             self._recall = Recall(cache, identity, width=self.width, max_bytes=config.cache_mb * 2**20)
 
     def close(self) -> None:
-        """Close connections."""
+        """Close connections; whoever still waits to ask again gives up."""
+        with self._lock:
+            self._is_closed = True
+            for flag in self._flags:
+                flag.set()
         _close(self._http, self._pool)
         if self._recall is not None:
             self._recall.close()
@@ -227,18 +233,39 @@ class Endpoint:
                 jobs.append((tuple(texts[row]), missing))
         if self.api == NEXT:
             jobs = [(text, [place]) for text, missing in jobs for place in missing]
-        given_up = threading.Event()
-        running = [self._pool.submit(self._answer, text, missing, shows_next, given_up) for text, missing in jobs]
-        ended, others = wait(running, return_when=FIRST_EXCEPTION)
-        if others:  # one has failed: what is under way is paid for and may end
-            given_up.set()
-            for job in others:
-                job.cancel()
-            wait(others)
-        for job in [job for job in running if job in ended]:
-            known |= job.result()
+        for rows in self._answers(jobs, shows_next):
+            known |= rows
         empty = torch.empty((0, self.width))
         return [torch.stack([known[key] for key in of]) if of else empty for of in keys]
+
+    def _answers(self, jobs: Sequence[tuple[_Text, list[int]]], shows_next: bool) -> list[dict[_Text, Tensor]]:
+        """What is said about texts from some places on, asked at the same time."""
+        given_up = threading.Event()
+        with self._lock:
+            if self._is_closed:
+                raise self._error("nothing can be asked, because the connection is closed")
+            self._flags.add(given_up)
+        running: list[Future[dict[_Text, Tensor]]] = []
+        try:
+            for text, missing in jobs:
+                running.append(
+                    self._pool.submit(self._answer, text, missing, shows_next, given_up)
+                )  # known one by one, whenever it is interrupted
+            ended, others = wait(running, return_when=FIRST_EXCEPTION)
+            if others:  # one has failed: what is under way is paid for and may end
+                given_up.set()
+                for job in others:
+                    job.cancel()
+                wait(others)
+        except BaseException:  # Ctrl-C: nobody wants what waits to be sent, and it would be paid for
+            given_up.set()
+            for job in running:
+                job.cancel()
+            raise
+        finally:
+            with self._lock:
+                self._flags.discard(given_up)
+        return [job.result() for job in running if job in ended]
 
     def _answer(
         self, text: _Text, places: list[int], shows_next: bool, given_up: threading.Event

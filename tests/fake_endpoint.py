@@ -15,16 +15,17 @@ class FakeEndpoint(Endpoint):
         context: The longest text that it takes.
         tokenizer: Of the small models.
         model: Answers; None: the large one of the tests of remote models.
+        config: How to ask.
 
     Attributes:
         asked: The texts that it was asked about and the first place of each, as they came.
     """
 
-    def __init__(self, *, context=None, tokenizer=None, model=None):
+    def __init__(self, *, context=None, tokenizer=None, model=None, **config):
         self.asked = []
         self._answering = model or tiny_llama(1)
         self._says = context
-        super().__init__("http://fake", tokenizer or tiny_tokenizer(), RemoteConfig(retries=0))
+        super().__init__("http://fake", tokenizer or tiny_tokenizer(), RemoteConfig(**{"retries": 0} | config))
 
     def _open(self):
         self.context = self._says

@@ -5,6 +5,7 @@ import math
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
-from fake_endpoint import fake_remote
+from fake_endpoint import FakeEndpoint, fake_remote
 from llama_server import export, interpreter, llama_server
 from test_scheduler import deliver, make_version, task
 from test_speculative import relatives
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 
 from fedpt_flwr.config import RemoteConfig
 from fedpt_flwr.data import TokenizedExample
-from fedpt_flwr.endpoint import vocabulary_digest
+from fedpt_flwr.endpoint import Endpoint, vocabulary_digest
 from fedpt_flwr.errors import RemoteError, VocabularyMismatch
 from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
 from fedpt_flwr.losses import answer_losses, proxy_losses
@@ -471,6 +472,51 @@ def test_when_one_request_fails_nothing_new_is_begun_nor_tried_again(proxy, url,
         ):
             remote.endpoint.ask([[first, 5] for first in range(3, 33)], [[1]] * 30)
     assert len(asked) < 15  # of 90
+
+
+def test_who_is_interrupted_sends_nothing_more(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(FakeEndpoint):
+        def _ask_full(self, text, first):
+            begun.set()
+            assert may_end.wait(60)
+            return super()._ask_full(text, first)
+
+    def interrupted(*_args, **_settings):
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    endpoint = Slow(concurrency=1)
+    monkeypatch.setattr("fedpt_flwr.endpoint.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        endpoint.ask([[first, 5] for first in range(3, 33)], [[1]] * 30)
+    may_end.set()
+    endpoint._pool.shutdown(wait=True)
+    assert len(endpoint.asked) == 1
+
+
+def test_who_waits_to_ask_again_gives_up_when_the_connection_is_closed(monkeypatch):
+    asked = threading.Event()
+
+    class Unreachable(FakeEndpoint):
+        _ask_full = Endpoint._ask_full
+
+        def _whole(self, *_about):
+            asked.set()
+            raise httpx.ConnectError("nobody there")
+
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 1000.0)
+    monkeypatch.setattr("fedpt_flwr.endpoint._LONGEST_WAIT_S", 1000.0)
+    endpoint = Unreachable(retries=3)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(endpoint.ask, [[3, 5]], [[1]])
+        assert asked.wait(60)
+        endpoint.close()
+        with pytest.raises(RemoteError, match="cannot be reached .*asked 1 times"):
+            job.result(60)
+    with pytest.raises(RemoteError, match="the connection is closed"):
+        endpoint.ask([[3, 5]], [[1]])
 
 
 def test_without_a_cache_nobody_says_that_answers_are_kept(proxy, url, settings):

@@ -1,6 +1,5 @@
 """How versions of runs are loaded and newer ones noticed, on runs of tiny models."""
 
-import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.config import flat_values, parse_run_config

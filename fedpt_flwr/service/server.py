@@ -141,6 +141,8 @@ def serve(
         http.run(sockets=[listening])
         watcher.stop()
         scheduler.stop(0)
+        if isinstance(large := scheduler.version.proxy.large, RemoteModel):
+            large.endpoint.close()  # or the process would wait for requests that are sent again and again
         scheduler.join(_FAREWELL_S)
         log_event("stopped")
 
