@@ -407,7 +407,7 @@ WRONG = {
     "unknown tokens": (
         "next",
         changed(choices=[{"logprobs": {"top_logprobs": [{"Zürich": -0.1}]}}]),
-        "knows none of the tokens that it names",
+        "must show at least one token by a name of its own, got .*; use a service that names token ids",
     ),
     "more than certain": ("next", too_sure, "must add up to 1"),
     "a part of the numbers": (
@@ -428,7 +428,7 @@ def test_every_failure_is_one_sentence_that_names_the_service(proxy, url, settin
         )
         remote = connect(address, tiny_tokenizer(), asked)
         faults.append(fault)
-        with pytest.raises(RemoteError if name != "unknown tokens" else VocabularyMismatch, match=sentence) as error:
+        with pytest.raises(RemoteError, match=sentence) as error:
             remote(ids_of(TEXT), logits_to_keep=1)
         assert address in str(error.value)
         faults[0] = lambda number, body, answer: passed(answer)
@@ -443,6 +443,37 @@ def test_a_request_is_sent_again_until_it_is_answered(proxy, url, settings):
         remote = connect(address, tiny_tokenizer(), replace(settings, retries=2))
         assert remote(ids_of(TEXT), logits_to_keep=1).logits.isfinite().all()
         assert (remote.endpoint.usage.requests, remote.endpoint.usage.retries) == (1, 2)
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 507, 520, 529])
+def test_failures_that_pass_are_asked_about_again(monkeypatch, status):
+    answers = [httpx.Response(status), httpx.Response(200, json={"data": []})]
+
+    class Recovering(FakeEndpoint):
+        def _whole(self, *_about):
+            return answers.pop(0)
+
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 0.0)
+    assert Recovering(retries=1)._send("GET", "/v1/models").status_code == 200
+
+
+def test_a_place_that_shows_only_shared_names_is_a_failure_of_the_service(proxy, url, settings):
+    """As with byte-level tokens: parts of characters have one name, and after some texts only such are likely."""
+    remote = connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=5))
+    remote.endpoint._names_ids, remote.endpoint._spelling = False, {}
+    with pytest.raises(RemoteError, match=r"at least one token by a name of its own, got \["):
+        remote(ids_of("the cat"), logits_to_keep=1)
+
+
+def test_a_full_disk_is_a_failure_of_the_remote_model(settings, tmp_path):
+    endpoint = FakeEndpoint()
+    endpoint._recall = Recall(tmp_path, "x", width=VOCAB, max_bytes=2**20)
+    endpoint._recall._database.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(RemoteError, match=r"answers of the remote large model cannot be kept \(.*full"):
+        endpoint.ask([list(range(3, VOCAB)) * 3], [list(range(VOCAB))])
+    endpoint._recall._database.execute("DROP TABLE answers")
+    with pytest.raises(RemoteError, match=r"cannot be kept \(no such table"):
+        endpoint.ask([[3, 5]], [[1]])
 
 
 def test_answers_beside_one_that_failed_are_kept(proxy, url, settings):
@@ -559,6 +590,45 @@ def test_the_key_is_never_shown(proxy, settings, monkeypatch):
     ):
         with pytest.raises(RemoteError, match="hold no key"):
             connect(address, tiny_tokenizer(), settings)
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-one two", "sk-schlüssel", "sk-\x7f"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", key)
+    with pytest.raises(RemoteError) as error:
+        fake_remote()
+    assert str(error.value) == (
+        "FEDPT_LARGE_API_KEY: the key must be printable ASCII without white space; look how it was copied"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, json={"error": {"message": "Incorrect API key provided: sk-it's", "sk-it's": ["sk-it's"]}}),
+        httpx.Response(200, text="x" * 74 + "sk-it's"),
+        httpx.Response(200, json={"data": [{"id": "sk-it's"}, {"id": "b"}]}),
+        httpx.Response(500, text="sk-it's"),
+        httpx.ConnectError("no way to sk-it's"),
+    ],
+    ids=["refused with status 200", "at the end of what is shown", "name of a model", "broken", "in an exception"],
+)
+def test_what_a_service_repeats_of_the_key_is_not_shown(monkeypatch, caplog, answer):
+    class Repeating(FakeEndpoint):
+        _open = Endpoint._open
+
+        def _whole(self, *_about):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", "sk-it's")
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 0.0)
+    caplog.set_level("DEBUG")
+    with pytest.raises(RemoteError) as error:
+        Repeating(retries=1)
+    for said in (str(error.value), caplog.text):
+        assert "sk-" not in said
 
 
 def test_nobody_there(settings):

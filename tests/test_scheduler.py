@@ -229,7 +229,7 @@ def test_drafts_beside_texts_at_the_end_of_a_context_change_nothing(start):
 
 @pytest.fixture
 def never_drafting(monkeypatch):
-    """Drafting never pays, so that the scheduler only looks whether it would; what it has learnt is with its lengths."""
+    """Drafting never pays, so that the scheduler only looks whether it would."""
     monkeypatch.setattr("fedpt_flwr.drafting.DraftLength.choose", lambda *_: 0)
 
 
