@@ -93,8 +93,11 @@ class StepCosts:
         return drafting + self.seconds("large", verified) + self.seconds("untuned", verified)
 
     def _timing(self, name: str, num_tokens: int) -> float:
+        step = self._steps[name]
+        if step.is_remote:  # a pass costs money, and what it takes is seen from those that are made anyway
+            return float(step.model.seconds(num_tokens))
         if (name, num_tokens) not in self._timed:
-            self._timed[name, num_tokens] = _time_pass(self._steps[name], num_tokens)
+            self._timed[name, num_tokens] = _time_pass(step, num_tokens)
         return self._timed[name, num_tokens]
 
 
@@ -148,8 +151,6 @@ def expected_tokens(acceptance: float, num_drafts: int) -> float:
 
 def _time_pass(step: Stepper, num_tokens: int) -> float:
     """Seconds of a pass over so many tokens in one row, or in eight."""
-    if step.is_remote:  # a pass costs money
-        return float(step.model.seconds(num_tokens))
     num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
     ids = torch.full((num_rows, num_tokens // num_rows), any_id(step.model), dtype=torch.int64)
     cache = step.new_cache()

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from fedpt_flwr.config import RemoteConfig
 from fedpt_flwr.data import TokenizedExample
+from fedpt_flwr.drafting import StepCosts
 from fedpt_flwr.endpoint import Endpoint, vocabulary_digest
 from fedpt_flwr.errors import RemoteError, VocabularyMismatch
 from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
@@ -727,6 +728,31 @@ def test_texts_that_end_at_a_remote_models_context_take_nobody_along(proxy):
         assert len(text.sink.ended(1).ids()) == number
     scheduler.stop(0)
     assert scheduler.join(30)
+
+
+def test_nothing_is_asked_about_drafts_that_a_text_does_not_have(proxy):
+    remote = over(proxy, fake_remote())
+    version = make_version(remote, end_ids=frozenset())
+    scheduler = Scheduler(version, Limits(draft_tokens=3), Metrics(), deliver, num_threads=1)
+    with_drafts, without = task(version, [5, 6, 7], max_new_tokens=9), task(version, [9, 10], model="large")
+    scheduler.submit([with_drafts, without])
+    scheduler.start()
+    whole = (9, 10, *without.sink.ended(1).ids())
+    with_drafts.sink.ended(1)
+    scheduler.stop(0)
+    assert scheduler.join(30)
+    asked = [(text, first) for text, first in remote.large.endpoint.asked if text[:2] == (9, 10)]
+    assert asked == [(whole[:length], length - 1) for length in range(2, len(whole))]
+
+
+def test_what_a_pass_of_a_remote_model_costs_follows_what_its_requests_take(proxy):
+    remote = over(proxy, fake_remote())
+    costs, usage = StepCosts(remote.steppers()), remote.large.endpoint.usage
+    found = []
+    for seconds in (1.0, 3.0):
+        usage.requests, usage.seconds = 2, seconds
+        found.append(costs.seconds("large", 3))
+    assert found == [0.5, 1.5]
 
 
 def test_a_batch_may_end_at_a_remote_models_context():

@@ -250,6 +250,9 @@ class _Runner:
         # A row without drafts gets its own last token for them, which every model can read that has the row: what is
         # said about them is not looked at.
         ids = [[text.last_id, *text.drafts, *[text.last_id] * (num_drafts - len(text.drafts))] for text in self.choices]
+        if self.stepper.is_remote:  # nor is it paid for
+            num_wanted = [1 + len(text.drafts) for text in self.choices]
+            return self.stepper(self.cache, torch.tensor(ids), keep=0, num_wanted=num_wanted)
         return self.stepper(self.cache, torch.tensor(ids), keep=0)
 
     def draft(self, num_drafts: int) -> Tensor:
