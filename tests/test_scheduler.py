@@ -1,7 +1,9 @@
 """The scheduler by itself, on tiny models: every text is what ``ProxyModel.generate`` writes, whoever else is there."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -556,6 +558,28 @@ def test_running_texts_finish_on_the_version_that_they_began_with(start):
     assert [first.sink.ended(1).ids(), second.sink.ended(1).ids()] == expected
     assert expected[0] != expected[1]
     until(lambda: not scheduler._runners)  # nothing of the old version is kept
+
+
+@pytest.mark.parametrize("shares_large", [True, False])
+def test_an_old_version_is_freed_when_its_last_task_has_ended(start, shares_large):
+    proxy = make_proxy()
+    old = make_version(proxy, end_ids=frozenset())
+    large = proxy.large if shares_large else tiny_llama(1)
+    proxy = ProxyModel(large, tiny_llama(9), tiny_llama(3), vocab_size=VOCAB)
+    new = make_version(proxy, "v2", proxy.steppers(old.steppers), end_ids=frozenset())
+    scheduler = start(old, draft_tokens="auto")
+    text = task(old, [5, 6])
+    scheduler.submit([text])
+    text.sink.ended(1)
+    freed = [weakref.ref(old), weakref.ref(old.proxy.tuned)]
+    del old, text
+    scheduler.swap(new)
+
+    def are_gone():
+        gc.collect()
+        return not any(part() is not None for part in freed)
+
+    until(are_gone)
 
 
 def test_a_version_that_is_loaded_again_has_rows_of_its_own(start):

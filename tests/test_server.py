@@ -1,14 +1,21 @@
 """``serve`` from loading to its end, without a connection: what it holds, what it lets go, what it closes."""
 
 import asyncio
+import gc
 import signal
+import weakref
 
 import pytest
 from fake_endpoint import fake_remote
+from test_scheduler import make_version, until
 from test_versions import make_run
+from tiny import tiny_llama
 
+from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.runs import replace_link
 from fedpt_flwr.service import server as server_module
 from fedpt_flwr.service.guard import ServiceConfig
+from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.scheduler import Limits
 from fedpt_flwr.service.server import ServerConfig, serve
 from fedpt_flwr.service.versions import Loader
@@ -56,3 +63,37 @@ def test_the_connection_to_a_remote_model_is_closed_at_the_end(tmp_path, serve_w
     large = fake_remote()
     serve_while(make_run(tmp_path), lambda _shared: None, loader=Loader(large=large))
     assert large.endpoint._is_closed
+
+
+def test_the_first_version_is_freed_once_another_one_is_served(tmp_path, serve_while):
+    run, first, told = make_run(tmp_path, rounds=2), [], []
+
+    def during(shared):
+        replace_link(run / "proxy", "rounds/0002/proxy")
+        until(lambda: shared.scheduler.version.server_round == 2)
+
+        def is_gone():
+            gc.collect()
+            return all(part() is None for part in first)
+
+        until(is_gone)
+
+    def on_ready(version, _address):
+        first.extend([weakref.ref(version), weakref.ref(version.proxy.tuned)])
+        told.append(version.server_round)
+
+    serve_while(run, during, on_ready=on_ready)
+    assert told == [1]
+
+
+def test_what_a_remote_model_costs_is_shown_of_the_version_that_is_served():
+    remote, here = (ProxyModel(large, tiny_llama(2), tiny_llama(3)) for large in (fake_remote(), tiny_llama(1)))
+    metrics, large = Metrics(), weakref.ref(remote.large)
+    metrics.set_version(make_version(remote))
+    remote.large.endpoint.usage.requests = 7
+    assert b'fedpt_remote{quantity="requests"} 7.0' in metrics.render()
+    del remote
+    metrics.set_version(make_version(here))
+    gc.collect()
+    assert large() is None
+    assert b"fedpt_remote{" not in metrics.render()

@@ -392,7 +392,9 @@ class Scheduler:
 
     def swap(self, version: Version) -> None:
         """Bind the tasks to come to another version; those that are there stay with theirs."""
-        self._version = version
+        with self._changed:
+            self._version = version
+            self._changed.notify()  # whoever has nothing to do lets the other version go
         self._metrics.set_version(version)
 
     def submit(self, tasks: Sequence[Task]) -> None:
@@ -447,6 +449,7 @@ class Scheduler:
             while not (self._queue or self._live or self._prefill or self._cancelled):
                 if self._stop_at is not None:
                     return False
+                self._let_go()
                 self._changed.wait()
             overdue = self._stop_at is not None and time.monotonic() >= self._stop_at
         if overdue:
@@ -631,7 +634,20 @@ class Scheduler:
         """What chooses draft lengths; what passes cost is the same for all versions with one large model."""
         if self._draft_length is None or self._draft_length[0] is not version.steppers["large"]:
             self._draft_length = version.steppers["large"], DraftLength(StepCosts(version.steppers))
-        return self._draft_length[1]
+        length = self._draft_length[1]
+        if version is self._version:
+            length.costs.steps = version.steppers  # those of a version before would keep it in memory
+        return length
+
+    def _let_go(self) -> None:
+        """Keep nothing of a version that new tasks do not get, now that none has one."""
+        if self._draft_length is None:
+            return
+        large, length = self._draft_length
+        if large is self._version.steppers["large"]:
+            length.costs.steps = self._version.steppers
+        else:
+            self._draft_length = None
 
     def _write(
         self,

@@ -81,8 +81,6 @@ def serve(
         metrics = Metrics()
         metrics.slots.set(limits.num_slots)
         metrics.set_version(version)
-        if isinstance(version.proxy.large, RemoteModel):
-            metrics.watch(version.proxy.large)
         loop: asyncio.AbstractEventLoop | None = None
 
         def deliver(events: Delivery) -> None:
@@ -117,8 +115,9 @@ def serve(
             loop = running
             scheduler.start()
             watcher.start()
-            on_ready(version, address)
+            on_ready(scheduler.version, address)
 
+        del version  # or the first one would stay in memory, whatever is served later
         set_up_logging()
         app = create_app(shared, on_start=on_start)
         http = _Server(
