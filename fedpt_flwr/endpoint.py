@@ -122,6 +122,7 @@ class Endpoint:
         url: The address.
         model: The model's name there.
         api: ``full``, ``echo`` or ``next``.
+        vocabulary: Digest of the vocabulary.
         width: Ids that the vocabulary has.
         num_top: Tokens whose log-probabilities are shown at each place; None: all.
         sends_ids: Whether texts go as token ids.
@@ -143,6 +144,7 @@ class Endpoint:
         self.context: int | None = None
         self.api, self.sends_ids = FULL, True
         self.num_top: int | None = None
+        self.vocabulary = vocabulary_digest(tokenizer)
         self.width = max(tokenizer.get_vocab().values()) + 1
         self._tokenizer = tokenizer
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -181,7 +183,7 @@ class Endpoint:
         weakref.finalize(self, _close, self._http, self._pool)
         self.model = self._open()
         if cache is not None:
-            identity = json.dumps([self.url, self.model, self.num_top, self.sends_ids, vocabulary_digest(tokenizer)])
+            identity = json.dumps([self.url, self.model, self.num_top, self.sends_ids, self.vocabulary])
             self._recall = Recall(cache, identity, width=self.width, max_bytes=config.cache_mb * 2**20)
 
     def close(self) -> None:
@@ -624,7 +626,7 @@ class Endpoint:
         return name
 
     def _check_digest(self, info: Any) -> None:
-        ours, theirs = vocabulary_digest(self._tokenizer), _path(info, "vocabulary")
+        ours, theirs = self.vocabulary, _path(info, "vocabulary")
         if theirs != ours:
             raise VocabularyMismatch(
                 f"the remote model must have the small models' vocabulary (digest {ours})",

@@ -1,8 +1,12 @@
 """How versions of runs are loaded and newer ones noticed, on runs of tiny models."""
 
-from tiny import tiny_llama, tiny_tokenizer
+import pytest
+from fake_endpoint import fake_remote
+from test_vocabulary import letters
+from tiny import LETTERS, tiny_llama, tiny_tokenizer
 
 from fedpt_flwr.config import flat_values, parse_run_config
+from fedpt_flwr.errors import VocabularyMismatch
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.proxy_folder import BUNDLED
 from fedpt_flwr.runs import replace_link, write_json
@@ -54,3 +58,37 @@ def test_a_round_that_completes_while_the_models_load_is_noticed(tmp_path, monke
     watcher.look()
     watcher.look()
     assert (first.server_round, [version.server_round for version in found]) == (1, [2])
+
+
+def shuffled_tokenizer():
+    """The tiny one's tokens under other ids."""
+    return letters(LETTERS[::-1])
+
+
+def test_a_run_of_another_vocabulary_does_not_follow_at_one_remote_model(tmp_path):
+    one = make_run(tmp_path)
+    other = make_run(tmp_path, "20260102T000000Z-2", tokenizer=shuffled_tokenizer())
+    loader = Loader(large=fake_remote())
+    loader.load(one)
+    with pytest.raises(
+        VocabularyMismatch, match=r"20260102T000000Z-2: .* with another vocabulary .*; serve this run by"
+    ):
+        loader.load(other)
+
+
+def test_a_followed_run_of_another_vocabulary_connects_to_its_service_anew(tmp_path, monkeypatch):
+    address = {"model.large-url": "http://fake"}
+    one = make_run(tmp_path, **address)
+    other = make_run(tmp_path, "20260102T000000Z-2", tokenizer=shuffled_tokenizer(), **address)
+    connected = []
+
+    def connect(_config, tokenizer):
+        connected.append(tokenizer)
+        return fake_remote(tokenizer=tokenizer)
+
+    monkeypatch.setattr("fedpt_flwr.service.versions.remote_large", connect)
+    loader = Loader()
+    first, again, second = (loader.load(run) for run in (one, one, other))
+    assert again.proxy.large is first.proxy.large
+    assert second.proxy.large.endpoint.vocabulary == second.vocabulary != first.vocabulary
+    assert len(connected) == 2

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
 from fedpt_flwr.endpoint import vocabulary_digest
-from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
+from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError, VocabularyMismatch
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.remote import remote_large
+from fedpt_flwr.remote import RemoteModel, remote_large
 from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
@@ -33,8 +33,6 @@ from fedpt_flwr.vocabulary import missing_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from fedpt_flwr.remote import RemoteModel
 
 _log = logging.getLogger(__name__)
 
@@ -134,15 +132,15 @@ class Loader:
         self._plausibility = plausibility
         self._prepare = prepare
         self._last: Version | None = None
-        self._remote: tuple[str, RemoteConfig, RemoteModel] | None = None
+        self._remote: tuple[str, RemoteConfig, str, RemoteModel] | None = None
 
     def _remote_of(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RemoteModel | None:
         """The run's own model behind an API, if it has one; that of the last version where it is the same."""
-        asked = (config.model.large_url, config.remote)
-        if self._remote is None or self._remote[:2] != asked:
+        asked = (config.model.large_url, config.remote, vocabulary_digest(tokenizer))
+        if self._remote is None or self._remote[:3] != asked:
             model = remote_large(config, tokenizer)
             self._remote = None if model is None else (*asked, model)
-        return None if self._remote is None else self._remote[2]
+        return None if self._remote is None else self._remote[3]
 
     def load(self, run: Path) -> Version:
         """Load what a run's link ``proxy`` points at.
@@ -150,15 +148,25 @@ class Loader:
         Raises:
             RunError: The folder is no run, or the run has no complete round.
             ModelError: The proxy is damaged, or a model of it cannot be loaded.
+            VocabularyMismatch: The large model is asked at a service for texts of another vocabulary.
         """
         mark = _mark(run)  # first: a round that completes while the models load is another one
         target = mark[0]
         config = _run_config(run)
         last = self._last
         tokenizer = load_tokenizer(str(target))
+        vocabulary = vocabulary_digest(tokenizer)
+        large = self._remote_of(config, tokenizer) if self._large is None else self._large
+        if isinstance(large, RemoteModel) and large.endpoint.vocabulary != vocabulary:  # a run that is followed
+            raise VocabularyMismatch(
+                f"the remote large model was connected to with another vocabulary (digest {large.endpoint.vocabulary})",
+                value=vocabulary,
+                place=str(run),
+                remedy="serve this run by itself",
+            )
         proxy = ProxyModel.from_pretrained(
             target,
-            large=self._remote_of(config, tokenizer) if self._large is None else self._large,
+            large=large,
             large_device_map=self._large_device_map,
             device=self._device,
             like=None if last is None else last.proxy,
@@ -192,7 +200,7 @@ class Loader:
             is_chat=is_chat,
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
             scores=_scores(run),
-            vocabulary=vocabulary_digest(tokenizer),
+            vocabulary=vocabulary,
             mark=mark,
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
