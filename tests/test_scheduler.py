@@ -59,7 +59,6 @@ def make_version(proxy, name="v1", steppers=None, end_ids=frozenset({EOS})):
         max_new_tokens=16,
         template=Template("{text}"),
         examples=[],
-        scores=None,
     )
 
 

@@ -5,18 +5,20 @@ import gc
 import signal
 import weakref
 
+import httpx
 import pytest
 from fake_endpoint import fake_remote
-from test_scheduler import make_version, until
+from test_scheduler import make_proxy, make_version, until
 from test_versions import make_run
 from tiny import tiny_llama
 
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.runs import replace_link
+from fedpt_flwr.runs import replace_link, write_json
 from fedpt_flwr.service import server as server_module
-from fedpt_flwr.service.guard import ServiceConfig
+from fedpt_flwr.service.app import create_app
+from fedpt_flwr.service.guard import Service, ServiceConfig
 from fedpt_flwr.service.metrics import Metrics
-from fedpt_flwr.service.scheduler import Limits
+from fedpt_flwr.service.scheduler import Limits, Scheduler
 from fedpt_flwr.service.server import ServerConfig, serve
 from fedpt_flwr.service.versions import Loader
 
@@ -97,3 +99,30 @@ def test_what_a_remote_model_costs_is_shown_of_the_version_that_is_served():
     gc.collect()
     assert large() is None
     assert b"fedpt_remote{" not in metrics.render()
+
+
+def info_of(version, **config):
+    """What a service for a version says at ``/info``."""
+    scheduler = Scheduler(version, Limits(), Metrics(), lambda _events: None)
+    shared = Service(scheduler=scheduler, metrics=Metrics(), config=ServiceConfig(**config))
+    app = create_app(shared, on_start=lambda _loop: None)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+            return (await http.get("/info")).json()
+
+    return asyncio.run(ask())
+
+
+def test_scores_are_shown_as_soon_as_the_run_has_them(tmp_path):
+    run = make_run(tmp_path)
+    version = Loader().load(run)
+    assert info_of(version)["scores"] is None
+    row = {"exact_match": 0.5, "loss": 1.25}
+    write_json(run / "results.json", {"rows": {"proxy": row | {"n": 3}, "few_shot": row}})
+    assert info_of(version)["scores"] == {"proxy": row}
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(5, 5), (4096, 16)])
+def test_no_longer_answer_is_proposed_than_may_be_asked_for(limit, shown):
+    assert info_of(make_version(make_proxy()), max_new_tokens=limit)["max_tokens"] == shown

@@ -58,7 +58,7 @@ class Version:
         is_chat: Whether its examples were conversations, written by the tokenizer's chat template if it has one.
         examples: Some of the run's test items: ``prompt`` and ``answer``.
         max_prompt_chars: No prompt that is longer can fit the context; None where no model says what that is.
-        scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
+        folder: The run's folder, or None for a proxy of no run.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Version:
     max_new_tokens: int
     template: Template
     examples: Sequence[Mapping[str, str]]
-    scores: Mapping[str, Any] | None
+    folder: Path | None = None
     max_prompt_chars: int | None = None
     is_chat: bool = False
     vocabulary: str = ""
@@ -83,6 +83,14 @@ class Version:
     def vocab_size(self) -> int:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
+
+    @property
+    def scores(self) -> Mapping[str, Any] | None:
+        """The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
+
+        Read when they are asked for: a run writes them after the proxy of its last round.
+        """
+        return None if self.folder is None else _scores(self.folder)
 
     @cached_property
     def missing(self) -> Tensor | None:
@@ -199,7 +207,7 @@ class Loader:
             template=template,
             is_chat=is_chat,
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
-            scores=_scores(run),
+            folder=run,
             vocabulary=vocabulary,
             mark=mark,
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
