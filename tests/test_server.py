@@ -7,10 +7,12 @@ import weakref
 
 import httpx
 import pytest
+import uvicorn
 from fake_endpoint import fake_remote
 from test_scheduler import make_proxy, make_version, until
 from test_versions import make_run
 from tiny import tiny_llama
+from uvicorn.server import ServerState
 
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import replace_link, write_json
@@ -126,3 +128,78 @@ def test_scores_are_shown_as_soon_as_the_run_has_them(tmp_path):
 @pytest.mark.parametrize(("limit", "shown"), [(5, 5), (4096, 16)])
 def test_no_longer_answer_is_proposed_than_may_be_asked_for(limit, shown):
     assert info_of(make_version(make_proxy()), max_new_tokens=limit)["max_tokens"] == shown
+
+
+# --- connections --------------------------------------------------------------------------------------------------
+
+
+class Transport(asyncio.Transport):
+    """The server's end of a connection: remembers what is written, and whether it is closed."""
+
+    def __init__(self):
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.written, self.is_open = b"", True
+
+    def write(self, data):
+        self.written += data
+
+    def is_closing(self):
+        return not self.is_open
+
+    def close(self):
+        self.is_open = False
+
+    def set_protocol(self, protocol):
+        pass
+
+    pause_reading = resume_reading = lambda _self: None
+
+
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+WHOLE = b"GET / HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
+@pytest.mark.parametrize(
+    ("pieces", "stays"),
+    [([b"GET / HT"], False), ([b"GET", b" / ", b"HTTP"], False), ([WHOLE[:9], WHOLE[9:]], True)],
+    ids=["part", "piece by piece", "whole"],
+)
+def test_a_connection_that_begins_a_request_and_does_not_end_it_is_closed(before, pieces, stays):
+    async def connect():
+        loop, timers = asyncio.get_running_loop(), []
+
+        def call_later(delay, call, *args):
+            timer = asyncio.TimerHandle(0, call, args, loop)
+            timers.append((delay, timer))
+            return timer
+
+        loop.call_later = call_later  # time passes when the test says so
+        config = uvicorn.Config(hello, log_config=None, http=server_module._Protocol, ws="none")
+        config.load()
+        protocol, transport = server_module._Protocol(config, ServerState(), {}, loop), Transport()
+        protocol.connection_made(transport)
+
+        async def answered(number):
+            while transport.written.count(b"200 OK") < number or not protocol.cycle.response_complete:
+                await asyncio.sleep(0)
+
+        for number in range(before):
+            protocol.data_received(WHOLE)
+            await answered(number + 1)
+        for piece in pieces:
+            protocol.data_received(piece)
+        watching = [timer for delay, timer in timers if delay == 30.0 and not timer.cancelled()]
+        assert len(watching) == (not stays)  # however many pieces: each would give more time
+        if stays:
+            await answered(before + 1)
+        for timer in watching:
+            timer._run()
+        assert transport.is_open == stays
+        protocol.connection_lost(None)
+
+    asyncio.run(connect())
