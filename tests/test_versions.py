@@ -1,15 +1,18 @@
 """How versions of runs are loaded and newer ones noticed, on runs of tiny models."""
 
+import os
+
 import pytest
 from fake_endpoint import fake_remote
 from test_vocabulary import letters
 from tiny import LETTERS, tiny_llama, tiny_tokenizer
 
+from fedpt_flwr.cli.loading import open_run
 from fedpt_flwr.config import flat_values, parse_run_config
-from fedpt_flwr.errors import VocabularyMismatch
+from fedpt_flwr.errors import ModelError, RunError, VocabularyMismatch
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.proxy_folder import BUNDLED
-from fedpt_flwr.runs import replace_link, write_json
+from fedpt_flwr.runs import recorded_config, replace_link, write_json
 from fedpt_flwr.service.versions import Loader, Watcher
 
 
@@ -92,3 +95,33 @@ def test_a_followed_run_of_another_vocabulary_connects_to_its_service_anew(tmp_p
     assert again.proxy.large is first.proxy.large
     assert second.proxy.large.endpoint.vocabulary == second.vocabulary != first.vocabulary
     assert len(connected) == 2
+
+
+def test_a_version_that_cannot_be_loaded_is_tried_ever_more_seldom_and_another_one_at_once(tmp_path):
+    run = make_run(tmp_path, rounds=2)
+    loader, tried = Loader(), []
+    watcher, found, _ = watcher_of(loader, run, loader.load(run), poll_s=10.0)
+    weights = run / "rounds/0002/proxy/tuned/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    replace_link(run / "proxy", "rounds/0002/proxy")
+    for number in range(20):
+        try:
+            watcher.look()
+        except ModelError:
+            tried.append(number)
+    assert tried == [0, 2, 6, 12, 18]  # six looks are a minute
+    weights.write_bytes(whole)
+    config = run / "rounds/0002/proxy/config.json"
+    os.utime(config, ns=(0, 0))  # as a round that is written again
+    watcher.look()
+    assert [version.server_round for version in found] == [2]
+
+
+def test_a_folder_without_a_recorded_config_is_no_run(tmp_path):
+    run = make_run(tmp_path)
+    assert recorded_config(run).seed == 0
+    write_json(run / "config.json", {"run_config": []})
+    for ask in (Loader().load, lambda folder: open_run(str(folder))):
+        with pytest.raises(RunError, match=r"config\.json: must hold a run's config; name the run's own folder"):
+            ask(run)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
+from fedpt_flwr.config import RemoteConfig, RunConfig
 from fedpt_flwr.endpoint import vocabulary_digest
 from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError, VocabularyMismatch
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
@@ -26,7 +26,7 @@ from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.remote import RemoteModel, remote_large
-from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
+from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json, recorded_config
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
 from fedpt_flwr.vocabulary import missing_ids
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 12
+
+_LONGEST_PAUSE_S = 60.0
+"""Between two tries to load a version that cannot be loaded."""
 
 _Mark = tuple[Path, int, int]
 
@@ -160,7 +163,7 @@ class Loader:
         """
         mark = _mark(run)  # first: a round that completes while the models load is another one
         target = mark[0]
-        config = _run_config(run)
+        config = recorded_config(run)
         last = self._last
         tokenizer = load_tokenizer(str(target))
         vocabulary = vocabulary_digest(tokenizer)
@@ -246,6 +249,9 @@ class Watcher:
         self._on_version = on_version
         self._on_failure = on_failure
         self._served = served
+        self._failed: _Mark | None = None  # the last one tried that is not served
+        self._pause = 1  # looks from one try to load that version to the next, doubled by each
+        self._num_passed = 0  # looks since the last try
         self._reported = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fedpt-watcher", daemon=True)
@@ -276,11 +282,24 @@ class Watcher:
             newest = find_run(LATEST, root=run.parent)
             if (newest / "proxy").is_dir():  # a run gets its link with its first round
                 run = newest
-        if _mark(run) == self._served:
+        mark = _mark(run)
+        if mark == self._served or self._must_wait(mark):
             return
         version = self._loader.load(run)
         self._run, self._served, self._reported = run, version.mark, ""
         self._on_version(version)
+
+    def _must_wait(self, mark: _Mark) -> bool:
+        """Whether a version was tried lately and could not be loaded: trying takes as much as loading."""
+        if mark != self._failed:
+            self._failed, self._pause, self._num_passed = mark, 1, 0
+            return False
+        self._num_passed += 1
+        wanted = min(2 * self._pause, max(1, round(_LONGEST_PAUSE_S / self._poll_s)))
+        if self._num_passed < wanted:
+            return True
+        self._pause, self._num_passed = wanted, 0
+        return False
 
 
 def proxy_target(run: Path) -> Path:
@@ -303,13 +322,6 @@ def _mark(run: Path) -> _Mark:
     target = proxy_target(run)
     config = (target / "config.json").stat()
     return target, config.st_mtime_ns, config.st_ino
-
-
-def _run_config(run: Path) -> RunConfig:
-    recorded = read_json(run / "config.json")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
-        raise RunError("must hold a run's config", place=str(run / "config.json"), remedy="name the run's own folder")
-    return parse_run_config(recorded["run_config"])
 
 
 def read_prompt_form(target: Path, config: RunConfig) -> tuple[Template, bool]:
