@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.vocabulary import any_id
 
 LONGEST_DRAFT = 7
 """Tokens drafted at most: even good drafters gain little beyond that, and of one text eight are verified, for which
@@ -70,10 +71,13 @@ class StepCosts:
 
     Args:
         steps: A step function for each of ``large``, ``tuned`` and ``untuned``.
+
+    Attributes:
+        steps: What is timed from now on; those of models alike may take their place, and what is known stays.
     """
 
     def __init__(self, steps: Mapping[str, Stepper]) -> None:
-        self._steps = steps
+        self.steps = steps
         self._timed: dict[tuple[str, int], float] = {}
 
     def seconds(self, name: str, num_tokens: int) -> float:
@@ -92,8 +96,11 @@ class StepCosts:
         return drafting + self.seconds("large", verified) + self.seconds("untuned", verified)
 
     def _timing(self, name: str, num_tokens: int) -> float:
+        step = self.steps[name]
+        if step.is_remote:  # a pass costs money, and what it takes is seen from those that are made anyway
+            return float(step.model.seconds(num_tokens))
         if (name, num_tokens) not in self._timed:
-            self._timed[name, num_tokens] = _time_pass(self._steps[name], num_tokens)
+            self._timed[name, num_tokens] = _time_pass(step, num_tokens)
         return self._timed[name, num_tokens]
 
 
@@ -104,11 +111,12 @@ class DraftLength:
         costs: Of the models' passes.
 
     Attributes:
+        costs: These.
         prior: The acceptance that a new text begins with: that of those before it.
     """
 
     def __init__(self, costs: StepCosts) -> None:
-        self._costs = costs
+        self.costs = costs
         self.prior = _LIKELY
 
     def choose(self, texts: Sequence[Acceptance], longest: int) -> int:
@@ -124,7 +132,7 @@ class DraftLength:
         best, best_speed = 0, 0.0
         for num_drafts in range(max(longest, 0) + 1):
             gained = sum(expected_tokens(rate, num_drafts) for rate in rates)
-            speed = gained / self._costs.of_round(num_rows, num_drafts)
+            speed = gained / self.costs.of_round(num_rows, num_drafts)
             if speed > best_speed:
                 best, best_speed = num_drafts, speed
             elif speed < 0.8 * best_speed:  # it has one peak; passes that cannot pay need not be timed
@@ -147,10 +155,8 @@ def expected_tokens(acceptance: float, num_drafts: int) -> float:
 
 def _time_pass(step: Stepper, num_tokens: int) -> float:
     """Seconds of a pass over so many tokens in one row, or in eight."""
-    if step.is_remote:  # a pass costs money
-        return float(step.model.seconds(num_tokens))
     num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
-    ids = torch.zeros((num_rows, num_tokens // num_rows), dtype=torch.int64)
+    ids = torch.full((num_rows, num_tokens // num_rows), any_id(step.model), dtype=torch.int64)
     cache = step.new_cache()
     cache.add_rows(num_rows)
     timings: list[float] = []

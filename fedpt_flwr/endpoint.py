@@ -22,8 +22,9 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedpt_flwr.config import RemoteConfig
-from fedpt_flwr.errors import RemoteError, VocabularyMismatch
+from fedpt_flwr.errors import RemoteError, RunError, VocabularyMismatch
 from fedpt_flwr.recall import Recall
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ KEY_VARIABLE = "FEDPT_LARGE_API_KEY"
 
 FULL, ECHO, NEXT = "full", "echo", "next"
 
-_TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_TRANSIENT = frozenset({408, 409, 425, 429, *range(500, 600)})
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE = "The quick brown fox = 1, 2;\n> jumps over [the] lazy dog?"
@@ -121,6 +122,7 @@ class Endpoint:
         url: The address.
         model: The model's name there.
         api: ``full``, ``echo`` or ``next``.
+        vocabulary: Digest of the vocabulary.
         width: Ids that the vocabulary has.
         num_top: Tokens whose log-probabilities are shown at each place; None: all.
         sends_ids: Whether texts go as token ids.
@@ -142,11 +144,20 @@ class Endpoint:
         self.context: int | None = None
         self.api, self.sends_ids = FULL, True
         self.num_top: int | None = None
+        self.vocabulary = vocabulary_digest(tokenizer)
         self.width = max(tokenizer.get_vocab().values()) + 1
         self._tokenizer = tokenizer
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not all("!" <= character <= "~" for character in self._key):
+            raise RemoteError(  # without the value
+                "the key must be printable ASCII without white space",
+                place=KEY_VARIABLE,
+                remedy="look how it was copied",
+            )
         self._lock = threading.Lock()
         self._job = threading.local()  # has the flag by which a thread learns that it need not ask again
+        self._flags: set[threading.Event] = set()  # those flags, of all that is being asked
+        self._is_closed = False
         self.spent_before = 0
         self._reserved = 0
         self._adds_first = False  # the service itself puts the tokenizer's first token before a text
@@ -172,11 +183,15 @@ class Endpoint:
         weakref.finalize(self, _close, self._http, self._pool)
         self.model = self._open()
         if cache is not None:
-            identity = json.dumps([self.url, self.model, self.num_top, self.sends_ids, vocabulary_digest(tokenizer)])
+            identity = json.dumps([self.url, self.model, self.num_top, self.sends_ids, self.vocabulary])
             self._recall = Recall(cache, identity, width=self.width, max_bytes=config.cache_mb * 2**20)
 
     def close(self) -> None:
-        """Close connections."""
+        """Close connections; whoever still waits to ask again gives up."""
+        with self._lock:
+            self._is_closed = True
+            for flag in self._flags:
+                flag.set()
         _close(self._http, self._pool)
         if self._recall is not None:
             self._recall.close()
@@ -214,7 +229,8 @@ class Endpoint:
         shows_next = shows_next and self.api == ECHO and self.num_top is not None
         keys = [[_key(text, place, shows_next) for place in of] for text, of in zip(texts, places, strict=True)]
         every = dict.fromkeys(key for of in keys for key in of)
-        known = self._recall.get(every) if self._recall is not None else {}
+        with _as_remote():
+            known = self._recall.get(every) if self._recall is not None else {}
         with self._lock:
             self.usage.recalled += len(known)
         claimed = set(known)
@@ -227,18 +243,39 @@ class Endpoint:
                 jobs.append((tuple(texts[row]), missing))
         if self.api == NEXT:
             jobs = [(text, [place]) for text, missing in jobs for place in missing]
-        given_up = threading.Event()
-        running = [self._pool.submit(self._answer, text, missing, shows_next, given_up) for text, missing in jobs]
-        ended, others = wait(running, return_when=FIRST_EXCEPTION)
-        if others:  # one has failed: what is under way is paid for and may end
-            given_up.set()
-            for job in others:
-                job.cancel()
-            wait(others)
-        for job in [job for job in running if job in ended]:
-            known |= job.result()
+        for rows in self._answers(jobs, shows_next):
+            known |= rows
         empty = torch.empty((0, self.width))
         return [torch.stack([known[key] for key in of]) if of else empty for of in keys]
+
+    def _answers(self, jobs: Sequence[tuple[_Text, list[int]]], shows_next: bool) -> list[dict[_Text, Tensor]]:
+        """What is said about texts from some places on, asked at the same time."""
+        given_up = threading.Event()
+        with self._lock:
+            if self._is_closed:
+                raise self._error("nothing can be asked, because the connection is closed")
+            self._flags.add(given_up)
+        running: list[Future[dict[_Text, Tensor]]] = []
+        try:
+            for text, missing in jobs:
+                running.append(
+                    self._pool.submit(self._answer, text, missing, shows_next, given_up)
+                )  # known one by one, whenever it is interrupted
+            ended, others = wait(running, return_when=FIRST_EXCEPTION)
+            if others:  # one has failed: what is under way is paid for and may end
+                given_up.set()
+                for job in others:
+                    job.cancel()
+                wait(others)
+        except BaseException:  # Ctrl-C: nobody wants what waits to be sent, and it would be paid for
+            given_up.set()
+            for job in running:
+                job.cancel()
+            raise
+        finally:
+            with self._lock:
+                self._flags.discard(given_up)
+        return [job.result() for job in running if job in ended]
 
     def _answer(
         self, text: _Text, places: list[int], shows_next: bool, given_up: threading.Event
@@ -257,7 +294,8 @@ class Endpoint:
         for row in rows.values():
             self._check_row(row)
         if self._recall is not None:
-            self._recall.put(rows)
+            with _as_remote():
+                self._recall.put(rows)
         return rows
 
     def _ask_full(self, text: _Text, first: int) -> dict[_Text, Tensor]:
@@ -348,7 +386,7 @@ class Endpoint:
             )
         choice = _path(answer, "choices", 0)
         if not isinstance(choice, dict):
-            raise self._wrong("an answer must have a choice", str(answer))
+            raise self._wrong("an answer must have a choice", str(self._without_key(answer)))
         return choice
 
     _names_ids = True  # `return_tokens_as_token_ids`, until a service refuses it
@@ -388,11 +426,11 @@ class Endpoint:
             if token_id is not None:
                 row[token_id] = known[name]
         if not bool(row.isfinite().any()):
-            raise VocabularyMismatch(
-                "the remote model must have the small models' vocabulary, but knows none of the tokens that it names",
-                value=list(top)[:5],
+            raise _NoneKnown(
+                "a place must show at least one token by a name of its own",
+                value=self._without_key(list(top)[:5]),
                 place=self.url,
-                remedy="choose a remote model of the small model's family",
+                remedy="use a service that names token ids",
             )
         return row
 
@@ -463,7 +501,8 @@ class Endpoint:
                 problem = f"did not answer within {self.config.timeout_s:g} s"
                 remedy = "look whether it is overloaded, else raise remote.timeout-s"
             except (httpx.HTTPError, OSError) as error:
-                problem, remedy = f"cannot be reached ({type(error).__name__}: {error})", _UNREACHED
+                reason = self._without_key(f"{type(error).__name__}: {error}")
+                problem, remedy = f"cannot be reached ({reason})", _UNREACHED
             else:
                 if response.status_code not in _TRANSIENT:
                     return response
@@ -521,7 +560,7 @@ class Endpoint:
         try:
             return _json(response)
         except ValueError as error:
-            raise self._wrong("an answer must be JSON", response.text[:80]) from error
+            raise self._wrong("an answer must be JSON", self._without_key(response.text)[:80]) from error
 
     def _said(self, response: httpx.Response) -> str:
         """What the service has to say about a failure; never the key, which some repeat."""
@@ -532,15 +571,22 @@ class Endpoint:
             said = response.text
         return self._without_key(" ".join(str(said).split()))[:200] or "no reason given"
 
-    def _without_key(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._key, "***") if self._key else text
+    def _without_key(self, value: Any) -> Any:
+        """A value of JSON without the key, wherever it stands."""
+        if not self._key:
+            return value
+        if isinstance(value, str):
+            return value.replace(self._key, "***")
+        if isinstance(value, dict):
+            return {self._without_key(name): self._without_key(part) for name, part in value.items()}
+        return [self._without_key(part) for part in value] if isinstance(value, list | tuple) else value
 
     def _error(self, rule: str, value: Any = None, *, remedy: str | None = None) -> RemoteError:
-        return RemoteError(rule, value=value, place=self.url, remedy=remedy)
+        return RemoteError(self._without_key(rule), value=self._without_key(value), place=self.url, remedy=remedy)
 
     def _wrong(self, rule: str, value: Any, *, remedy: str | None = None) -> RemoteError:
-        return _Refused(f"the service answers wrongly: {rule}", value=value, place=self.url, remedy=remedy)
+        rule, value = self._without_key(f"the service answers wrongly: {rule}"), self._without_key(value)
+        return _Refused(rule, value=value, place=self.url, remedy=remedy)
 
     # --- what the service can do ----------------------------------------------------------------------------------
 
@@ -555,7 +601,7 @@ class Endpoint:
         name = self.config.model or ("large" if is_ours else names[0] if len(names) == 1 else "")
         if name not in names:
             raise RemoteError(
-                f"must be one of the service's models: {', '.join(names[:20])}",
+                f"must be one of the service's models: {', '.join(self._without_key(names[:20]))}",
                 value=name or None,
                 place="remote.model",
             )
@@ -580,11 +626,11 @@ class Endpoint:
         return name
 
     def _check_digest(self, info: Any) -> None:
-        ours, theirs = vocabulary_digest(self._tokenizer), _path(info, "vocabulary")
+        ours, theirs = self.vocabulary, _path(info, "vocabulary")
         if theirs != ours:
             raise VocabularyMismatch(
                 f"the remote model must have the small models' vocabulary (digest {ours})",
-                value=theirs,
+                value=self._without_key(theirs),
                 place=self.url,
                 remedy="serve a model of the small model's family",
             )
@@ -616,6 +662,17 @@ class Endpoint:
 
     def _try_next(self, probe: _Text) -> Tensor:
         """What follows the probe; finds out whether a first token is added to texts."""
+        try:
+            return self._try_next_with_first(probe)
+        except _NoneKnown as error:  # after plain English, that is no matter of names
+            raise VocabularyMismatch(
+                "the remote model must have the small models' vocabulary, but knows none of the tokens that it names",
+                value=error.value,
+                place=self.url,
+                remedy="choose a remote model of the small model's family",
+            ) from error
+
+    def _try_next_with_first(self, probe: _Text) -> Tensor:
         self._adds_first = False
         try:
             return self._ask_next(probe)
@@ -662,8 +719,21 @@ class _Refused(RemoteError):
     """The service does not do what was asked of it: it may do something else."""
 
 
+class _NoneKnown(_Refused):
+    """A place of an answer at which no name is that of one token; the names are the ``value``."""
+
+
 class _OtherLength(_Refused):
     """A text has another number of tokens there, which is the ``value``."""
+
+
+@contextmanager
+def _as_remote() -> Iterator[None]:
+    """Say what is wrong with the answers that are kept as a failure of the remote model: it ends the same requests."""
+    try:
+        yield
+    except RunError as error:
+        raise RemoteError(error.rule, value=error.value, place=error.place, remedy=error.remedy) from error
 
 
 def _close(http: httpx.Client, pool: ThreadPoolExecutor) -> None:

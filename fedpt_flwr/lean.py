@@ -12,7 +12,7 @@ children that it is known to have, and the scores must then agree with transform
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,14 @@ class LeanStepper(Stepper):
     """
 
     @torch.no_grad()
-    def __call__(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Tensor:
+    def __call__(
+        self,
+        cache: RaggedCache,
+        ids: Tensor,
+        *,
+        keep: int | Tensor = 1,
+        num_wanted: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """See :meth:`fedpt_flwr.ragged.Stepper.__call__`."""
         device = self.device
         num_rows, num_new = ids.shape

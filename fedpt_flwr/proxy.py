@@ -69,7 +69,7 @@ from fedpt_flwr.proxy_folder import (
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.sampling import Seeded, sample
 from fedpt_flwr.speculative import PARTS, Speculation
-from fedpt_flwr.vocabulary import match_vocabularies, translate
+from fedpt_flwr.vocabulary import match_vocabularies, missing_ids, translate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -624,6 +624,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         check_alpha(alpha)
         check_plausibility(plausibility)
         vocab_size, width, num_rows = self.config.real_vocab_size, self.config.vocab_size, len(input_ids)
+        missing = missing_ids(self.large)
 
         def of_rows(value: float | Tensor, rows: Tensor) -> float | Tensor:
             has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_rows
@@ -642,7 +643,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         def draft_scores(tuned: Tensor, rows: Tensor) -> Tensor:
             scores = tuned.new_full((len(tuned), width), -torch.inf, dtype=torch.float32)
             scores[:, :vocab_size] = tuned[:, :vocab_size]
-            mask_implausible(scores, tuned, plausibility=of_rows(plausibility, rows), vocab_size=vocab_size)
+            if missing is not None:  # the large model reads what is drafted, and never chooses these
+                scores[:, missing.to(scores.device)] = -torch.inf
+            mask_implausible(scores, scores, plausibility=of_rows(plausibility, rows), vocab_size=vocab_size)
             return scores
 
         return Generation(

@@ -282,7 +282,8 @@ def load_large(
 
     ``config.large`` then says where it is now.
     """
-    if like is not None and _is_same(config.large, like.config.large):
+    is_asked = isinstance(large, nn.Module) and is_remote(large)  # it may be asked otherwise than the one before
+    if like is not None and not is_asked and _is_same(config.large, like.config.large):
         large_model = like.large
     elif isinstance(large, nn.Module):
         large_model = large

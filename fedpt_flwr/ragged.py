@@ -308,13 +308,17 @@ class Stepper:
         """Append tokens to every row of a cache, whatever comes next."""
         self(cache, ids, keep=torch.empty(0, dtype=torch.int64) if self.is_remote else 1)
 
-    def __call__(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Tensor:
+    def __call__(
+        self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1, num_wanted: Sequence[int] | None = None
+    ) -> Tensor:
         """Append tokens to every row of a cache, each at its own length, and score what comes next.
 
         Args:
             cache: The rows; extended in place.
             ids: ``(rows, new)``, int64, on any device.
             keep: Score only the last so many of the new positions (0 is all), or those in this tensor.
+            num_wanted: Of each row only the first so many of these are looked at: a remote model is not asked about the
+                others, and scores them 0. None: all are.
 
         Returns:
             ``(rows, kept, width)``, in the model's dtype and on its device.
@@ -323,7 +327,9 @@ class Stepper:
         positions = cache.begin(ids.shape[1], device)
         dtype = self._base.dtype if self._base.config._attn_implementation == "eager" else None
         keep = keep.to(device) if isinstance(keep, Tensor) else keep
-        settings = {"logits_to_keep": keep} if self._slices_itself else {}
+        settings: dict[str, Any] = {"logits_to_keep": keep} if self._slices_itself else {}
+        if self.is_remote:
+            settings["num_wanted"] = num_wanted
         with self._context():
             logits: Tensor = self.model(
                 input_ids=ids.to(device),

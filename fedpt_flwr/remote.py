@@ -12,7 +12,7 @@ What is made of that is for whoever knows the small models (``logits.fill_hidden
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_wanted: Sequence[int] | None = None,
         shows_next: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -157,6 +158,7 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             cache: A cache for this model's config, extended in place.
             use_cache: Whether to return a cache.
             logits_to_keep: Score only the last so many positions (0 is all), or the positions in this tensor.
+            num_wanted: Ask only about the first so many of them, of each row; the others score 0. None: about all.
             shows_next: See :meth:`~fedpt_flwr.endpoint.Endpoint.ask`: for losses, not for decoding.
             return_dict: False returns a tuple.
             **kwargs: Other arguments of transformers models; ignored, but for labels, which are refused.
@@ -185,12 +187,15 @@ class RemoteModel(PreTrainedModel, GenerationMixin):
             places = places[:, logits_to_keep.cpu()]
         elif logits_to_keep:
             places = places[:, -logits_to_keep:]
+        if num_wanted is not None:
+            unwanted = torch.arange(places.shape[1]) >= torch.tensor(num_wanted)[:, None]
+            places = places.masked_fill(unwanted, -1)
         scores = self._scores(ids, visible, places, shows_next=shows_next)
         output = CausalLMOutputWithPast(logits=scores, cache=cache if use_cache else None)
         return output.to_tuple() if return_dict is False else output
 
     def _scores(self, ids: Tensor, visible: Tensor, places: Tensor, *, shows_next: bool) -> Tensor:
-        """Ask about these places of the rows' visible tokens; -1 is padding."""
+        """Ask about these places of the rows' visible tokens; -1 is none."""
         texts, wanted = [], []
         for row, of in enumerate(places.tolist()):
             is_complete = self._complete is not None and len(self._complete) == len(ids) and bool(self._complete[row])

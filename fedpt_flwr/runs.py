@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.errors import RunError
 
 try:
@@ -178,6 +179,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
+
+
+def recorded_config(run: Path) -> RunConfig:
+    """The config that a run was started with.
+
+    Raises:
+        RunError: The folder has none, or a damaged one.
+        ConfigError: It holds what no run config does.
+    """
+    recorded = read_json(run / "config.json")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
+        raise RunError("must hold a run's config", place=str(run / "config.json"), remedy="name the run's own folder")
+    return parse_run_config(recorded["run_config"])
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -177,7 +177,8 @@ class Speculation:
             lengths = list(caches["large"].lengths)
             longest = max(rules.room(row) for row in rows) - 1
             if self._context is not None:  # a row near its end takes part in a pass over as many tokens as the others
-                longest = max(0, min(longest, self._context - 1 - max(lengths)))
+                # No text fills the context: a remote model is asked for one token more, which must have room.
+                longest = max(0, min(longest, self._context - 2 - max(lengths)))
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
             rules.begin(rows, num_drafts + 1)
             asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft)
@@ -237,7 +238,8 @@ def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:
     cache = step.new_cache()
     cache.add_rows(len(prompts))
     if width:
-        padded = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
+        # With a token of the row itself, because a translated model need not read any other.
+        padded = [[*prompt[:-1], *[prompt[0]] * (width + 1 - len(prompt))] for prompt in prompts]
         step.read(cache, torch.tensor(padded))
         cache.cut([len(prompt) - 1 for prompt in prompts])
     return cache

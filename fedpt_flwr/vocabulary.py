@@ -264,6 +264,18 @@ def translation_of(model: PreTrainedModel) -> IdMap | None:
     return getattr(model.get_output_embeddings(), "id_map", None)
 
 
+def missing_ids(model: PreTrainedModel) -> Tensor | None:
+    """The ids that a translated model cannot read, ``(tokens,)``, int64, on the CPU; None where it reads all."""
+    id_map = translation_of(model)
+    return None if id_map is None or id_map.is_whole else (id_map.large_ids < 0).nonzero()[:, 0]
+
+
+def any_id(model: PreTrainedModel) -> int:
+    """An id that a model reads: where it is translated, not every id is one."""
+    id_map = translation_of(model)
+    return 0 if id_map is None else int((id_map.large_ids >= 0).nonzero()[0])
+
+
 class _Indices:
     """A tensor of ids, once on every device where it is needed."""
 

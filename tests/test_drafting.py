@@ -92,7 +92,7 @@ def test_passes_are_timed_once_and_interpolated():
     passes = []
 
     class Counting:
-        device, is_remote = step.device, False
+        model, device, is_remote = step.model, step.device, False
         new_cache = staticmethod(step.new_cache)
 
         def __call__(self, cache, ids, keep=1):

@@ -5,6 +5,7 @@ import math
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,14 +14,17 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fake_endpoint import FakeEndpoint, fake_remote
 from llama_server import export, interpreter, llama_server
 from test_scheduler import deliver, make_version, task
+from test_speculative import relatives
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from fedpt_flwr.config import RemoteConfig
 from fedpt_flwr.data import TokenizedExample
-from fedpt_flwr.endpoint import vocabulary_digest
+from fedpt_flwr.drafting import StepCosts
+from fedpt_flwr.endpoint import Endpoint, vocabulary_digest
 from fedpt_flwr.errors import RemoteError, VocabularyMismatch
 from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
 from fedpt_flwr.losses import answer_losses, proxy_losses
@@ -404,7 +408,7 @@ WRONG = {
     "unknown tokens": (
         "next",
         changed(choices=[{"logprobs": {"top_logprobs": [{"Zürich": -0.1}]}}]),
-        "knows none of the tokens that it names",
+        "must show at least one token by a name of its own, got .*; use a service that names token ids",
     ),
     "more than certain": ("next", too_sure, "must add up to 1"),
     "a part of the numbers": (
@@ -425,7 +429,7 @@ def test_every_failure_is_one_sentence_that_names_the_service(proxy, url, settin
         )
         remote = connect(address, tiny_tokenizer(), asked)
         faults.append(fault)
-        with pytest.raises(RemoteError if name != "unknown tokens" else VocabularyMismatch, match=sentence) as error:
+        with pytest.raises(RemoteError, match=sentence) as error:
             remote(ids_of(TEXT), logits_to_keep=1)
         assert address in str(error.value)
         faults[0] = lambda number, body, answer: passed(answer)
@@ -440,6 +444,37 @@ def test_a_request_is_sent_again_until_it_is_answered(proxy, url, settings):
         remote = connect(address, tiny_tokenizer(), replace(settings, retries=2))
         assert remote(ids_of(TEXT), logits_to_keep=1).logits.isfinite().all()
         assert (remote.endpoint.usage.requests, remote.endpoint.usage.retries) == (1, 2)
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 507, 520, 529])
+def test_failures_that_pass_are_asked_about_again(monkeypatch, status):
+    answers = [httpx.Response(status), httpx.Response(200, json={"data": []})]
+
+    class Recovering(FakeEndpoint):
+        def _whole(self, *_about):
+            return answers.pop(0)
+
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 0.0)
+    assert Recovering(retries=1)._send("GET", "/v1/models").status_code == 200
+
+
+def test_a_place_that_shows_only_shared_names_is_a_failure_of_the_service(proxy, url, settings):
+    """As with byte-level tokens: parts of characters have one name, and after some texts only such are likely."""
+    remote = connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=5))
+    remote.endpoint._names_ids, remote.endpoint._spelling = False, {}
+    with pytest.raises(RemoteError, match=r"at least one token by a name of its own, got \["):
+        remote(ids_of("the cat"), logits_to_keep=1)
+
+
+def test_a_full_disk_is_a_failure_of_the_remote_model(settings, tmp_path):
+    endpoint = FakeEndpoint()
+    endpoint._recall = Recall(tmp_path, "x", width=VOCAB, max_bytes=2**20)
+    endpoint._recall._database.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(RemoteError, match=r"answers of the remote large model cannot be kept \(.*full"):
+        endpoint.ask([list(range(3, VOCAB)) * 3], [list(range(VOCAB))])
+    endpoint._recall._database.execute("DROP TABLE answers")
+    with pytest.raises(RemoteError, match=r"cannot be kept \(no such table"):
+        endpoint.ask([[3, 5]], [[1]])
 
 
 def test_answers_beside_one_that_failed_are_kept(proxy, url, settings):
@@ -469,6 +504,51 @@ def test_when_one_request_fails_nothing_new_is_begun_nor_tried_again(proxy, url,
         ):
             remote.endpoint.ask([[first, 5] for first in range(3, 33)], [[1]] * 30)
     assert len(asked) < 15  # of 90
+
+
+def test_who_is_interrupted_sends_nothing_more(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(FakeEndpoint):
+        def _ask_full(self, text, first):
+            begun.set()
+            assert may_end.wait(60)
+            return super()._ask_full(text, first)
+
+    def interrupted(*_args, **_settings):
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    endpoint = Slow(concurrency=1)
+    monkeypatch.setattr("fedpt_flwr.endpoint.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        endpoint.ask([[first, 5] for first in range(3, 33)], [[1]] * 30)
+    may_end.set()
+    endpoint._pool.shutdown(wait=True)
+    assert len(endpoint.asked) == 1
+
+
+def test_who_waits_to_ask_again_gives_up_when_the_connection_is_closed(monkeypatch):
+    asked = threading.Event()
+
+    class Unreachable(FakeEndpoint):
+        _ask_full = Endpoint._ask_full
+
+        def _whole(self, *_about):
+            asked.set()
+            raise httpx.ConnectError("nobody there")
+
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 1000.0)
+    monkeypatch.setattr("fedpt_flwr.endpoint._LONGEST_WAIT_S", 1000.0)
+    endpoint = Unreachable(retries=3)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(endpoint.ask, [[3, 5]], [[1]])
+        assert asked.wait(60)
+        endpoint.close()
+        with pytest.raises(RemoteError, match="cannot be reached .*asked 1 times"):
+            job.result(60)
+    with pytest.raises(RemoteError, match="the connection is closed"):
+        endpoint.ask([[3, 5]], [[1]])
 
 
 def test_without_a_cache_nobody_says_that_answers_are_kept(proxy, url, settings):
@@ -511,6 +591,45 @@ def test_the_key_is_never_shown(proxy, settings, monkeypatch):
     ):
         with pytest.raises(RemoteError, match="hold no key"):
             connect(address, tiny_tokenizer(), settings)
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-one two", "sk-schlüssel", "sk-\x7f"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", key)
+    with pytest.raises(RemoteError) as error:
+        fake_remote()
+    assert str(error.value) == (
+        "FEDPT_LARGE_API_KEY: the key must be printable ASCII without white space; look how it was copied"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, json={"error": {"message": "Incorrect API key provided: sk-it's", "sk-it's": ["sk-it's"]}}),
+        httpx.Response(200, text="x" * 74 + "sk-it's"),
+        httpx.Response(200, json={"data": [{"id": "sk-it's"}, {"id": "b"}]}),
+        httpx.Response(500, text="sk-it's"),
+        httpx.ConnectError("no way to sk-it's"),
+    ],
+    ids=["refused with status 200", "at the end of what is shown", "name of a model", "broken", "in an exception"],
+)
+def test_what_a_service_repeats_of_the_key_is_not_shown(monkeypatch, caplog, answer):
+    class Repeating(FakeEndpoint):
+        _open = Endpoint._open
+
+        def _whole(self, *_about):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", "sk-it's")
+    monkeypatch.setattr("fedpt_flwr.endpoint._FIRST_WAIT_S", 0.0)
+    caplog.set_level("DEBUG")
+    with pytest.raises(RemoteError) as error:
+        Repeating(retries=1)
+    for said in (str(error.value), caplog.text):
+        assert "sk-" not in said
 
 
 def test_nobody_there(settings):
@@ -595,6 +714,57 @@ def test_what_does_not_need_the_remote_model_goes_on_without_it(proxy, url, sett
         assert again.sink.ended(1).ids() == tuned.sink.ids()
         scheduler.stop(0)
         assert scheduler.join(30)
+
+
+def test_texts_that_end_at_a_remote_models_context_take_nobody_along(proxy):
+    remote = over(proxy, fake_remote(context=64))
+    version = make_version(remote, end_ids=frozenset())
+    scheduler = Scheduler(version, Limits(draft_tokens=4), Metrics(), deliver, num_threads=1)
+    at_the_end = task(version, [5] * 60, max_new_tokens=4)
+    short = task(version, [7] * 5, max_new_tokens=40)
+    scheduler.submit([at_the_end, short])
+    scheduler.start()
+    for text, number in ((at_the_end, 4), (short, 40)):
+        assert len(text.sink.ended(1).ids()) == number
+    scheduler.stop(0)
+    assert scheduler.join(30)
+
+
+def test_nothing_is_asked_about_drafts_that_a_text_does_not_have(proxy):
+    remote = over(proxy, fake_remote())
+    version = make_version(remote, end_ids=frozenset())
+    scheduler = Scheduler(version, Limits(draft_tokens=3), Metrics(), deliver, num_threads=1)
+    with_drafts, without = task(version, [5, 6, 7], max_new_tokens=9), task(version, [9, 10], model="large")
+    scheduler.submit([with_drafts, without])
+    scheduler.start()
+    whole = (9, 10, *without.sink.ended(1).ids())
+    with_drafts.sink.ended(1)
+    scheduler.stop(0)
+    assert scheduler.join(30)
+    asked = [(text, first) for text, first in remote.large.endpoint.asked if text[:2] == (9, 10)]
+    assert asked == [(whole[:length], length - 1) for length in range(2, len(whole))]
+
+
+def test_what_a_pass_of_a_remote_model_costs_follows_what_its_requests_take(proxy):
+    remote = over(proxy, fake_remote())
+    costs, usage = StepCosts(remote.steppers()), remote.large.endpoint.usage
+    found = []
+    for seconds in (1.0, 3.0):
+        usage.requests, usage.seconds = 2, seconds
+        found.append(costs.seconds("large", 3))
+    assert found == [0.5, 1.5]
+
+
+def test_a_batch_may_end_at_a_remote_models_context():
+    large, tuned, untuned = relatives()  # drafts are right now and then, so that rows advance unequally
+    local, remote = (
+        ProxyModel(model, tuned, untuned, vocab_size=VOCAB) for model in (large, fake_remote(context=64, model=large))
+    )
+    ids = torch.randint(3, VOCAB, (4, 52), generator=torch.Generator().manual_seed(0))
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = local.generate(ids, draft_tokens=0, **asked).tolist()
+    for drafts in (0, 1, 4):
+        assert remote.generate(ids, draft_tokens=drafts, **asked).tolist() == expected
 
 
 # --- whole programs -----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The scheduler by itself, on tiny models: every text is what ``ProxyModel.generate`` writes, whoever else is there."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from fedpt_flwr.service.scheduler import (
     Token,
 )
 from fedpt_flwr.service.versions import Version
+from fedpt_flwr.vocabulary import IdMap, translate
 
 
 def make_proxy(kind="llama", tuned_seed=2):
@@ -56,7 +59,6 @@ def make_version(proxy, name="v1", steppers=None, end_ids=frozenset({EOS})):
         max_new_tokens=16,
         template=Template("{text}"),
         examples=[],
-        scores=None,
     )
 
 
@@ -226,6 +228,63 @@ def test_drafts_beside_texts_at_the_end_of_a_context_change_nothing(start):
     assert tasks[1].sink.ids() == alone[0, 3:].tolist()
 
 
+@pytest.fixture
+def never_drafting(monkeypatch):
+    """Drafting never pays, so that the scheduler only looks whether it would."""
+    monkeypatch.setattr("fedpt_flwr.drafting.DraftLength.choose", lambda *_: 0)
+
+
+@pytest.mark.parametrize(("tuned_seed", "rises"), [(1, True), (9, False)], ids=["right", "wrong"])
+def test_a_look_at_whether_drafts_would_be_right_says_so(start, never_drafting, tuned_seed, rises):
+    tuned = tiny_llama(tuned_seed)
+    proxy = ProxyModel(tiny_llama(1), tuned, tuned, vocab_size=VOCAB)  # the large model, whatever tuned is
+    version = make_version(proxy, end_ids=frozenset())
+    scheduler = start(version, draft_tokens="auto")
+    before = scheduler._length_of(version).prior
+    for number in range(4):
+        text = task(version, random_prompt(5, number), max_new_tokens=24)
+        scheduler.submit([text])
+        text.sink.ended(1)
+    after = scheduler._length_of(version).prior
+    assert after > before + 0.1 if rises else after < before - 0.1
+    assert scheduler._metrics.drafted_tokens._value.get() == 0
+
+
+@pytest.mark.parametrize("model", ["large", "tuned", "untuned"])
+def test_texts_for_which_nobody_drafts_say_nothing_about_drafts(start, never_drafting, model):
+    version = make_version(make_proxy(), end_ids=frozenset())
+    scheduler = start(version, draft_tokens="auto")
+    text = task(version, random_prompt(5, 1), model=model, max_new_tokens=9)
+    inbox = text.sink
+
+    def sink(event):  # in the scheduler's thread
+        if len(inbox.ids()) == 2:
+            scheduler._length_of(version).prior = 0.2  # what others have learnt meanwhile
+        inbox(event)
+
+    text.sink = sink
+    scheduler.submit([text])
+    inbox.ended(1)
+    assert scheduler._length_of(version).prior == 0.2
+
+
+@pytest.mark.parametrize("missing", [0, VOCAB - 1])
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+def test_no_token_that_the_large_model_lacks_is_drafted_or_filled_in(start, missing, draft_tokens):
+    proxy, ids = make_proxy(), torch.arange(VOCAB)
+    translate(proxy.large, IdMap(torch.where(ids == missing, -1, ids)))
+    for small in (proxy.tuned, proxy.untuned):  # both love that token, so that the shift is small
+        small.lm_head.register_forward_hook(lambda _head, _inputs, scores: scores + 50.0 * (ids == missing))
+    version = make_version(proxy, end_ids=frozenset())
+    scheduler = start(version, draft_tokens=draft_tokens)
+    # Read in one pass, so that the shorter prompts are padded; the large model's own text has no drafts.
+    tasks = [task(version, [5, 6, 7, 8][:number], model=name) for number in (2, 4) for name in ("proxy", "large")]
+    scheduler.submit(tasks)
+    for one in tasks:
+        assert len(one.sink.ended(1).ids()) == 12
+        assert missing not in one.sink.ids()
+
+
 def test_an_adapter_serves_as_tuned_and_untuned(start):
     proxy = make_proxy("lora")
     version = make_version(proxy)
@@ -379,6 +438,20 @@ def test_a_service_that_drafts_has_timed_its_passes_before_the_first_request_com
     until(lambda: gate.calls)
 
 
+def test_what_fails_while_passes_are_timed_leaves_the_service_running(start, monkeypatch):
+    version, failed = make_version(make_proxy(), end_ids=frozenset()), threading.Event()
+
+    def out_of_memory(_length):
+        failed.set()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedpt_flwr.drafting.DraftLength.measure", out_of_memory)
+    text = task(version, [5, 6])
+    start(version, draft_tokens="auto").submit([text])
+    assert text.sink.ended(1).reason() == "length"
+    assert failed.is_set()
+
+
 def test_a_cancelled_text_frees_its_slot_at_the_next_step(start):
     version = gated()
     gate = version.steppers["large"]
@@ -484,6 +557,28 @@ def test_running_texts_finish_on_the_version_that_they_began_with(start):
     assert [first.sink.ended(1).ids(), second.sink.ended(1).ids()] == expected
     assert expected[0] != expected[1]
     until(lambda: not scheduler._runners)  # nothing of the old version is kept
+
+
+@pytest.mark.parametrize("shares_large", [True, False])
+def test_an_old_version_is_freed_when_its_last_task_has_ended(start, shares_large):
+    proxy = make_proxy()
+    old = make_version(proxy, end_ids=frozenset())
+    large = proxy.large if shares_large else tiny_llama(1)
+    proxy = ProxyModel(large, tiny_llama(9), tiny_llama(3), vocab_size=VOCAB)
+    new = make_version(proxy, "v2", proxy.steppers(old.steppers), end_ids=frozenset())
+    scheduler = start(old, draft_tokens="auto")
+    text = task(old, [5, 6])
+    scheduler.submit([text])
+    text.sink.ended(1)
+    freed = [weakref.ref(old), weakref.ref(old.proxy.tuned)]
+    del old, text
+    scheduler.swap(new)
+
+    def are_gone():
+        gc.collect()
+        return not any(part() is not None for part in freed)
+
+    until(are_gone)
 
 
 def test_a_version_that_is_loaded_again_has_rows_of_its_own(start):

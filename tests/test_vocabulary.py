@@ -232,6 +232,22 @@ def test_a_token_that_the_large_model_lacks_cannot_be_read_but_may_pad():
     torch.testing.assert_close(scores, large(ids[:, 1:]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("missing", [0, VOCAB - 1])
+def test_drafts_padding_and_timing_need_no_token_that_the_large_model_lacks(missing):
+    large, tuned, untuned = (tiny_llama(seed) for seed in (1, 2, 3))
+    ids = torch.arange(VOCAB)
+    translate(large, IdMap(torch.where(ids == missing, -1, ids)))
+    for small in (tuned, untuned):  # both love that token, so that the shift is small
+        small.lm_head.register_forward_hook(lambda _head, _inputs, scores: scores + 50.0 * (ids == missing))
+    proxy = ProxyModel(large, tuned, untuned, vocab_size=VOCAB)
+    batch = torch.tensor([[9, 5, 6, 7, 8], [1, 5, 6, 7, 8]])
+    asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    alone = [proxy.generate(row[None], draft_tokens=None, **asked)[0, -8:].tolist() for row in (batch[0], batch[1, 1:])]
+    mask = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]])
+    for drafts in (3, "auto"):
+        assert proxy.generate(batch, attention_mask=mask, draft_tokens=drafts, **asked)[:, -8:].tolist() == alone
+
+
 def test_a_model_speaks_one_language_at_a_time():
     trio = Trio()
     before = trio.large(IDS).logits

@@ -83,10 +83,7 @@ def generate(
     proxy, tokenizer = load_proxy(
         folder, found, device, alpha, plausibility, prepare=prepare, large_device_map=large_device_map
     )
-    answer = None
-    if example is not None:
-        prompt, answer = _test_item(config, example)
-    text = _prompt_text(str(prompt))
+    text, answer = (_typed(str(prompt)), None) if example is None else _test_item(config, example)
     models = {"large": proxy.large, "tuned": proxy.tuned, "untuned": proxy.untuned, "proxy": proxy}
     if model == "untuned":
         models["untuned"] = untouched(folder, config, device) or proxy.untuned
@@ -148,12 +145,12 @@ def _ask_service(
 
     with closing(ServiceClient(url, api_key)) as client:
         info = client.info()
-        answer = None
-        if example is not None:
-            if example > len(info["examples"]):
-                raise ConfigError(f"the service shows {len(info['examples'])} items", value=example, place="--example")
-            prompt, answer = info["examples"][example - 1]["prompt"], info["examples"][example - 1]["answer"]
-        text = _prompt_text(str(prompt))
+        if example is None:
+            text, answer = _typed(str(prompt)), None
+        elif example > len(info["examples"]):
+            raise ConfigError(f"the service shows {len(info['examples'])} items", value=example, place="--example")
+        else:
+            text, answer = info["examples"][example - 1]["prompt"], info["examples"][example - 1]["answer"]
         body = settings | {"prompt": text, "max_tokens": max_new_tokens or info["max_tokens"]}
         if len(names) > 1:
             answers = {name: "".join(client.stream(body | {"model": name})) for name in names}
@@ -179,7 +176,8 @@ def _print_answers(prompt: str, answers: Mapping[str, str], right_answer: str | 
     OUT.print(table)
 
 
-def _prompt_text(prompt: str) -> str:
+def _typed(prompt: str) -> str:
+    """The prompt that somebody means who types this; what comes from data is taken as it is."""
     return _standard_input() if prompt == "-" else prompt.replace("\\n", "\n")
 
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def open_run(name: str) -> tuple[Path, RunConfig]:
     """The folder and the config of a run that has a model."""
-    from fedpt_flwr.config import parse_run_config
-    from fedpt_flwr.runs import find_run, read_json
+    from fedpt_flwr.runs import find_run, recorded_config
 
     folder = find_run(name)
     if not (folder / "proxy").is_dir():
@@ -30,12 +29,7 @@ def open_run(name: str) -> tuple[Path, RunConfig]:
             f"the run {folder.name} ended before its first round was complete, so it has no model",
             remedy=f"the newest that has one is {usable[-1]}" if usable else "make another with `flwr run . --stream`",
         )
-    recorded = read_json(folder / "config.json")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
-        raise RunError(
-            "must hold a run's config", place=str(folder / "config.json"), remedy="name the run's own folder"
-        )
-    return folder, parse_run_config(recorded["run_config"])
+    return folder, recorded_config(folder)
 
 
 def find_large(

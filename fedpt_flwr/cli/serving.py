@@ -108,8 +108,8 @@ def serve(
         if not math.isfinite(value):
             raise ConfigError("must be a finite number of seconds", value=value, place=f"--{option}")
     is_loopback = host in _LOOPBACK
-    hosts = frozenset() if api_key or not is_loopback else _LOOPBACK
-    hosts |= {name.lower() for name in allow_host or ()}
+    # With a key, or where others reach it, it goes by any name: one that is allowed must not be the only one.
+    hosts = frozenset() if api_key or not is_loopback else _LOOPBACK | {name.lower() for name in allow_host or ()}
     if not api_key and not is_loopback:
         said = f"fedpt: anybody who reaches {host} may use the service; --api-key asks for a key"
         note(said, style="yellow")

@@ -106,7 +106,7 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
             "alpha": version.proxy.alpha,
             "plausibility": version.proxy.plausibility,
             "template": version.template.text,
-            "max_tokens": version.max_new_tokens,
+            "max_tokens": min(version.max_new_tokens, service.config.max_new_tokens),  # what may be asked for
             "context": version.context,
             "vocabulary": version.vocabulary,
             "full_logprobs": service.config.max_full_logprobs,

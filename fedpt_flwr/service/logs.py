@@ -1,4 +1,4 @@
-"""The service's log: one JSON object a line, on the error output. Prompts and answers are not in it."""
+"""The service's log: one JSON object a line, on the error output. Answers are not in it, prompts only if asked for."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from prometheus_client import (
 )
 
 from fedpt_flwr.endpoint import Usage
+from fedpt_flwr.remote import RemoteModel
 
 if TYPE_CHECKING:
-    from fedpt_flwr.remote import RemoteModel
     from fedpt_flwr.service.versions import Version
 
 _SECONDS_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -68,10 +68,13 @@ class Metrics:
         self.version_info = Info("fedpt_version", "The version that new requests get", registry=self.registry)
 
     def set_version(self, version: Version) -> None:
-        """Show another version."""
+        """Show another version, and what its large model costs if that is remote."""
         self.version_info.info({"name": version.name, "run": version.run, "round": str(version.server_round or "")})
+        self.remote.clear()  # the gauges hold the model that they show
+        if isinstance(version.proxy.large, RemoteModel):
+            self._watch(version.proxy.large)
 
-    def watch(self, large: RemoteModel) -> None:
+    def _watch(self, large: RemoteModel) -> None:
         """Show what a remote large model costs: requests, repetitions, tokens, and the price if there is one."""
         nothing = Usage()
 

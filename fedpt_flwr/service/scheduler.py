@@ -247,8 +247,12 @@ class _Runner:
 
     def step(self, num_drafts: int) -> Tensor:
         """Scores after every row's last token and after its drafts, ``(rows, 1 + num_drafts, width)``."""
-        # A row without drafts gets any: what is said about them is not looked at.
-        ids = [[text.last_id, *text.drafts, *[0] * (num_drafts - len(text.drafts))] for text in self.choices]
+        # A row without drafts gets its own last token for them, which every model can read that has the row: what is
+        # said about them is not looked at.
+        ids = [[text.last_id, *text.drafts, *[text.last_id] * (num_drafts - len(text.drafts))] for text in self.choices]
+        if self.stepper.is_remote:  # nor is it paid for
+            num_wanted = [1 + len(text.drafts) for text in self.choices]
+            return self.stepper(self.cache, torch.tensor(ids), keep=0, num_wanted=num_wanted)
         return self.stepper(self.cache, torch.tensor(ids), keep=0)
 
     def draft(self, num_drafts: int) -> Tensor:
@@ -277,7 +281,8 @@ class _Prefill:
         self.offset = 0
         self.width = max(len(task.prompt_ids) for task in tasks)
         self.scores_prompt = tasks[0].settings.score_prompt
-        padded = [[*task.prompt_ids, *[0] * (self.width - len(task.prompt_ids))] for task in tasks]
+        # With a token of the row itself, because a translated model need not read any other.
+        padded = [[*ids, *[ids[-1]] * (self.width - len(ids))] for ids in (task.prompt_ids for task in tasks)]
         self.ids = torch.tensor(padded)
         self.members: dict[Stepper, list[int]] = {}
         for number, task in enumerate(tasks):
@@ -387,7 +392,9 @@ class Scheduler:
 
     def swap(self, version: Version) -> None:
         """Bind the tasks to come to another version; those that are there stay with theirs."""
-        self._version = version
+        with self._changed:
+            self._version = version
+            self._changed.notify()  # whoever has nothing to do lets the other version go
         self._metrics.set_version(version)
 
     def submit(self, tasks: Sequence[Task]) -> None:
@@ -424,7 +431,10 @@ class Scheduler:
             torch.set_num_threads(self._num_threads)  # OpenMP counts per thread
         with torch.inference_mode():
             if self.limits.draft_tokens == "auto":
-                self._length_of(self._version).measure()
+                try:
+                    self._length_of(self._version).measure()
+                except Exception:  # what is not over soon fails in a step, where somebody is told
+                    _log.exception("the passes could not be timed")
             while self._wait():
                 try:
                     self._step()
@@ -439,6 +449,7 @@ class Scheduler:
             while not (self._queue or self._live or self._prefill or self._cancelled):
                 if self._stop_at is not None:
                     return False
+                self._let_go()
                 self._changed.wait()
             overdue = self._stop_at is not None and time.monotonic() >= self._stop_at
         if overdue:
@@ -610,7 +621,8 @@ class Scheduler:
         longest = max((text.task.settings.max_new_tokens - text.num_tokens for text in drafting), default=0) - 1
         for text in texts:  # those without drafts, too, take part in a pass of so many tokens
             if (context := text.task.version.context) is not None:
-                longest = min(longest, context - len(text.task.prompt_ids) - text.num_tokens)
+                # No text fills the context: a remote model is asked for one token more, which must have room.
+                longest = min(longest, context - 1 - len(text.task.prompt_ids) - text.num_tokens)
         if longest < 1:
             return 0
         if self.limits.draft_tokens != "auto":
@@ -622,7 +634,20 @@ class Scheduler:
         """What chooses draft lengths; what passes cost is the same for all versions with one large model."""
         if self._draft_length is None or self._draft_length[0] is not version.steppers["large"]:
             self._draft_length = version.steppers["large"], DraftLength(StepCosts(version.steppers))
-        return self._draft_length[1]
+        length = self._draft_length[1]
+        if version is self._version:
+            length.costs.steps = version.steppers  # those of a version before would keep it in memory
+        return length
+
+    def _let_go(self) -> None:
+        """Keep nothing of a version that new tasks do not get, now that none has one."""
+        if self._draft_length is None:
+            return
+        large, length = self._draft_length
+        if large is self._version.steppers["large"]:
+            length.costs.steps = self._version.steppers
+        else:
+            self._draft_length = None
 
     def _write(
         self,
@@ -673,16 +698,15 @@ class Scheduler:
             seeds=[text.seed for text in group for _ in range(num_places)],
             positions=[text.num_tokens + place for text in group for place in range(num_places)],
         )
-        new = [
-            chosen[: 1 + _num_right(text.drafts, chosen)]
-            for text, chosen in zip(group, ids.view(-1, num_places).tolist(), strict=True)
-        ]
+        chosen = ids.view(-1, num_places).tolist()
+        right = [_num_right(text.drafts, row) for text, row in zip(group, chosen, strict=True)]
+        new = [row[: 1 + number] for row, number in zip(chosen, right, strict=True)]
         reports = self._reports(group, new, scores, logits)
         now = time.monotonic()
         ended = []
-        for text, token_ids in zip(group, new, strict=True):
+        for text, token_ids, num_right in zip(group, new, right, strict=True):
             if text.drafts:
-                self._judge(text, len(token_ids) - 1)
+                self._judge(text, num_right, is_look=num_places == 1)
             text.drafts, text.gained = [], 0
             for token_id in token_ids:
                 score, detail = next(reports[text]) if text in reports else (None, None)
@@ -692,12 +716,14 @@ class Scheduler:
                     break
         return ended
 
-    def _judge(self, text: _Choice, num_accepted: int) -> None:
-        """Take up how many of a text's drafts were right."""
-        if text.task.settings.model == "proxy":
-            text.acceptance.observe(num_accepted, len(text.drafts))
+    def _judge(self, text: _Choice, num_right: int, *, is_look: bool) -> None:
+        """Take up how many of a text's drafts were right; a look drafts nothing and only says what would have been."""
+        if text.task.settings.model != "proxy":
+            return
+        text.acceptance.observe(num_right, len(text.drafts))
+        if not is_look:
             self._metrics.drafted_tokens.inc(len(text.drafts))
-            self._metrics.accepted_tokens.inc(num_accepted)
+            self._metrics.accepted_tokens.inc(num_right)
 
     def _reports(
         self, group: Sequence[_Choice], new: Sequence[Sequence[int]], scores: Tensor, logits: dict[str, Tensor]
@@ -756,7 +782,8 @@ class Scheduler:
 
     def _end(self, text: _Choice, reason: str) -> None:
         now, task = time.monotonic(), text.task
-        self._length_of(task.version).remember(text.acceptance)
+        if task.settings.model == "proxy":  # nobody drafts for the others, so theirs is what it was assumed to be
+            self._length_of(task.version).remember(text.acceptance)
         self._emit(task, End(text.index, reason, text.stream.finish()))
         self._metrics.generated_tokens.labels(task.settings.model).inc(text.num_tokens)
         if text.num_tokens > 1:
@@ -848,9 +875,11 @@ def _guesses(texts: Sequence[_Choice], logits: Tensor) -> list[int]:
     version = texts[0].task.version
     scores = logits.to(torch.float32, copy=True)
     scores[:, version.vocab_size :] = -torch.inf
+    if version.missing is not None:  # the large model reads what is drafted, and never chooses these
+        scores[:, version.missing.to(scores.device)] = -torch.inf
     mask_implausible(
         scores,
-        logits,
+        scores,
         plausibility=_one_or_each([setting.plausibility * (setting.model == "proxy") for setting in settings]),
         vocab_size=version.vocab_size,
     )
@@ -866,10 +895,8 @@ def _guesses(texts: Sequence[_Choice], logits: Tensor) -> list[int]:
 
 def _num_right(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     """How many drafts are what was chosen, before the first that is not."""
-    pairs = zip(drafts, chosen, strict=False)
-    return next(
-        (place for place, (draft, choice) in enumerate(pairs) if draft != choice), min(len(drafts), len(chosen) - 1)
-    )
+    pairs = list(zip(drafts, chosen, strict=False))
+    return next((place for place, (draft, choice) in enumerate(pairs) if draft != choice), len(pairs))
 
 
 def _one_or_each(values: Sequence[float]) -> float | Tensor:

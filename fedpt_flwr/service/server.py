@@ -28,7 +28,7 @@ from fedpt_flwr.service.versions import Loader, Version, Watcher
 _STALLED_MS = 60_000
 """How long a client may leave what it was sent unread, or be silent where it should confirm, until it is given up."""
 _HEADERS_TIMEOUT_S = 30.0
-"""Until a new connection has sent a whole request's headers."""
+"""Until a connection has sent the headers of a request that it has begun, or of its first."""
 _FAREWELL_S = 5
 """Time after the grace period in which the last answers still go out."""
 
@@ -81,8 +81,6 @@ def serve(
         metrics = Metrics()
         metrics.slots.set(limits.num_slots)
         metrics.set_version(version)
-        if isinstance(version.proxy.large, RemoteModel):
-            metrics.watch(version.proxy.large)
         loop: asyncio.AbstractEventLoop | None = None
 
         def deliver(events: Delivery) -> None:
@@ -103,7 +101,13 @@ def serve(
             log_event("a new version could not be loaded; the old one is served", warning=True, reason=reason)
 
         watcher = Watcher(
-            loader, run, follow=server.follow, poll_s=server.poll_s, on_version=on_version, on_failure=on_failure
+            loader,
+            run,
+            served=version.mark,
+            follow=server.follow,
+            poll_s=server.poll_s,
+            on_version=on_version,
+            on_failure=on_failure,
         )
 
         def on_start(running: asyncio.AbstractEventLoop) -> None:
@@ -111,8 +115,9 @@ def serve(
             loop = running
             scheduler.start()
             watcher.start()
-            on_ready(version, address)
+            on_ready(scheduler.version, address)
 
+        del version  # or the first one would stay in memory, whatever is served later
         set_up_logging()
         app = create_app(shared, on_start=on_start)
         http = _Server(
@@ -135,6 +140,8 @@ def serve(
         http.run(sockets=[listening])
         watcher.stop()
         scheduler.stop(0)
+        if isinstance(large := scheduler.version.proxy.large, RemoteModel):
+            large.endpoint.close()  # or the process would wait for requests that are sent again and again
         scheduler.join(_FAREWELL_S)
         log_event("stopped")
 
@@ -151,15 +158,42 @@ def _dispatch(events: Delivery) -> None:
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Closes connections that never say what they want; uvicorn watches only those that have asked something."""
+    """Closes connections that begin a request and never say all that they want; uvicorn watches only idle ones."""
+
+    _headers_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        self.loop.call_later(_HEADERS_TIMEOUT_S, self._close_if_silent)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """Begin to wait for a whole request, unless one has come, or is waited for: more pieces give no more time."""
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing."""
+        super().connection_lost(exc)
+        self._forget_headers()
+
+    def _watch_headers(self) -> None:
+        if self._is_answering():
+            self._forget_headers()
+        elif self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(_HEADERS_TIMEOUT_S, self._close_if_silent)
+
+    def _forget_headers(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        self._headers_timer = None
+        if not self._is_answering() and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -12,30 +12,36 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
+from torch import Tensor
+
+from fedpt_flwr.config import RemoteConfig, RunConfig
 from fedpt_flwr.endpoint import vocabulary_digest
-from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError
+from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError, VocabularyMismatch
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.ragged import Stepper
-from fedpt_flwr.remote import remote_large
-from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json
+from fedpt_flwr.remote import RemoteModel, remote_large
+from fedpt_flwr.runs import LATEST, PROMPT_FORM, find_run, read_json, recorded_config
 from fedpt_flwr.sources import held_out_items
 from fedpt_flwr.speculative import PARTS
-from fedpt_flwr.vocabulary import translation_of
+from fedpt_flwr.vocabulary import missing_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fedpt_flwr.remote import RemoteModel
-
 _log = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 12
+
+_LONGEST_PAUSE_S = 60.0
+"""Between two tries to load a version that cannot be loaded."""
+
+_Mark = tuple[Path, int, int]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +61,7 @@ class Version:
         is_chat: Whether its examples were conversations, written by the tokenizer's chat template if it has one.
         examples: Some of the run's test items: ``prompt`` and ``answer``.
         max_prompt_chars: No prompt that is longer can fit the context; None where no model says what that is.
-        scores: The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
+        folder: The run's folder, or None for a proxy of no run.
     """
 
     name: str
@@ -68,23 +74,38 @@ class Version:
     max_new_tokens: int
     template: Template
     examples: Sequence[Mapping[str, str]]
-    scores: Mapping[str, Any] | None
+    folder: Path | None = None
     max_prompt_chars: int | None = None
     is_chat: bool = False
     vocabulary: str = ""
     """Digest of the vocabulary."""
+    mark: _Mark | None = None
+    """What told this state of the run's proxy from others when loading began."""
 
     @property
     def vocab_size(self) -> int:
         """Ids that are tokens."""
         return int(self.proxy.config.real_vocab_size)
 
+    @property
+    def scores(self) -> Mapping[str, Any] | None:
+        """The run's final rows, ``exact_match`` and ``loss`` by name; None before its end.
+
+        Read when they are asked for: a run writes them after the proxy of its last round.
+        """
+        return None if self.folder is None else _scores(self.folder)
+
+    @cached_property
+    def missing(self) -> Tensor | None:
+        """The ids that the large model has no token for, ``(tokens,)``; None where it has all."""
+        return missing_ids(self.proxy.large)
+
     def unreadable(self, ids: Sequence[int]) -> list[int]:
         """Those of some ids that the large model has no token for."""
-        id_map = translation_of(self.proxy.large)
-        if id_map is None or id_map.is_whole:
+        if self.missing is None:
             return []
-        return [number for number in ids if int(id_map.large_ids[number]) < 0]
+        missing = set(self.missing.tolist())
+        return [number for number in ids if number in missing]
 
     @property
     def context(self) -> int | None:
@@ -122,15 +143,15 @@ class Loader:
         self._plausibility = plausibility
         self._prepare = prepare
         self._last: Version | None = None
-        self._remote: tuple[str, RemoteConfig, RemoteModel] | None = None
+        self._remote: tuple[str, RemoteConfig, str, RemoteModel] | None = None
 
     def _remote_of(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RemoteModel | None:
         """The run's own model behind an API, if it has one; that of the last version where it is the same."""
-        asked = (config.model.large_url, config.remote)
-        if self._remote is None or self._remote[:2] != asked:
+        asked = (config.model.large_url, config.remote, vocabulary_digest(tokenizer))
+        if self._remote is None or self._remote[:3] != asked:
             model = remote_large(config, tokenizer)
             self._remote = None if model is None else (*asked, model)
-        return None if self._remote is None else self._remote[2]
+        return None if self._remote is None else self._remote[3]
 
     def load(self, run: Path) -> Version:
         """Load what a run's link ``proxy`` points at.
@@ -138,14 +159,25 @@ class Loader:
         Raises:
             RunError: The folder is no run, or the run has no complete round.
             ModelError: The proxy is damaged, or a model of it cannot be loaded.
+            VocabularyMismatch: The large model is asked at a service for texts of another vocabulary.
         """
-        target = proxy_target(run)
-        config = _run_config(run)
+        mark = _mark(run)  # first: a round that completes while the models load is another one
+        target = mark[0]
+        config = recorded_config(run)
         last = self._last
         tokenizer = load_tokenizer(str(target))
+        vocabulary = vocabulary_digest(tokenizer)
+        large = self._remote_of(config, tokenizer) if self._large is None else self._large
+        if isinstance(large, RemoteModel) and large.endpoint.vocabulary != vocabulary:  # a run that is followed
+            raise VocabularyMismatch(
+                f"the remote large model was connected to with another vocabulary (digest {large.endpoint.vocabulary})",
+                value=vocabulary,
+                place=str(run),
+                remedy="serve this run by itself",
+            )
         proxy = ProxyModel.from_pretrained(
             target,
-            large=self._remote_of(config, tokenizer) if self._large is None else self._large,
+            large=large,
             large_device_map=self._large_device_map,
             device=self._device,
             like=None if last is None else last.proxy,
@@ -178,8 +210,9 @@ class Loader:
             template=template,
             is_chat=is_chat,
             examples=last.examples if last is not None and same_run else _examples(config, tokenizer),
-            scores=_scores(run),
-            vocabulary=vocabulary_digest(tokenizer),
+            folder=run,
+            vocabulary=vocabulary,
+            mark=mark,
             max_prompt_chars=None if context is None else context * max(map(len, tokenizer.get_vocab())),
         )
         return self._last
@@ -191,6 +224,7 @@ class Watcher:
     Args:
         loader: Loads them.
         run: The run that is served; with ``follow`` the first one.
+        served: Mark of the version that is served.
         follow: Go over to whatever run is the newest.
         poll_s: Seconds between two looks.
         on_version: Called in the watcher's thread with a version that is loaded.
@@ -202,6 +236,7 @@ class Watcher:
         loader: Loader,
         run: Path,
         *,
+        served: _Mark | None,
         follow: bool,
         poll_s: float,
         on_version: Callable[[Version], None],
@@ -213,7 +248,10 @@ class Watcher:
         self._poll_s = poll_s
         self._on_version = on_version
         self._on_failure = on_failure
-        self._served = _mark(run)
+        self._served = served
+        self._failed: _Mark | None = None  # the last one tried that is not served
+        self._pause = 1  # looks from one try to load that version to the next, doubled by each
+        self._num_passed = 0  # looks since the last try
         self._reported = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fedpt-watcher", daemon=True)
@@ -245,11 +283,23 @@ class Watcher:
             if (newest / "proxy").is_dir():  # a run gets its link with its first round
                 run = newest
         mark = _mark(run)
-        if mark == self._served:
+        if mark == self._served or self._must_wait(mark):
             return
         version = self._loader.load(run)
-        self._run, self._served, self._reported = run, mark, ""
+        self._run, self._served, self._reported = run, version.mark, ""
         self._on_version(version)
+
+    def _must_wait(self, mark: _Mark) -> bool:
+        """Whether a version was tried lately and could not be loaded: trying takes as much as loading."""
+        if mark != self._failed:
+            self._failed, self._pause, self._num_passed = mark, 1, 0
+            return False
+        self._num_passed += 1
+        wanted = min(2 * self._pause, max(1, round(_LONGEST_PAUSE_S / self._poll_s)))
+        if self._num_passed < wanted:
+            return True
+        self._pause, self._num_passed = wanted, 0
+        return False
 
 
 def proxy_target(run: Path) -> Path:
@@ -267,18 +317,11 @@ def proxy_target(run: Path) -> Path:
     return (run / "proxy").resolve()
 
 
-def _mark(run: Path) -> tuple[Path, int, int]:
+def _mark(run: Path) -> _Mark:
     """What changes when a run's proxy does; a resumed run may write the same round again."""
     target = proxy_target(run)
     config = (target / "config.json").stat()
     return target, config.st_mtime_ns, config.st_ino
-
-
-def _run_config(run: Path) -> RunConfig:
-    recorded = read_json(run / "config.json")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("run_config"), dict):
-        raise RunError("must hold a run's config", place=str(run / "config.json"), remedy="name the run's own folder")
-    return parse_run_config(recorded["run_config"])
 
 
 def read_prompt_form(target: Path, config: RunConfig) -> tuple[Template, bool]:
