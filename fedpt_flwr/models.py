@@ -37,6 +37,9 @@ _SAMPLES_PER_TENSOR = 512
 _BITSANDBYTES = "bitsandbytes.autograd._functions"
 """The logger that says at every layer of every pass of an 8-bit model to what its inputs are cast."""
 
+CHANGING_ROPES = frozenset({"longrope", "dynamic"})
+"""Kinds of rotary positions whose frequencies depend on the longest text of a pass."""
+
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
 
@@ -286,6 +289,19 @@ def hides_tokens(model: torch.nn.Module) -> bool:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest text in tokens that the model was made for, or None where its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """What a text model's config says of its rotary positions, by their kind; some models have several."""
+    given = getattr(config, "rope_parameters", None) or {}
+    all_given = [given, *(value for value in given.values() if isinstance(value, Mapping))]
+    return {one["rope_type"]: one for one in all_given if one.get("rope_type") is not None}
+
+
+def longrope_switch(model: PreTrainedModel) -> int | None:
+    """The length in tokens past which all keys of a text are others (``longrope``); None where there is none."""
+    switch = rope_parameters(model.config.get_text_config(decoder=True)).get("longrope", {})
+    return switch.get("original_max_position_embeddings")
 
 
 def check_context(config: PretrainedConfig, max_length: int) -> None:

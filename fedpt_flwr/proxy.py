@@ -50,7 +50,7 @@ from fedpt_flwr.logits import (
     fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import check_plain, hides_tokens, input_device, max_positions, output_size
+from fedpt_flwr.models import check_plain, hides_tokens, input_device, longrope_switch, max_positions, output_size
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.proxy_folder import (
     Models,
@@ -206,6 +206,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if is_adapter(part)]
         self._speculation: Speculation | None = None
         self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
+        switches = [longrope_switch(base_model(model)) for model in models]
+        self._longrope_switches = [switch for switch in switches if switch is not None]
 
     @property
     def device(self) -> torch.device:
@@ -544,6 +546,13 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         if convert_to is not None:
             model.to(convert_to)
         return model.prepare() if prepare else model
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """Read a text anew where a model's rotary positions take other frequencies, as Phi-3 does in ``generate()``."""
+        if cache is not None and any(input_ids.shape[1] > n >= cache.get_seq_length() for n in self._longrope_switches):
+            cache = None
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

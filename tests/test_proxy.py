@@ -354,6 +354,34 @@ def test_other_families_generate_as_defined(family, settings):
     assert new_tokens(output, 9) == expected[:1]
 
 
+@pytest.mark.parametrize("role", ["large", "small"])
+@pytest.mark.parametrize("draft_tokens", [None, 3])
+def test_texts_go_on_past_the_length_at_which_longrope_changes(role, draft_tokens):
+    def phi3(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None}
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 12.0]}
+        config = transformers.Phi3Config(
+            vocab_size=VOCAB,
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            initializer_range=0.5,
+            rope_parameters=rope,
+            **sizes,
+            **ids,
+        )
+        return transformers.Phi3ForCausalLM(config).eval()
+
+    models = (phi3(1), llama(2), llama(3)) if role == "large" else (llama(1), phi3(2), phi3(3))
+    proxy = ProxyModel(*models, alpha=0.5)
+    ids = prompts(1, 6)
+    output = proxy.generate(ids, max_new_tokens=30, do_sample=False, draft_tokens=draft_tokens)
+    # The reference keeps no cache: every pass reads the whole text with the frequencies of its length.
+    assert new_tokens(output, 6) == [reference_greedy(*models, ids[0], max_new_tokens=30, alpha=0.5)]
+
+
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])
 def test_beam_search_equals_a_search_without_cache(plausibility):
     models = trio(spread=0.08)
