@@ -542,8 +542,11 @@ def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, i
     place = "model.large-device-map"
     model = model_without_weights(ref)
     names = [name for name, _ in model.named_parameters()]
+    # Of tied weights, accelerate wants a place for each; they are one, so the first's place is all of theirs.
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    twins = {name: first[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
     for module, device in devices.items():
-        if not any(_is_in(name, module) for name in names):
+        if not any(_is_in(name, module) for name in twins):
             raise ModelError("a device map must name modules of the large model", value=module, place=place)
         if device not in ("cpu", "disk"):
             try:
@@ -561,6 +564,7 @@ def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, i
             remedy="name its module too, or set auto",
         )
     device_of = {name: devices[module] for name, module in nearest.items() if module is not None}
+    device_of = {name: device_of[twin] for name, twin in twins.items()}
 
     def divided(name: str, module: torch.nn.Module) -> dict[str, int | str]:
         inside = {device for weight, device in device_of.items() if _is_in(weight, name)}
