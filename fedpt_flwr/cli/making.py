@@ -80,7 +80,9 @@ def split(
 
     given = given_config([str(config)], place="--config") if config else {}
     data = parse_run_config(given).data
-    fields = listed(key) or (prompt_fields(data) if config else [])
+    fields, contexts = listed(key), []
+    if config and not fields:
+        fields, contexts = prompt_fields(data)
     if not fields:
         raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
     files = {"test": test, "validation": validation, "public": public}
@@ -90,6 +92,7 @@ def split(
         given={part: _absolute(source) for part, source in files.items() if source},
         shares={part: share for part, share in shares.items() if share},
         key_fields=fields,
+        context_fields=contexts,
         group_field=group_field or (data.group_field if config else ""),
         public_groups=public_group or (),
         seed=seed,
@@ -187,17 +190,18 @@ def pretrain(
     say(f"The pair is in {out.absolute()}")
 
 
-def prompt_fields(data: DataConfig) -> list[str]:
-    """The fields of a record's prompt; none where its shape does not say them."""
+def prompt_fields(data: DataConfig) -> tuple[list[str], list[str]]:
+    """The fields of a record's prompt, and those that it may lack; none where its shape does not say them."""
     from fedpt_flwr.prompts import Template
-    from fedpt_flwr.shapes import AutoShape, ChatShape, make_shape
+    from fedpt_flwr.shapes import AutoShape, ChatShape, FieldsShape, make_shape
 
     if data.format == "chat":
-        return []
+        return [], []
     shape = make_shape(data.format, template=Template(data.template), answer_field=data.answer_field, tokenizer=None)
     if isinstance(shape, AutoShape | ChatShape):
-        return []
-    return ["text"] if shape.name == "text" else list(shape.request.fields)
+        return [], []
+    contexts = list(shape.contexts) if isinstance(shape, FieldsShape) else []
+    return ["text"] if shape.name == "text" else list(shape.request.fields), contexts
 
 
 def _absolute(source: str) -> str:
