@@ -125,7 +125,7 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     # What else the entry says stays: how the large model is loaded.
-    entry = {"ref": large_ref, "fingerprint": fingerprint(models.large), "dtype": _dtype_name(models.large)}
+    entry = {"ref": large_ref, "fingerprint": fingerprint(models.large), "dtype": dtype_name(models.large)}
     if is_remote(models.large):
         entry |= models.large.reference()
     id_map = translation_of(models.large)
@@ -133,8 +133,8 @@ def write_folder(
         id_map.save(folder)
         entry["ids"] = id_map.digest()
     config.large = Placement.from_entry(config.large).to_entry() | entry
-    config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
-    config.tuned = {"form": "adapter" if is_adapted(tuned) else "full", "dtype": _dtype_name(tuned)}
+    config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": dtype_name(small)}
+    config.tuned = {"form": "adapter" if is_adapted(tuned) else "full", "dtype": dtype_name(tuned)}
     config.save_pretrained(folder)
 
 
@@ -222,7 +222,7 @@ def read_config(folder: Path) -> ProxyConfig:
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # lists within lists without end
         raise ModelError(
             f"config.json of a proxy must be readable JSON ({error})", place=str(file), remedy="copy the folder again"
         ) from error
@@ -234,7 +234,14 @@ def read_config(folder: Path) -> ProxyConfig:
             place=str(file),
             remedy="pass the folder of a run or of a proxy; other models are loaded with AutoModelForCausalLM",
         )
-    config: ProxyConfig = ProxyConfig.from_dict(content)
+    try:
+        config: ProxyConfig = ProxyConfig.from_dict(content)
+    except Exception as error:  # a value of another type fails in any way: AttributeError, TypeError, validators' own
+        raise ModelError(
+            f"config.json of a proxy holds what no config does ({type(error).__name__}: {error})",
+            place=str(file),
+            remedy="write the folder again with save_pretrained",
+        ) from error
     return config
 
 
@@ -261,11 +268,23 @@ def checked(config: ProxyConfig, folder: Path) -> ProxyConfig:
                 place=place,
                 remedy="write the folder again with save_pretrained",
             )
+        for key, value in entry.items():
+            if not isinstance(value, str):
+                raise ModelError(
+                    f"config.json of a proxy must say {key} of {name} as text, as a run config does",
+                    value=value,
+                    place=place,
+                    remedy="write the folder again with save_pretrained",
+                )
         known_dtype(entry["dtype"], place=place)
     if config.tuned["form"] not in ("full", "adapter"):
         raise ModelError("the form of a tuned model must be full or adapter", value=config.tuned["form"], place=place)
-    if not isinstance(config.real_vocab_size, int) or config.real_vocab_size < 1:
+    if type(config.real_vocab_size) is not int or config.real_vocab_size < 1:
         raise ModelError("real_vocab_size must be a positive number", value=config.real_vocab_size, place=place)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(config, name)
+        if not all(number is None or type(number) is int for number in (given if isinstance(given, list) else [given])):
+            raise ModelError(f"{name} must be a token's number", value=given, place=place)
     return config
 
 
@@ -277,18 +296,19 @@ def load_large(
     placement: Placement,
     *,
     like: Models | None,
+    dtype: str | None = None,
 ) -> PreTrainedModel:
     """The large model that a folder refers to: that of ``like``, the one given, or loaded.
 
-    ``config.large`` then says where it is now.
+    ``config.large`` then says where it is now. With ``dtype``, that of ``like`` is taken only if it has this one.
     """
-    if like is not None and _is_same(config.large, like.config.large):
+    if like is not None and _is_same(config.large, like.config.large, dtype):
         large_model = like.large
     elif isinstance(large, nn.Module):
         large_model = large
         if is_remote(large_model):  # its vocabulary was compared, and its weights are nobody's business
             pass
-        elif _dtype_name(large_model) != config.large["dtype"]:
+        elif dtype_name(large_model) != config.large["dtype"]:
             _log.warning("the large model is not compared with the proxy's: it has another dtype")
         else:
             _check_fingerprint("large", large_model, config.large, folder)
@@ -310,10 +330,10 @@ def load_large(
 
 
 def load_small(
-    folder: Path, config: ProxyConfig, device: str, *, like: Models | None
+    folder: Path, config: ProxyConfig, device: str, *, like: Models | None, dtype: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
     """The tuned small model and the untuned one, which an adapter has below it."""
-    if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
+    if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned, dtype):
         # Not under an adapter, which would be put into the very weights that the other proxy uses.
         untuned = like.untuned
         if config.tuned["form"] == "adapter":
@@ -391,12 +411,13 @@ def _load_tuned(
         ) from error
 
 
-def _is_same(entry: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two entries of proxy configs mean one model, wherever it lies."""
-    return all(entry.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
+def _is_same(entry: Mapping[str, str], other: Mapping[str, str], dtype: str | None) -> bool:
+    """Whether two entries of proxy configs mean one model, wherever it lies; the first converted to ``dtype``."""
+    wanted = {**entry, "dtype": dtype or entry["dtype"]}
+    return all(wanted.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
 
 
-def _dtype_name(model: nn.Module) -> str:
+def dtype_name(model: nn.Module) -> str:
     """``float32`` and the like, of a model's weights below any adapter."""
     return str(base_model(model).dtype).removeprefix("torch.")
 

@@ -747,6 +747,26 @@ def test_a_large_model_of_another_dtype_is_taken_with_a_warning(saved, caplog):
     assert "not compared" in caplog.text
 
 
+def test_conversion_leaves_models_that_others_use_as_they_are(saved):
+    folder, _ = saved
+    first = ProxyModel.from_pretrained(folder / "full")
+    converted = ProxyModel.from_pretrained(folder / "full", like=first, dtype="bfloat16")
+    assert {part.dtype for part in (first.large, first.tuned, first.untuned)} == {torch.float32}
+    assert {part.dtype for part in (converted.large, converted.tuned, converted.untuned)} == {torch.bfloat16}
+    # What is of the wanted dtype already is shared, and what is not is loaded.
+    third = ProxyModel.from_pretrained(folder / "full", like=converted, dtype="bfloat16")
+    assert (third.large is converted.large, third.untuned is converted.untuned) == (True, True)
+    again = ProxyModel.from_pretrained(folder / "full", like=converted)
+    assert {part.dtype for part in (again.large, again.tuned, again.untuned)} == {torch.float32}
+    lora = ProxyModel.from_pretrained(folder / "lora", like=first, dtype="bfloat16")
+    assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
+    assert first.untuned.dtype == torch.float32
+    with pytest.raises(ModelError, match="a large model that is loaded already is not converted.*got 'float32'"):
+        ProxyModel.from_pretrained(folder / "full", large=first.large, dtype="bfloat16")
+    assert first.large.dtype == torch.float32
+    ProxyModel.from_pretrained(folder / "full", large=converted.large, dtype="bfloat16")
+
+
 def test_fingerprint_of_the_untuned_model_does_not_see_the_adapter(saved):
     folder, _ = saved
     plain = LlamaForCausalLM.from_pretrained(folder / "small")
@@ -871,6 +891,11 @@ def _not_an_object(proxy):
     return proxy
 
 
+def _nested_without_end(proxy):
+    (proxy / "config.json").write_text("[" * 100_000)
+    return proxy
+
+
 def _edited(**changes):
     def edit(proxy):
         config = json.loads((proxy / "config.json").read_text())
@@ -902,6 +927,17 @@ def _cut_weights(proxy):
         (_not_an_object, "must have model_type 'fedpt_proxy'"),
         (_edited(alpha="strong"), "config.json: alpha must be a finite number, got 'strong'"),
         (_edited(plausibility=1.5), "config.json: plausibility must be at least 0 and below 1, got 1.5"),
+        (
+            _edited(large={"ref": "x", "fingerprint": "y", "dtype": "float32", "device_map": {"": "cpu"}}),
+            "device_map of",
+        ),
+        (_edited(large={"ref": "x", "fingerprint": "y", "dtype": "float32", "quantization": True}), "as text"),
+        (_edited(alpha=10**400), "alpha must be a finite number"),
+        (_edited(dtype="nonsense"), "holds what no config does .AttributeError"),
+        (_edited(id2label=3), "holds what no config does .AttributeError"),
+        (_edited(real_vocab_size=True), "real_vocab_size must be a positive number"),
+        (_edited(eos_token_id=[1, "x"]), "eos_token_id must be a token's number"),
+        (_nested_without_end, "must be readable JSON"),
         (_edited(large=None), "must say ref, fingerprint, dtype of large;"),
         (_edited(untuned={"ref": "x"}), "must say ref, fingerprint, dtype of untuned"),
         (_edited(tuned={"form": "half", "dtype": "float32"}), "must be full or adapter, got 'half'"),

@@ -80,9 +80,7 @@ def split(
 
     given = given_config([str(config)], place="--config") if config else {}
     data = parse_run_config(given).data
-    fields, contexts = listed(key), []
-    if config and not fields:
-        fields, contexts = prompt_fields(data)
+    fields, contexts = (listed(key), []) if key or not config else prompt_fields(data)
     if not fields:
         raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
     files = {"test": test, "validation": validation, "public": public}
