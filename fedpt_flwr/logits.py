@@ -310,11 +310,14 @@ def drift_along(change: Tensor, direction: Tensor) -> float:
 
     Args:
         change: What happened to a model's scores, ``(positions, vocab)``.
-        direction: Such as ``large - untuned``, the same shape.
+        direction: Such as ``large - untuned``, the same shape; ids that are ruled out in it (-inf) do not count.
 
     Returns:
         ``<change, direction> / <direction, direction>``; 0 where the direction is no direction.
     """
+    counted = direction.isfinite().all(0)
+    if not counted.all():
+        change, direction = change[:, counted], direction[:, counted]
     change, direction = (part.double() - part.double().mean(-1, keepdim=True) for part in (change, direction))
     length = (direction * direction).sum()
     return float((change * direction).sum() / length) if length > 0 else 0.0
