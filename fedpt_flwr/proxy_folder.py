@@ -315,7 +315,7 @@ def load_large(
     else:
         if large is not None:
             config.large = {**config.large, "ref": _absolute(str(large))}
-        large_model = _load("large", config.large, device, folder, placement)
+        large_model = _load("large", config.large, device, folder, placement, is_given=large is not None)
     placed = placement.to_entry()
     config.large = {name: value for name, value in config.large.items() if name in _OF_LARGE} | placed
     if "ids" in config.large:
@@ -347,13 +347,19 @@ def load_small(
 
 
 def _load(
-    role: str, entry: Mapping[str, str], device: str, folder: Path, placement: Placement | None = None
+    role: str,
+    entry: Mapping[str, str],
+    device: str,
+    folder: Path,
+    placement: Placement | None = None,
+    *,
+    is_given: bool = False,
 ) -> PreTrainedModel:
     """Load a model that the proxy refers to, and make sure that it is the one."""
     remote = role == "large" and is_address(entry["ref"])
     try:
         if remote:
-            return connect_again(entry, load_tokenizer(str(folder)))
+            return connect_again(entry, load_tokenizer(str(folder)), named_by_folder=not is_given)
         ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
         model = load_causal_lm(ref, dtype=entry["dtype"], device=device, placement=placement)
     except (ModelError, SafetensorError) as error:
