@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedpt_flwr.errors import ConfigError, DataError, ModelError
+from fedpt_flwr.paths import expanded
 from fedpt_flwr.prompts import Example, field_text
 from fedpt_flwr.shapes import AutoShape, Shape
 
@@ -92,7 +93,7 @@ def _read(source: str, split: str) -> list[_Located]:
         raise DataError(
             "a path must be absolute, because Flower's processes run in other folders",
             value=source,
-            remedy=f"write {path.expanduser().resolve()} if that is meant",
+            remedy=f"write {expanded(path).resolve()} if that is meant",
         )
     if hub_id:
         return _read_hub(hub_id["name"], hub_id["config"], split)

@@ -26,6 +26,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from fedpt_flwr.config import ModelConfig, TuningConfig
 from fedpt_flwr.errors import ConfigError, ModelError
 from fedpt_flwr.lora import is_right
+from fedpt_flwr.paths import expanded, is_folder
 from fedpt_flwr.placement import Placement
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def resolve_model(ref: str) -> str:
     """
     if ref.startswith("demo:"):
         return str(_demo_folder(ref))
-    folder = Path(ref).expanduser()
+    folder = expanded(ref)
     if folder.is_absolute():
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise ModelError(
                 "a model's path must be a folder that exists",
                 value=ref,
@@ -78,7 +79,7 @@ def resolve_model(ref: str) -> str:
                 "a model's folder must hold config.json and the weights, as save_pretrained writes them", value=ref
             )
         return str(folder)
-    if folder.is_dir():  # transformers would take it for the hub's
+    if is_folder(folder):  # transformers would take it for the hub's
         raise ModelError(
             "a model's folder must be given by its absolute path, because Flower's processes run in other folders",
             value=ref,

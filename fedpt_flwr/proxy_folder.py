@@ -25,6 +25,7 @@ from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.logits import check_alpha, check_plausibility
 from fedpt_flwr.models import fingerprint, is_remote, load_adapter, load_causal_lm, load_tokenizer, resolve_model
+from fedpt_flwr.paths import expanded, is_folder
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.remote import connect_again, is_address
 from fedpt_flwr.vocabulary import IdMap, translate, translation_of
@@ -181,14 +182,14 @@ def _absolute(ref: str) -> str:
     """A reference that means the same in every working directory."""
     if ref.startswith("demo:") or ref == BUNDLED or is_address(ref):
         return ref
-    path = Path(ref).expanduser()
-    return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
+    path = expanded(ref)
+    return str(path.resolve()) if is_folder(path) or ref.startswith((".", "~")) else ref
 
 
 def proxy_folder(path: Path) -> Path:
     """The folder that holds the proxy's files; a run's link is followed once, since a running server may swap it."""
-    path = path.expanduser()
-    if not path.is_dir():
+    path = expanded(path)
+    if not is_folder(path):
         raise ModelError(
             "a proxy is loaded from a folder that exists",
             value=str(path),

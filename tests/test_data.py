@@ -31,6 +31,7 @@ from fedpt_flwr.data import (
     tokenize_prompts,
 )
 from fedpt_flwr.errors import ConfigError, DataError, ModelError
+from fedpt_flwr.paths import expanded
 from fedpt_flwr.prompts import Example, Template
 from fedpt_flwr.shapes import TemplateShape
 
@@ -241,9 +242,9 @@ def test_a_split_is_known_wherever_its_name_stands_as_a_word(tmp_path, names, mi
         assert len(read_records(str(tmp_path))) == len(names)
 
 
-@pytest.mark.parametrize("source", ["data/f.jsonl", "f.csv", "./folder", "~/f.txt", "../f.parquet"])
+@pytest.mark.parametrize("source", ["data/f.jsonl", "f.csv", "./folder", "~/f.txt", "~nosuchuser/f", "../f.parquet"])
 def test_a_relative_path_is_refused_with_the_absolute_one(source):
-    absolute = Path(source).expanduser().resolve()
+    absolute = expanded(source).resolve()
     with pytest.raises(DataError, match=rf"must be absolute, because Flower's .*, got '{source}'; write {absolute} if"):
         read_records(source)
 

@@ -160,6 +160,7 @@ def test_a_federation_loads_its_large_model_once_divided_and_never_on_a_device(f
             Placement(device_map='{"": [1]}'),
             r"model\.large-device-map: a device map gives each module a device: the number of a GPU, cpu or disk, got",
         ),
+        (Placement(device_map='{"a":' * 100_000), r"model\.large-device-map: must be a JSON object"),
         (Placement(device_map="cpu, disk"), r"model\.large-device-map: must be a JSON object \(Expecting value"),
         (
             Placement(max_memory='{"cpu": "1GiB"}'),

@@ -867,6 +867,10 @@ def _missing_folder(proxy):
     return proxy.parent / "nowhere"
 
 
+def _of_nobody(proxy):
+    return "~nosuchuser/proxy"
+
+
 def _no_config(proxy):
     (proxy / "config.json").unlink()
     return proxy
@@ -920,6 +924,7 @@ def _cut_weights(proxy):
     ("damage", "message"),
     [
         (_missing_folder, "folder that exists"),
+        (_of_nobody, "folder that exists"),
         (_no_config, "must hold config.json"),
         (_broken_json, "must be readable JSON"),
         (_binary_config, "must be readable JSON"),

@@ -14,6 +14,7 @@ from fedpt_flwr.cli.console import note, say
 from fedpt_flwr.cli.options import listed
 from fedpt_flwr.cli.progress import stage_progress, training_progress
 from fedpt_flwr.errors import ConfigError, naming
+from fedpt_flwr.paths import expanded, is_there
 
 if TYPE_CHECKING:
     from fedpt_flwr.config import DataConfig
@@ -204,7 +205,8 @@ def prompt_fields(data: DataConfig) -> tuple[list[str], list[str]]:
 
 def _absolute(source: str) -> str:
     """A data source as a run config wants it: a path that is there becomes absolute, a hub id stays."""
-    return str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source
+    path = expanded(source)
+    return str(path.absolute()) if is_there(path) else source
 
 
 def _shape(text: str, place: str) -> Any:

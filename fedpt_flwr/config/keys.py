@@ -99,7 +99,7 @@ def _compiles(pattern: str) -> bool:
 def _is_json_object(text: str) -> bool:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and bool(found)
 
