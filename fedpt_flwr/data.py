@@ -529,7 +529,7 @@ class TokenizedExample:
 
     answer_ids: list[int]
     """What is learnt: the answer and the end-of-sequence token (absent if the answer's end was cut). One that
-    `tokenize_examples` made is never empty; a prompt that the proxy answered with nothing is."""
+    `tokenize_examples` made is never empty; a prompt that waits for the proxy's answer has none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
