@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr.config import DataConfig, TrainConfig
-from fedpt_flwr.data import TokenizedExample, batches, collate, load_examples, tokenize_examples
+from fedpt_flwr.data import TokenizedExample, batches, collate, load_records, tokenize_examples
 from fedpt_flwr.models import load_causal_lm, load_tokenizer, tunable_arrays
+from fedpt_flwr.prompts import Template
 from fedpt_flwr.records import message_bytes, to_array_record
+from fedpt_flwr.shapes import TemplateShape
 from fedpt_flwr.training import train_locally
 
 
@@ -67,11 +69,9 @@ def main() -> None:
     data, config = DataConfig(), TrainConfig(max_steps=arguments.steps)
     tokenizer = load_tokenizer(arguments.model)
     start = load_causal_lm(arguments.model).requires_grad_(True)
-    examples, _ = tokenize_examples(
-        load_examples(data.train, template=data.template, answer_field=data.answer_field)[:240],
-        tokenizer,
-        max_length=config.max_length,
-    )
+    shape = TemplateShape(Template(data.template), data.answer_field)
+    written = [example for item in load_records(data.train, shape)[:240] for example in item.examples]
+    examples, _ = tokenize_examples(written, tokenizer, max_length=config.max_length)
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     for _ in range(arguments.repeats):
         for name, loop in (("bare", bare), ("ours", ours)):

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
 from fedpt_flwr.models import resolve_model
+from fedpt_flwr.paths import expanded, is_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,14 +70,14 @@ def find_architecture(ref: str) -> PretrainedConfig:
     known = _known_name(ref)
     if known is not None:
         return ARCHITECTURES[known].config()
-    path = Path(ref).expanduser()
+    path = expanded(ref)
     if path.is_absolute() and path.suffix == ".json":
         return _from_file(path)
     source = resolve_model(ref)
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True)
     except _CAUSES as error:
-        if Path(source).is_dir():
+        if is_folder(Path(source)):
             raise _not_a_config(Path(source) / "config.json", error) from error
         raise ModelError(
             "this model is not known here, and nothing is downloaded to plan with it",

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedpt_flwr.data import read_records
 from fedpt_flwr.errors import ConfigError, DataError
+from fedpt_flwr.paths import expanded, is_there
 from fedpt_flwr.prompts import Template
 
 EOS_TOKEN, PAD_TOKEN = "<eos>", "<pad>"
@@ -57,7 +58,7 @@ class Source:
     def parse(cls, text: str) -> Source:
         r"""Read ``PATH`` or ``PATH::TEMPLATE``; ``\n`` in a template is a line break."""
         path, colons, template = text.partition("::")
-        return cls(Path(path).expanduser().absolute(), template.replace("\\n", "\n") if colons else None)
+        return cls(expanded(path).absolute(), template.replace("\\n", "\n") if colons else None)
 
 
 def read_documents(source: Source, *, exclude: Sequence[str] = ()) -> list[str]:
@@ -72,7 +73,7 @@ def read_documents(source: Source, *, exclude: Sequence[str] = ()) -> list[str]:
         DataError: There is no such file or folder, it has no text, or a record lacks a field of the template.
     """
     path, template = source.path, source.template
-    if not path.exists():
+    if not is_there(path):
         raise DataError("there is no such file or folder", place=str(path), remedy="check the path")
     if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES:
         if template is not None:

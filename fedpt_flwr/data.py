@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fedpt_flwr.errors import ConfigError, DataError, ModelError
-from fedpt_flwr.prompts import Example, Template, field_text
-from fedpt_flwr.shapes import AutoShape, Shape, TemplateShape
+from fedpt_flwr.paths import expanded
+from fedpt_flwr.prompts import Example, field_text
+from fedpt_flwr.shapes import AutoShape, Shape
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -38,7 +39,7 @@ IGNORED_LABEL = -100
 
 _DEMO_PACKAGE = "fedpt_demo_world"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<config>[^:/]+))?")
-_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _SHOWN_CHARS = 60
 _MAX_CELL_CHARS = 2**31 - 1
 _TOKENISED_TOGETHER = 1024
@@ -92,7 +93,7 @@ def _read(source: str, split: str) -> list[_Located]:
         raise DataError(
             "a path must be absolute, because Flower's processes run in other folders",
             value=source,
-            remedy=f"write {path.expanduser().resolve()} if that is meant",
+            remedy=f"write {expanded(path).resolve()} if that is meant",
         )
     if hub_id:
         return _read_hub(hub_id["name"], hub_id["config"], split)
@@ -137,7 +138,7 @@ def _files_of(folder: Path) -> list[Path]:
             remedy="name one file, or move the others away",
         )
     # A test file that is read as training data spoils every result without a sign.
-    if len({match[1].lower() for file in files if (match := _SPLIT_NAME.match(file.stem))}) > 1:
+    if len({match[1].lower() for file in files if (match := _SPLIT_NAME.search(file.stem))}) > 1:
         raise DataError(
             "the folder holds different splits, which must not be mixed",
             value=names,
@@ -335,7 +336,18 @@ def _read_parquet(path: Path) -> Iterator[_Located]:
         raise DataError(
             f"not a Parquet file that can be read ({error})", place=str(path), remedy="write or copy it again"
         ) from error
-    yield from _locate(_name_labels(table.to_pylist(), Features.from_arrow_schema(table.schema)), str(path))
+    records = table.to_pylist()
+    if b"huggingface" in (table.schema.metadata or {}):  # what columns mean, where `datasets` wrote the file
+        try:
+            features = Features.from_arrow_schema(table.schema)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"the file's description of its columns cannot be read ({error})",
+                place=str(path),
+                remedy="write it again without the metadata 'huggingface'",
+            ) from error
+        records = _name_labels(records, features, str(path))
+    yield from _locate(records, str(path))
 
 
 _READERS: dict[str, Callable[[Path], Iterator[_Located]]] = {
@@ -375,20 +387,31 @@ def _read_hub(name: str, config: str | None, split: str) -> list[_Located]:
             place=place,
             remedy="check the config (owner/name:config) and the split",
         ) from error
-    records = list(_locate(_name_labels(dataset.to_list(), dataset.features), f"{place}, split {split}"))
+    records = list(_locate(_name_labels(dataset.to_list(), dataset.features, place), f"{place}, split {split}"))
     if not records:
         raise DataError(f"the split {split!r} holds no records", place=place, remedy="choose another one")
     return records
 
 
-def _name_labels(records: list[dict[str, Any]], features: Features) -> list[dict[str, Any]]:
-    """Puts the names of class labels in the place of their numbers, in the records themselves."""
+def _name_labels(records: list[dict[str, Any]], features: Features, place: str) -> list[dict[str, Any]]:
+    """Puts the names of class labels in the place of their numbers, in the records themselves.
+
+    Raises:
+        DataError: A number has no name.
+    """
     from datasets import ClassLabel
 
     for field, feature in features.items():
         if isinstance(feature, ClassLabel) and feature.names:
             for record in records:
                 number = record[field]
+                if number is not None and number >= len(feature.names):
+                    raise DataError(
+                        f"a label in {field!r} must be below {len(feature.names)}, the number of names for them",
+                        value=number,
+                        place=place,
+                        remedy="mend the record, or write the file again with all names",
+                    )
                 # Test splits without labels have -1.
                 record[field] = feature.names[number] if number is not None and number >= 0 else None
     return records
@@ -399,35 +422,6 @@ def _locate(records: Iterable[dict[str, Any]], place: str) -> Iterator[_Located]
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
-
-
-def load_examples(
-    source: str, *, split: str = "train", template: str, answer_field: str, group_field: str = ""
-) -> list[Example]:
-    """The examples of a source, one per record.
-
-    Args:
-        source: As for `read_records`.
-        split: Split of a hub data set.
-        template: How a record becomes a prompt; see `Template`.
-        answer_field: The field that holds the answer; empty: examples without answers.
-        group_field: The field that holds the group; empty: all examples are of the group ``""``.
-
-    Raises:
-        DataError: The source cannot be read, the template is none, or a record lacks a field or has an empty answer.
-    """
-    return load_examples_with_records(
-        source, split=split, template=template, answer_field=answer_field, group_field=group_field
-    )[0]
-
-
-def load_examples_with_records(
-    source: str, *, split: str = "train", template: str, answer_field: str, group_field: str = ""
-) -> tuple[list[Example], list[dict[str, Any]]]:
-    """As `load_examples`, with the records that the examples were made of, in the same order."""
-    shape = TemplateShape(Template(template), answer_field)
-    loaded = load_records(source, shape, split=split, group_field=group_field)
-    return [example for item in loaded for example in item.examples], [item.record for item in loaded]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -534,7 +528,8 @@ class TokenizedExample:
     `tokenize_examples` made is never empty."""
 
     answer_ids: list[int]
-    """What is learnt: the answer and the end-of-sequence token (absent if the answer's end was cut); never empty."""
+    """What is learnt: the answer and the end-of-sequence token (absent if the answer's end was cut). One that
+    `tokenize_examples` made is never empty; a prompt that waits for the proxy's answer has none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ The teacher is a callable that gives scores for the answer tokens of some texts;
 made of, nor rounds or messages. The loss is the KL divergence over the whole vocabulary, from soft targets (Hinton et
 al. 2015, arXiv:1503.02531), at the answer tokens alone.
 
-Two students can learn side by side (``paired``): the tuned one from the proxy, the untuned one from the large model.
-Their errors would not cancel in ``large + tuned - untuned``, so a third term keeps that sum where the proxy was.
+Two students can learn side by side (``paired``): the tuned one from the proxy, the untuned one from the large model
+less what the proxy leaves out of the shift, ``large - (1 - alpha) * (tuned - untuned)``, so that their difference is
+the shift again. Their errors would not cancel in ``large + alpha * (tuned - untuned)``, so a third term keeps that sum
+where the proxy was.
 """
 
 from __future__ import annotations
@@ -37,10 +39,33 @@ class Targets:
     Attributes:
         proxy: Scores that the (tuned) student learns, ``(tokens, vocab)``; -inf where a token must not come.
         large: The large model's scores, the same shape.
+        untuned: Scores that an untuned student learns, the same shape; None: ``large``.
     """
 
     proxy: Tensor
     large: Tensor
+    untuned: Tensor | None = None
+
+    def split(self, lengths: Sequence[int]) -> list[Targets]:
+        """Text by text, by the number of their answer tokens; views."""
+        untuned = [None] * len(lengths) if self.untuned is None else self.untuned.split(lengths)
+        return [
+            Targets(*parts) for parts in zip(self.proxy.split(lengths), self.large.split(lengths), untuned, strict=True)
+        ]
+
+    @staticmethod
+    def join(parts: Sequence[Targets]) -> Targets:
+        """One behind the other; either all of them have a target for an untuned student or none."""
+        untuned = [part.untuned for part in parts if part.untuned is not None]
+        return Targets(
+            torch.cat([part.proxy for part in parts]),
+            torch.cat([part.large for part in parts]),
+            torch.cat(untuned) if untuned else None,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        return [tensor for tensor in (self.proxy, self.large, self.untuned) if tensor is not None]
 
 
 Teacher = Callable[[Sequence[int]], Targets]
@@ -78,6 +103,7 @@ def distil(
     vocab_size: int,
     seed: int,
     untuned: PreTrainedModel | None = None,
+    alpha: float = 1.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DistillationResult:
     """Teach a model in place.
@@ -93,7 +119,8 @@ def distil(
         pad_id: Id that fills up batches.
         vocab_size: Only the first so many scores are tokens.
         seed: Of the batches.
-        untuned: A second student, which learns the teacher's ``large`` scores; None: there is none.
+        untuned: A second student, which learns the teacher's ``untuned`` scores; None: there is none.
+        alpha: Strength of the shift by which the two students decode.
         on_progress: Called with the steps done and of all.
 
     Raises:
@@ -114,8 +141,9 @@ def distil(
             loss = kl_divergence(*pair, temperature=config.temperature).mean()
             divergences.append(loss.item())
             if untuned is not None:
-                loss = loss + kl_divergence(targets.large, scores[1], temperature=config.temperature).mean()
-                together = targets.large + scores[0] - scores[1]
+                wanted = targets.large if targets.untuned is None else targets.untuned
+                loss = loss + kl_divergence(wanted, scores[1], temperature=config.temperature).mean()
+                together = targets.large + alpha * scores[0] - alpha * scores[1]
                 loss = loss + config.gamma * kl_divergence(targets.proxy, together).mean()
             if not torch.isfinite(loss):
                 raise RoundError(
@@ -177,18 +205,15 @@ def remembering(teacher: Teacher, texts: Sequence[TokenizedExample], *, max_byte
         missing = [index for index in indices if index not in kept]
         fresh: dict[int, Targets] = {}
         if missing:
-            targets = teacher(missing)
             lengths = [num_answer_tokens(texts[index]) for index in missing]
-            parts = zip(targets.proxy.split(lengths), targets.large.split(lengths), strict=True)
-            for index, (proxy, large) in zip(missing, parts, strict=True):
-                fresh[index] = Targets(proxy, large)
-                size = proxy.numel() * proxy.element_size() + large.numel() * large.element_size()
+            for index, targets in zip(missing, teacher(missing).split(lengths), strict=True):
+                fresh[index] = targets
+                size = sum(tensor.numel() * tensor.element_size() for tensor in targets.tensors())
                 if size <= room:
                     # A copy: a slice would keep the whole batch alive.
-                    kept[index] = Targets(proxy.clone(), large.clone())
+                    kept[index] = Targets(*(tensor.clone() for tensor in targets.tensors()))
                     room -= size
-        found = [kept.get(index) or fresh[index] for index in indices]
-        return Targets(torch.cat([part.proxy for part in found]), torch.cat([part.large for part in found]))
+        return Targets.join([kept.get(index) or fresh[index] for index in indices])
 
     return remember
 

@@ -7,13 +7,14 @@ learnt back:
     final    tuned = what the devices made; a copy for the devices learns at the end
     carry    tuned = untuned + the sum of what the devices changed in each round; what was learnt back is only in what
              the next round begins with
-    paired   tuned and untuned learn side by side, and the proxy that they make is held where it was
+    paired   tuned and untuned learn side by side, and the proxy that they make, with its alpha, is held where it was
     paper    tuned learns, and is the next round's tuned; how far it drifts along ``large - untuned`` is measured
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,8 @@ from fedpt_flwr.writing import generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 IN_ROUNDS = ("carry", "paired", "paper")
 """Modes that teach after every round."""
@@ -168,11 +171,14 @@ class Distiller:
         self._has_answers = prompts is None
         if prompts is not None:
             room = min(longest, context - config.scoring.max_new_tokens)
+            whole = tokenize_prompts(list(prompts), tokenizer, max_length=None)
             ids = tokenize_prompts(list(prompts), tokenizer, max_length=room)
+            _warn_of_cut("prompts", [len(prompt_ids) for prompt_ids in whole], room, "last")
             self._pool = [TokenizedExample(prompt_ids, []) for prompt_ids in ids]
         else:
             whole = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
             start = [token for token in [first_token(tokenizer)] if token is not None]
+            _warn_of_cut("texts", [len(start) + len(ids) for ids in whole], longest, "first")
             pool = [TokenizedExample(start, ids[: longest - len(start)]) for ids in whole]
             self._pool = [text for text in pool if num_answer_tokens(text) > 0]
         if not self._pool:
@@ -274,7 +280,7 @@ class Distiller:
         generator = np.random.default_rng([self._config.seed, server_round, 0xD157])
         with cpu_threads(self._config.threads.server):
             texts, large_tokens = self._write_texts(num_prompts, generator)
-            counter = _Counter(self._teacher(texts), texts)
+            counter = _Counter(self._teacher(texts, for_pair=untuned is not None), texts)
             teacher = remembering(counter, texts, max_bytes=MAX_REMEMBERED_BYTES)
             shown = self._shown(texts)
             before = self._scores(student, texts, shown)
@@ -291,6 +297,7 @@ class Distiller:
                 vocab_size=self._vocab_size,
                 seed=int(generator.integers(2**32)),
                 untuned=untuned,
+                alpha=self._proxy.alpha,
                 on_progress=on_progress,
             )
             drift = drift_along(self._scores(student, texts, shown) - before, direction)
@@ -320,8 +327,10 @@ class Distiller:
         texts = [TokenizedExample(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return texts, sum(len(text.prompt_ids) + len(text.answer_ids) - 1 for text in texts)
 
-    def _teacher(self, texts: Sequence[TokenizedExample]) -> Teacher:
+    def _teacher(self, texts: Sequence[TokenizedExample], *, for_pair: bool) -> Teacher:
         proxy = self._proxy
+        # With alpha 1 the untuned student learns the large model's own scores, which need not be kept twice.
+        is_left_out = for_pair and proxy.alpha != 1
         mask = proxy.plausibility if self._config.distillation.direction == "forward" else 0.0
 
         @torch.no_grad()
@@ -334,7 +343,8 @@ class Distiller:
             large = proxy.fill(large, untuned)
             combined = combine_logits(large, tuned, untuned, alpha=proxy.alpha, plausibility=mask)
             home = proxy.tuned.device
-            return Targets(proxy=combined.to(home), large=large.to(home))
+            left = combine_logits(large, tuned, untuned, alpha=proxy.alpha - 1).to(home) if is_left_out else None
+            return Targets(proxy=combined.to(home), large=large.to(home), untuned=left)
 
         return teach
 
@@ -357,6 +367,13 @@ class Distiller:
         large = teacher(indices).large  # not below: the tuned model's adapter is switched off there
         with untuned_of(self._proxy) as model:
             return large - self._scores(model, texts, indices)
+
+
+def _warn_of_cut(what: str, lengths: Sequence[int], longest: int, kept: str) -> None:
+    """Say how many public texts are longer than what is learnt of one."""
+    num_cut = sum(length > longest for length in lengths)
+    if num_cut:
+        _log.warning("Of %d public %s %d are cut to their %s %d tokens", len(lengths), what, num_cut, kept, longest)
 
 
 class _Counter:

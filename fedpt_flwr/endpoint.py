@@ -47,6 +47,9 @@ _Text = tuple[int, ...]
 KEY_VARIABLE = "FEDPT_LARGE_API_KEY"
 """The environment variable that holds the service's key."""
 
+URL_VARIABLE = "FEDPT_LARGE_API_URL"
+"""The environment variable with the address that may be given the key although a folder names it."""
+
 FULL, ECHO, NEXT = "full", "echo", "next"
 
 _TRANSIENT = frozenset({408, 409, 425, 429, *range(500, 600)})
@@ -56,6 +59,7 @@ _PROBE = "The quick brown fox = 1, 2;\n> jumps over [the] lazy dog?"
 _SHORTEST_PROBE = 4
 _COMMON_LIMITS = (100, 20, 5, 1)
 """What services are content with, where they refuse to give everything."""
+_ALLOW = f"if the address is right, give it with --large-url, or in the environment variable {URL_VARIABLE}"
 _UNREACHED = "look whether it runs, and whether model.large-url is its address"
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 _SUM_TOLERANCE = 0.02
@@ -117,6 +121,8 @@ class Endpoint:
         tokenizer: Of the small models, which must be the remote model's too.
         config: How to ask.
         cache: Where answers are kept; None: nowhere.
+        named_by_folder: Whether the address is out of a run's or a proxy's folder, which may be somebody else's: the
+            key is then sent only if :data:`URL_VARIABLE` holds that address.
 
     Attributes:
         url: The address.
@@ -136,7 +142,13 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, tokenizer: PreTrainedTokenizerBase, config: RemoteConfig, *, cache: Any = None
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RemoteConfig,
+        *,
+        cache: Any = None,
+        named_by_folder: bool = False,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.config = config
@@ -165,7 +177,11 @@ class Endpoint:
         self._most_named = 0  # tokens in one place of an answer
         self._recall: Recall | None = None
         self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="fedpt-remote")
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        allowed = os.environ.get(URL_VARIABLE, "").strip().rstrip("/").removesuffix("/v1")
+        self._withholds_key = bool(self._key) and named_by_folder and allowed != self.url
+        if self._withholds_key:
+            _log.warning("%s is not sent to %s, whose address a folder names; %s", KEY_VARIABLE, self.url, _ALLOW)
+        headers = {"authorization": f"Bearer {self._key}"} if self._key and not self._withholds_key else {}
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
         self._connect_s = min(config.timeout_s, _CONNECT_TIMEOUT_S)
         timeout = httpx.Timeout(config.timeout_s, connect=self._connect_s)
@@ -550,6 +566,8 @@ class Endpoint:
         if response.status_code >= 400:
             needs_key = response.status_code in (401, 403)
             remedy = f"give its key in the environment variable {KEY_VARIABLE}" if needs_key else None
+            if needs_key and self._withholds_key:
+                remedy = f"the key is not sent to an address that a folder names: {_ALLOW}"
             if response.status_code == 404:
                 remedy = "look whether model.large-url is all that stands before /v1/completions in its address"
             raise (RemoteError if needs_key else _Refused)(

@@ -1,6 +1,6 @@
 """Speculative decoding under the contract of transformers' ``generate()``.
 
-``generate()`` prepares processors, criteria and the rest; :func:`generation` says whether a batch with all that can be
+``generate()`` prepares processors, criteria and the rest; :func:`is_lossless` says whether a batch with all that can be
 decoded speculatively so that the same tokens come out, and :class:`Generation` does it: it applies the processors at
 every place that is verified, asks the criteria and feeds the streamer token by token, and returns what transformers'
 own loop returns. What it does not know it leaves to that loop.
@@ -210,10 +210,10 @@ class Generation:
         self._device = input_ids.device
         self._combine, self._draft_scores = combine, draft_scores
         self._streamer = streamer
-        self._of_scores = [part for part in logits_processor if type(part) not in (Seeded, Drafts)]
+        self._processors = [part for part in logits_processor if type(part) not in (Seeded, Drafts)]
         self._of_texts = (
-            [[_of_row(part, row) for part in self._of_scores] for row in range(num_rows)]
-            if any(type(part) in _OF_TEXTS for part in self._of_scores)
+            [[_of_row(part, row) for part in self._processors] for row in range(num_rows)]
+            if any(type(part) in _OF_TEXTS for part in self._processors)
             else None
         )
         self._seeds = _seeds(logits_processor, num_rows) if generation_config.do_sample else None
@@ -266,7 +266,7 @@ class Generation:
             for number, (row, before) in enumerate(zip(self._rows, drafts.tolist(), strict=True)):
                 scores[number] = self._process(self._of_texts[row], scores[number : number + 1], row, before)[0]
         else:
-            for part in self._of_scores:
+            for part in self._processors:
                 scores = part(None, scores)
         return (scores + self._noise_at(offset, scores)).argmax(-1)
 
@@ -289,7 +289,7 @@ class Generation:
             self._processed = processed
             return chosen
         flat = scores.view(-1, width)
-        for part in self._of_scores:
+        for part in self._processors:
             flat = part(None, flat)
         self._processed = flat.view(num_rows, num_new, width)
         noise = self._all_noise(scores)

@@ -14,6 +14,7 @@ Nothing here knows models, caches or tokenizers.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from fedpt_flwr.errors import ModelError, VocabularyMismatch
 
 # Below it, scores divided by the temperature could overflow float32.
 _COLDEST = 1e-30
+_LARGEST = sys.float_info.max
 # SplitMix64: 2**64 divided by the golden ratio, and the factors of the finaliser, as int64 writes them.
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64
 _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -308,11 +310,14 @@ def drift_along(change: Tensor, direction: Tensor) -> float:
 
     Args:
         change: What happened to a model's scores, ``(positions, vocab)``.
-        direction: Such as ``large - untuned``, the same shape.
+        direction: Such as ``large - untuned``, the same shape; ids that are ruled out in it (-inf) do not count.
 
     Returns:
         ``<change, direction> / <direction, direction>``; 0 where the direction is no direction.
     """
+    counted = direction.isfinite().all(0)
+    if not counted.all():
+        change, direction = change[:, counted], direction[:, counted]
     change, direction = (part.double() - part.double().mean(-1, keepdim=True) for part in (change, direction))
     length = (direction * direction).sum()
     return float((change * direction).sum() / length) if length > 0 else 0.0
@@ -356,7 +361,7 @@ def check_alpha(alpha: float | Tensor) -> None:
     """
     if isinstance(alpha, Tensor):
         return
-    if not _is_number(alpha) or not math.isfinite(alpha):
+    if not _is_number(alpha) or not -_LARGEST <= alpha <= _LARGEST:  # math.isfinite fails at integers of 309 digits
         raise ModelError(
             "alpha must be a finite number", value=alpha, remedy="1.0 is the published strength, 0 turns it off"
         )

@@ -26,6 +26,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from fedpt_flwr.config import ModelConfig, TuningConfig
 from fedpt_flwr.errors import ConfigError, ModelError
 from fedpt_flwr.lora import is_right
+from fedpt_flwr.paths import expanded, is_folder
 from fedpt_flwr.placement import Placement
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _SAMPLES_PER_TENSOR = 512
 _BITSANDBYTES = "bitsandbytes.autograd._functions"
 """The logger that says at every layer of every pass of an 8-bit model to what its inputs are cast."""
+
+CHANGING_ROPES = frozenset({"longrope", "dynamic"})
+"""Kinds of rotary positions whose frequencies depend on the longest text of a pass."""
 
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
@@ -62,9 +66,9 @@ def resolve_model(ref: str) -> str:
     """
     if ref.startswith("demo:"):
         return str(_demo_folder(ref))
-    folder = Path(ref).expanduser()
+    folder = expanded(ref)
     if folder.is_absolute():
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise ModelError(
                 "a model's path must be a folder that exists",
                 value=ref,
@@ -75,7 +79,7 @@ def resolve_model(ref: str) -> str:
                 "a model's folder must hold config.json and the weights, as save_pretrained writes them", value=ref
             )
         return str(folder)
-    if folder.is_dir():  # transformers would take it for the hub's
+    if is_folder(folder):  # transformers would take it for the hub's
         raise ModelError(
             "a model's folder must be given by its absolute path, because Flower's processes run in other folders",
             value=ref,
@@ -286,6 +290,19 @@ def hides_tokens(model: torch.nn.Module) -> bool:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest text in tokens that the model was made for, or None where its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """What a text model's config says of its rotary positions, by their kind; some models have several."""
+    given = getattr(config, "rope_parameters", None) or {}
+    all_given = [given, *(value for value in given.values() if isinstance(value, Mapping))]
+    return {one["rope_type"]: one for one in all_given if one.get("rope_type") is not None}
+
+
+def longrope_switch(model: PreTrainedModel) -> int | None:
+    """The length in tokens past which all keys of a text are others (``longrope``); None where there is none."""
+    switch = rope_parameters(model.config.get_text_config(decoder=True)).get("longrope", {})
+    return switch.get("original_max_position_embeddings")
 
 
 def check_context(config: PretrainedConfig, max_length: int) -> None:
@@ -526,8 +543,11 @@ def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, i
     place = "model.large-device-map"
     model = model_without_weights(ref)
     names = [name for name, _ in model.named_parameters()]
+    # Of tied weights, accelerate wants a place for each; they are one, so the first's place is all of theirs.
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    twins = {name: first[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
     for module, device in devices.items():
-        if not any(_is_in(name, module) for name in names):
+        if not any(_is_in(name, module) for name in twins):
             raise ModelError("a device map must name modules of the large model", value=module, place=place)
         if device not in ("cpu", "disk"):
             try:
@@ -545,6 +565,7 @@ def _whole_device_map(devices: Mapping[str, int | str], ref: str) -> dict[str, i
             remedy="name its module too, or set auto",
         )
     device_of = {name: devices[module] for name, module in nearest.items() if module is not None}
+    device_of = {name: device_of[twin] for name, twin in twins.items()}
 
     def divided(name: str, module: torch.nn.Module) -> dict[str, int | str]:
         inside = {device for weight, device in device_of.items() if _is_in(weight, name)}

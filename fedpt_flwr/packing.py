@@ -13,6 +13,8 @@ needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. S
 embedding where the layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be memory that the
 model did not take.
 
+(``train.packing`` is another thing: short examples in one row, ``training.py``.)
+
 Nothing here knows proxies; a frozen model and its weights are all there is.
 """
 

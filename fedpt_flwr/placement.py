@@ -145,7 +145,7 @@ def json_object(text: str, *, place: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found, reason = None, f" ({error})"
     else:
         reason = ""

@@ -50,13 +50,14 @@ from fedpt_flwr.logits import (
     fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import check_plain, hides_tokens, input_device, max_positions, output_size
+from fedpt_flwr.models import check_plain, hides_tokens, input_device, longrope_switch, max_positions, output_size
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.proxy_folder import (
     Models,
     ProxyConfig,
     base_model,
     checked,
+    dtype_name,
     is_adapted,
     is_adapter,
     known_dtype,
@@ -206,6 +207,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if is_adapter(part)]
         self._speculation: Speculation | None = None
         self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
+        switches = [longrope_switch(base_model(model)) for model in models]
+        self._longrope_switches = [switch for switch in switches if switch is not None]
 
     @property
     def device(self) -> torch.device:
@@ -498,10 +501,11 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             large_max_memory: The same of what devices may take.
             large_offload_folder: The same of where weights are put that go to disk.
             like: A proxy that is loaded already. Its large and its untuned model are used again where they are the
-                ones that the folder refers to.
+                ones that the folder refers to, and of the dtype that is wanted.
             device: Torch device of the models that are loaded, or ``auto``; None is that of ``large`` if it is loaded
                 already, else the CPU.
-            dtype: Dtype to convert all three models to; None leaves them as they were when the proxy was saved.
+            dtype: Dtype to convert all three models to, of which ``large`` must be if it is loaded already; None leaves
+                them as they were when the proxy was saved.
             config: Settings to use instead of the folder's ``config.json``.
             prepare: Lay the weights out for decoding, see :meth:`prepare`. What ``like`` shares with this proxy may be
                 prepared already, and then stays so.
@@ -510,7 +514,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ModelError: The folder is missing, damaged or no proxy; a model cannot be loaded, or is not the one that
-                the proxy was made with.
+                the proxy was made with, or would have to be converted although it is not this proxy's alone.
         """
         device_map = kwargs.pop("device_map", None)
         if device is None and device_map is None and isinstance(large, nn.Module):
@@ -531,9 +535,17 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 place="dtype",
                 remedy="load the models as you like and call ProxyModel(large, tuned, untuned)",
             )
+        wanted = None if convert_to is None else str(convert_to).removeprefix("torch.")
+        if isinstance(large, nn.Module) and wanted not in (None, dtype_name(large)):
+            raise ModelError(
+                "a large model that is loaded already is not converted, because others may use it",
+                value=dtype_name(large),
+                place="dtype",
+                remedy=f"give it in {wanted}, or say where it is instead",
+            )
         others = None if like is None else like._models()
-        large_model = load_large(folder, config, large, device, placement, like=others)
-        tuned, untuned = load_small(folder, config, device, like=others)
+        large_model = load_large(folder, config, large, device, placement, like=others, dtype=wanted)
+        tuned, untuned = load_small(folder, config, device, like=others, dtype=wanted)
         model = cls(large_model, tuned, untuned, config.alpha, config.plausibility, vocab_size=config.real_vocab_size)
         for name in ("large", "untuned", "tuned", "bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(model.config, name, getattr(config, name))
@@ -541,9 +553,21 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             setattr(model.generation_config, name, getattr(config, name))
         model.config.name_or_path = str(folder)
         model.name_or_path = str(folder)
-        if convert_to is not None:
-            model.to(convert_to)
+        if wanted is not None:
+            tuned.to(convert_to)
+            for part in (large_model, untuned):  # a part that others use has the dtype already, and may be prepared
+                if part is not None and dtype_name(part) != wanted:
+                    part.to(convert_to)
+            for entry in (config.large, config.tuned, config.untuned):
+                entry["dtype"] = wanted  # as it is now, for a proxy that is loaded like this one
         return model.prepare() if prepare else model
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """Read a text anew where a model's rotary positions take other frequencies, as Phi-3 does in ``generate()``."""
+        if cache is not None and any(input_ids.shape[1] > n >= cache.get_seq_length() for n in self._longrope_switches):
+            cache = None
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -25,6 +25,7 @@ from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.logits import check_alpha, check_plausibility
 from fedpt_flwr.models import fingerprint, is_remote, load_adapter, load_causal_lm, load_tokenizer, resolve_model
+from fedpt_flwr.paths import expanded, is_folder
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.remote import connect_again, is_address
 from fedpt_flwr.vocabulary import IdMap, translate, translation_of
@@ -125,7 +126,7 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     # What else the entry says stays: how the large model is loaded.
-    entry = {"ref": large_ref, "fingerprint": fingerprint(models.large), "dtype": _dtype_name(models.large)}
+    entry = {"ref": large_ref, "fingerprint": fingerprint(models.large), "dtype": dtype_name(models.large)}
     if is_remote(models.large):
         entry |= models.large.reference()
     id_map = translation_of(models.large)
@@ -133,8 +134,8 @@ def write_folder(
         id_map.save(folder)
         entry["ids"] = id_map.digest()
     config.large = Placement.from_entry(config.large).to_entry() | entry
-    config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": _dtype_name(small)}
-    config.tuned = {"form": "adapter" if is_adapted(tuned) else "full", "dtype": _dtype_name(tuned)}
+    config.untuned = {"ref": untuned_ref, "fingerprint": untuned_fingerprint, "dtype": dtype_name(small)}
+    config.tuned = {"form": "adapter" if is_adapted(tuned) else "full", "dtype": dtype_name(tuned)}
     config.save_pretrained(folder)
 
 
@@ -181,14 +182,14 @@ def _absolute(ref: str) -> str:
     """A reference that means the same in every working directory."""
     if ref.startswith("demo:") or ref == BUNDLED or is_address(ref):
         return ref
-    path = Path(ref).expanduser()
-    return str(path.resolve()) if path.is_dir() or ref.startswith((".", "~")) else ref
+    path = expanded(ref)
+    return str(path.resolve()) if is_folder(path) or ref.startswith((".", "~")) else ref
 
 
 def proxy_folder(path: Path) -> Path:
     """The folder that holds the proxy's files; a run's link is followed once, since a running server may swap it."""
-    path = path.expanduser()
-    if not path.is_dir():
+    path = expanded(path)
+    if not is_folder(path):
         raise ModelError(
             "a proxy is loaded from a folder that exists",
             value=str(path),
@@ -222,7 +223,7 @@ def read_config(folder: Path) -> ProxyConfig:
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # lists within lists without end
         raise ModelError(
             f"config.json of a proxy must be readable JSON ({error})", place=str(file), remedy="copy the folder again"
         ) from error
@@ -234,7 +235,14 @@ def read_config(folder: Path) -> ProxyConfig:
             place=str(file),
             remedy="pass the folder of a run or of a proxy; other models are loaded with AutoModelForCausalLM",
         )
-    config: ProxyConfig = ProxyConfig.from_dict(content)
+    try:
+        config: ProxyConfig = ProxyConfig.from_dict(content)
+    except Exception as error:  # a value of another type fails in any way: AttributeError, TypeError, validators' own
+        raise ModelError(
+            f"config.json of a proxy holds what no config does ({type(error).__name__}: {error})",
+            place=str(file),
+            remedy="write the folder again with save_pretrained",
+        ) from error
     return config
 
 
@@ -261,11 +269,23 @@ def checked(config: ProxyConfig, folder: Path) -> ProxyConfig:
                 place=place,
                 remedy="write the folder again with save_pretrained",
             )
+        for key, value in entry.items():
+            if not isinstance(value, str):
+                raise ModelError(
+                    f"config.json of a proxy must say {key} of {name} as text, as a run config does",
+                    value=value,
+                    place=place,
+                    remedy="write the folder again with save_pretrained",
+                )
         known_dtype(entry["dtype"], place=place)
     if config.tuned["form"] not in ("full", "adapter"):
         raise ModelError("the form of a tuned model must be full or adapter", value=config.tuned["form"], place=place)
-    if not isinstance(config.real_vocab_size, int) or config.real_vocab_size < 1:
+    if type(config.real_vocab_size) is not int or config.real_vocab_size < 1:
         raise ModelError("real_vocab_size must be a positive number", value=config.real_vocab_size, place=place)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(config, name)
+        if not all(number is None or type(number) is int for number in (given if isinstance(given, list) else [given])):
+            raise ModelError(f"{name} must be a token's number", value=given, place=place)
     return config
 
 
@@ -277,26 +297,27 @@ def load_large(
     placement: Placement,
     *,
     like: Models | None,
+    dtype: str | None = None,
 ) -> PreTrainedModel:
     """The large model that a folder refers to: that of ``like``, the one given, or loaded.
 
-    ``config.large`` then says where it is now.
+    ``config.large`` then says where it is now. With ``dtype``, that of ``like`` is taken only if it has this one.
     """
     is_asked = isinstance(large, nn.Module) and is_remote(large)  # it may be asked otherwise than the one before
-    if like is not None and not is_asked and _is_same(config.large, like.config.large):
+    if like is not None and not is_asked and _is_same(config.large, like.config.large, dtype):
         large_model = like.large
     elif isinstance(large, nn.Module):
         large_model = large
         if is_remote(large_model):  # its vocabulary was compared, and its weights are nobody's business
             pass
-        elif _dtype_name(large_model) != config.large["dtype"]:
+        elif dtype_name(large_model) != config.large["dtype"]:
             _log.warning("the large model is not compared with the proxy's: it has another dtype")
         else:
             _check_fingerprint("large", large_model, config.large, folder)
     else:
         if large is not None:
             config.large = {**config.large, "ref": _absolute(str(large))}
-        large_model = _load("large", config.large, device, folder, placement)
+        large_model = _load("large", config.large, device, folder, placement, is_given=large is not None)
     placed = placement.to_entry()
     config.large = {name: value for name, value in config.large.items() if name in _OF_LARGE} | placed
     if "ids" in config.large:
@@ -311,10 +332,10 @@ def load_large(
 
 
 def load_small(
-    folder: Path, config: ProxyConfig, device: str, *, like: Models | None
+    folder: Path, config: ProxyConfig, device: str, *, like: Models | None, dtype: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
     """The tuned small model and the untuned one, which an adapter has below it."""
-    if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned):
+    if like is not None and like.untuned is not None and _is_same(config.untuned, like.config.untuned, dtype):
         # Not under an adapter, which would be put into the very weights that the other proxy uses.
         untuned = like.untuned
         if config.tuned["form"] == "adapter":
@@ -328,13 +349,19 @@ def load_small(
 
 
 def _load(
-    role: str, entry: Mapping[str, str], device: str, folder: Path, placement: Placement | None = None
+    role: str,
+    entry: Mapping[str, str],
+    device: str,
+    folder: Path,
+    placement: Placement | None = None,
+    *,
+    is_given: bool = False,
 ) -> PreTrainedModel:
     """Load a model that the proxy refers to, and make sure that it is the one."""
     remote = role == "large" and is_address(entry["ref"])
     try:
         if remote:
-            return connect_again(entry, load_tokenizer(str(folder)))
+            return connect_again(entry, load_tokenizer(str(folder)), named_by_folder=not is_given)
         ref = str(folder / _UNTUNED_FOLDER) if role == "untuned" and entry["ref"] == BUNDLED else entry["ref"]
         model = load_causal_lm(ref, dtype=entry["dtype"], device=device, placement=placement)
     except (ModelError, SafetensorError) as error:
@@ -392,12 +419,13 @@ def _load_tuned(
         ) from error
 
 
-def _is_same(entry: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two entries of proxy configs mean one model, wherever it lies."""
-    return all(entry.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
+def _is_same(entry: Mapping[str, str], other: Mapping[str, str], dtype: str | None) -> bool:
+    """Whether two entries of proxy configs mean one model, wherever it lies; the first converted to ``dtype``."""
+    wanted = {**entry, "dtype": dtype or entry["dtype"]}
+    return all(wanted.get(key) == other.get(key) for key in ("fingerprint", "dtype", "ids", "quantization"))
 
 
-def _dtype_name(model: nn.Module) -> str:
+def dtype_name(model: nn.Module) -> str:
     """``float32`` and the like, of a model's weights below any adapter."""
     return str(base_model(model).dtype).removeprefix("torch.")
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
-from fedpt_flwr.models import input_device, is_remote
+from fedpt_flwr.models import CHANGING_ROPES, input_device, is_remote, rope_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,10 +124,12 @@ class RaggedCache(Cache):
         windows: How far each layer looks back, None for everything.
 
     Raises:
-        ModelError: The model remembers something else than keys and values, or its attention takes no dense mask.
+        ModelError: The model remembers something else than keys and values, its attention takes no dense mask, or
+            what a token looks like to it depends on the other rows.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        _check_positions(model)
         self.windows = _windows(model)
         self._place = _Place()
         self.lengths: list[int] = []
@@ -350,6 +352,28 @@ def _enlarged(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:
     larger = stored.new_zeros((num_rows, heads, num_columns, size))
     larger[:rows, :, :columns] = stored
     return larger
+
+
+def _check_positions(model: PreTrainedModel) -> None:
+    """Make sure that a row's keys do not depend on where in the cache it lies, or on how long the pass is.
+
+    Raises:
+        ModelError: They do.
+    """
+    config = model.config.get_text_config(decoder=True)
+    depends = None
+    if getattr(config, "alibi", False):
+        depends = "ALiBi positions"  # Falcon's follow from the padding, whatever position_ids say
+    elif "local" in (getattr(config, "attention_layers", None) or ()):
+        depends = "windows of columns"  # GPT-Neo's, beside the mask
+    elif changing := CHANGING_ROPES & rope_parameters(config).keys():
+        depends = f"rotary positions of the kind {min(changing)}"  # other keys once the longest row is past a length
+    if depends is not None:
+        raise ModelError(
+            "rows of different lengths need positions that depend on the row alone",
+            value=f"{type(model).__name__} with {depends}",
+            remedy="use a model with learned positions, or rotary ones of fixed frequencies",
+        )
 
 
 def _windows(model: PreTrainedModel) -> list[int | None]:

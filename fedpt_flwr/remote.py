@@ -260,30 +260,39 @@ def is_address(ref: str) -> bool:
     return ref.startswith(("http://", "https://"))
 
 
-def connect(url: str, tokenizer: PreTrainedTokenizerBase, config: RemoteConfig | None = None) -> RemoteModel:
+def connect(
+    url: str, tokenizer: PreTrainedTokenizerBase, config: RemoteConfig | None = None, *, named_by_folder: bool = False
+) -> RemoteModel:
     """A large model behind an API, once it is known how to ask it.
 
     Args:
         url: The service's address; its key is in the environment variable ``FEDPT_LARGE_API_KEY``.
         tokenizer: Of the small models.
         config: How to ask; None: the defaults.
+        named_by_folder: See :class:`~fedpt_flwr.endpoint.Endpoint`.
 
     Raises:
         RemoteError: The service cannot be reached or used.
         VocabularyMismatch: Its model has another vocabulary.
     """
     config = RemoteConfig() if config is None else config
-    model = RemoteModel(Endpoint(url, tokenizer, config, cache=_cache_folder(config.cache)), tokenizer)
+    cache = _cache_folder(config.cache)
+    model = RemoteModel(Endpoint(url, tokenizer, config, cache=cache, named_by_folder=named_by_folder), tokenizer)
     model.eval()
     return model
 
 
-def remote_large(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RemoteModel | None:
+def remote_large(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, named_by_folder: bool = True
+) -> RemoteModel | None:
     """A run's large model, asked as the run asked it, if it is behind an API."""
-    return connect(config.model.large_url, tokenizer, config.remote) if config.model.large_url else None
+    url = config.model.large_url
+    return connect(url, tokenizer, config.remote, named_by_folder=named_by_folder) if url else None
 
 
-def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> RemoteModel:
+def connect_again(
+    entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, *, named_by_folder: bool = True
+) -> RemoteModel:
     """The model that :meth:`RemoteModel.reference` was of, asked as it was; older references say its name alone."""
     told = {
         f"remote.{name.replace('_', '-')}": entry[f"remote_{name}"]
@@ -292,7 +301,7 @@ def connect_again(entry: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) 
     }
     number = told.get("remote.top-logprobs", "0")
     config = parse_run_config(told | {"remote.top-logprobs": int(number) if number.isdecimal() else number})
-    return connect(entry["ref"], tokenizer, config.remote)
+    return connect(entry["ref"], tokenizer, config.remote, named_by_folder=named_by_folder)
 
 
 def _cache_folder(name: str) -> Path | None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.errors import RunError
+from fedpt_flwr.paths import expanded, is_folder
 
 try:
     import fcntl
@@ -65,8 +66,8 @@ def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:
     root = root or runs_root()
     if not name:
         raise RunError("a run is named by its id, a beginning of it, its folder, or latest", value=name)
-    if (os.sep in name or name in (".", "..")) and _is_folder(Path(name).expanduser()):
-        return Path(name).expanduser().resolve()
+    if (os.sep in name or name in (".", "..")) and is_folder(expanded(name)):
+        return expanded(name).resolve()
     if name == LATEST:
         link = root / LATEST
         if not link.is_dir():
@@ -76,7 +77,7 @@ def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:
         sorted(path.name for path in root.glob("*") if path.is_dir() and not path.is_symlink()) if root.is_dir() else []
     )
     matches = [run for run in ids if run == name] or [run for run in ids if run.startswith(name)]
-    if not matches and _is_folder(Path(name)) and (Path(name) / "config.json").is_file():
+    if not matches and is_folder(Path(name)) and (Path(name) / "config.json").is_file():
         return Path(name).resolve()
     if len(matches) != 1:
         known = ", ".join(ids[-5:]) or "none"
@@ -101,14 +102,6 @@ def find_run_to_resume(name: str, *, root: Path | None = None) -> Path:
     if not begun:
         raise RunError("there is no run to go on with", value=str(root), remedy="start a new one without resume")
     return max(begun, key=lambda path: (path.name.partition("-")[0], int(path.name.partition("-")[2])))
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether there is a folder of this name; there is none of a name that the system refuses, as one too long."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class SplitPlan:
         given: Sources of parts that are there already, by name: ``test``, ``validation``, ``public``.
         shares: Shares of ``train`` that go into parts which are not given, by name; the rest stays.
         key_fields: Fields whose text decides where a record goes; upper and lower case and white space do not count.
+        context_fields: Further fields of the key, which a record may lack or leave empty.
         group_field: Field of the groups; empty: there are none.
         public_groups: Groups that are public as a whole.
         seed: Another seed is another division.
@@ -53,6 +54,7 @@ class SplitPlan:
     given: Mapping[str, str] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     key_fields: Sequence[str]
+    context_fields: Sequence[str] = ()
     group_field: str = ""
     public_groups: Sequence[str] = ()
     seed: int = 0
@@ -101,7 +103,7 @@ def divide(plan: SplitPlan) -> Division:
     for part, source in sources.items():
         for number, record in enumerate(read_records(source), 1):
             place = f"{source}, record {number}"
-            key = _key(record, plan.key_fields, place)
+            key = _key(record, plan, place)
             # What is given as public may be of another kind, without groups.
             group = field_text(record, plan.group_field, place=place) if plan.group_field and part != "public" else ""
             groups.add(group)
@@ -162,7 +164,7 @@ def write_division(
 
     described = {
         "seed": plan.seed,
-        "key_fields": list(plan.key_fields),
+        "key_fields": [*plan.key_fields, *plan.context_fields],
         "public_groups": list(plan.public_groups),
         "shares": dict(plan.shares),
         "sources": {part: {"path": source} for part, source in {"train": plan.train, **plan.given}.items()},
@@ -184,7 +186,7 @@ def write_division(
 
     def fill(folder: Path) -> None:
         for part, records in written.items():
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
             write_file(folder / f"{part}.jsonl", lines.encode("utf-8", "surrogatepass"))
         write_json(folder / "split.json", described)
         write_file(folder / "run-config.toml", toml_of(keys).encode())
@@ -199,8 +201,13 @@ def toml_of(keys: Mapping[str, Scalar]) -> str:
     return "".join(f'"{key}" = {json.dumps(value, ensure_ascii=False)}\n' for key, value in keys.items())
 
 
-def _key(record: Record, fields: Sequence[str], place: str) -> str:
-    return "\0".join(" ".join(field_text(record, name, place=place).casefold().split()) for name in fields)
+def _key(record: Record, plan: SplitPlan, place: str) -> str:
+    """The text that decides; that of a record without context is the same as if there were no such fields."""
+    there = [name for name in plan.context_fields if record.get(name) is not None]
+    texts = [field_text(record, name, place=place) for name in (*plan.key_fields, *there)]
+    context = texts[len(plan.key_fields) :]
+    texts = [*texts[: len(plan.key_fields)], *(text for text in context if text.strip())]
+    return "\0".join(" ".join(text.casefold().split()) for text in texts)
 
 
 def _part_of(key: str, plan: SplitPlan) -> str:

@@ -254,6 +254,8 @@ def translate(model: PreTrainedModel, id_map: IdMap) -> None:
         )
     embedding.register_forward_pre_hook(_Reading(id_map))
     head.register_forward_hook(_Scoring(id_map))
+    if not id_map.is_whole:
+        model.register_forward_hook(_RulingOut(id_map))
     head.id_map = id_map
     if model.generation_config is not None:
         _translate_settings(model.generation_config, id_map)
@@ -313,11 +315,10 @@ class _Reading:
 
 
 class _Scoring:
-    """Puts scores that come out of a head into the order of the small model's ids."""
+    """Puts scores that come out of a head into the order of the small model's ids; any for those that it lacks."""
 
     def __init__(self, id_map: IdMap) -> None:
         ids = id_map.large_ids
-        self._missing = None if id_map.is_whole else _Indices((ids < 0).nonzero()[:, 0])
         self._is_prefix = bool((ids == torch.arange(len(ids))).all())
         self._ids = _Indices(ids.clamp_min(0))
         self._size = len(ids)
@@ -325,10 +326,18 @@ class _Scoring:
     def __call__(self, _head: nn.Module, _inputs: tuple[Any, ...], scores: Tensor) -> Tensor:
         if self._is_prefix:
             return scores[..., : self._size]
-        ordered = scores.index_select(-1, self._ids.on(scores.device))
-        if self._missing is not None:
-            ordered = ordered.index_fill(-1, self._missing.on(scores.device), -torch.inf)
-        return ordered
+        return scores.index_select(-1, self._ids.on(scores.device))
+
+
+class _RulingOut:
+    """Scores tokens that the model lacks -inf, once it is done: some models cap what comes out of their head."""
+
+    def __init__(self, id_map: IdMap) -> None:
+        self._missing = _Indices((id_map.large_ids < 0).nonzero()[:, 0])
+
+    def __call__(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+        output.logits = output.logits.index_fill(-1, self._missing.on(output.logits.device), -torch.inf)
+        return output
 
 
 def _translate_settings(config: GenerationConfig, id_map: IdMap) -> None:

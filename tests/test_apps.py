@@ -19,12 +19,14 @@ import client_app
 import server_app
 from fedpt_flwr import server
 from fedpt_flwr.config import flat_values, parse_run_config
-from fedpt_flwr.data import load_examples, tokenize_examples
+from fedpt_flwr.data import load_records, tokenize_examples
 from fedpt_flwr.distiller import Distiller
 from fedpt_flwr.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedpt_flwr.evaluation import Evaluator
 from fedpt_flwr.models import load_causal_lm, load_tokenizer, make_tunable, tunable_arrays
+from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.shapes import TemplateShape
 from fedpt_flwr.sources import held_out_items, public_prompts
 from fedpt_flwr.training import device_seed, round_learning_rate, train_locally
 
@@ -160,7 +162,8 @@ def test_a_federation_of_one_device_is_plain_training(tmp_path):
     config = parse_run_config({"train.max-steps": 2, "train.batch-size": 4})
     model = make_tunable(load_causal_lm("demo:small"), config.tuning, seed=0)
     tokenizer = load_tokenizer("demo:small")
-    examples = load_examples("demo:train", template=config.data.template, answer_field="answer")
+    shape = TemplateShape(Template(config.data.template), "answer")
+    examples = [example for item in load_records("demo:train", shape) for example in item.examples]
     tokenized, _ = tokenize_examples(examples, tokenizer, max_length=config.train.max_length)
     train_locally(
         model,

@@ -242,6 +242,32 @@ def test_a_backslash_elsewhere_stays():
 # --- what is refused ---
 
 
+@pytest.mark.parametrize("key", ["output-dir", "remote.cache", "model.large-offload-folder", "model.small"])
+def test_a_path_of_nobodys_home_is_refused_like_any_relative_one(key):
+    with pytest.raises(ConfigError, match=rf"{key}: must be an absolute path.* got '~nosuchuser/x'"):
+        parse_run_config({key: "~nosuchuser/x"})
+
+
+@pytest.mark.parametrize("key", ["output-dir", "remote.cache", "model.large-offload-folder"])
+def test_what_can_be_nothing_but_a_path_must_be_absolute_whatever_it_looks_like(key):
+    for value in ("answers", "owner/name"):
+        with pytest.raises(ConfigError, match=rf"{key}: must be an absolute path"):
+            parse_run_config({key: value})
+    assert flat_values(parse_run_config({key: ""}))[key] == ""
+    assert parse_run_config({"remote.cache": "off"}).remote.cache == "off"
+
+
+@pytest.mark.parametrize("key", ["train.learning-rate", "proxy.alpha", "remote.price-sent"])
+def test_an_integer_beyond_all_floats_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"{key}: must be a finite number"):
+        parse_run_config({key: 10**400})
+
+
+def test_json_nested_without_end_is_refused():
+    with pytest.raises(ConfigError, match="model.large-quantization: must be empty or a JSON object"):
+        parse_run_config({"model.large-quantization": '{"a":' * 100_000})
+
+
 def test_an_unknown_key_gets_the_nearest_one_as_a_suggestion():
     assert sentence(train__batchsize=4) == "train.batchsize: is not a key of this app; did you mean train.batch-size?"
 

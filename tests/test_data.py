@@ -24,15 +24,16 @@ from fedpt_flwr.data import (
     collate,
     collate_prompts,
     content_hash,
-    load_examples,
-    load_examples_with_records,
+    load_records,
     read_records,
     split_holdout,
     tokenize_examples,
     tokenize_prompts,
 )
 from fedpt_flwr.errors import ConfigError, DataError, ModelError
-from fedpt_flwr.prompts import Example
+from fedpt_flwr.paths import expanded
+from fedpt_flwr.prompts import Example, Template
+from fedpt_flwr.shapes import TemplateShape
 
 RECORDS = [{"q": "one, two", "a": "3\n4"}, {"q": 'say "hé"', "a": "\u2028"}]
 
@@ -78,6 +79,29 @@ def test_class_labels_of_parquet_files_are_given_by_name(tmp_path):
     table = pa.table({"label": [1, 0, -1, None]}, schema=features.arrow_schema)
     pq.write_table(table, tmp_path / "f.parquet")
     assert [record["label"] for record in read_records(str(tmp_path / "f.parquet"))] == ["yes", "no", None, None]
+
+
+def test_a_label_without_a_name_is_refused(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    table = pa.table({"text": ["a"], "label": [5]}).replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(DataError, match=r"f\.parquet: a label in 'label' must be below 2, .* got 5"):
+        read_records(str(tmp_path / "f.parquet"))
+
+
+def test_columns_of_kinds_that_datasets_does_not_know_do_no_harm(tmp_path):
+    columns = {
+        "text": pa.array(["a"]),
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "fixed": pa.array([b"abcd"], pa.binary(4)),
+        "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)], pa.binary(16))),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "f.parquet")
+    assert [record["text"] for record in read_records(str(tmp_path / "f.parquet"))] == ["a"]
+    described = {b"huggingface": b'{"info": {"features": {"text": {"_type": "Unknown"}}}}'}
+    pq.write_table(pa.table({"text": ["a"]}).replace_schema_metadata(described), tmp_path / "f.parquet")
+    with pytest.raises(DataError, match=r"description of its columns cannot be read \(Feature type 'Unknown'"):
+        read_records(str(tmp_path / "f.parquet"))
 
 
 def test_text_gives_one_record_for_each_line_that_is_not_blank(tmp_path):
@@ -199,9 +223,28 @@ def test_a_folder_of_several_splits_is_refused_so_that_no_test_data_is_learnt(tm
         read_records(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["data/f.jsonl", "f.csv", "./folder", "~/f.txt", "../f.parquet"])
+@pytest.mark.parametrize(
+    ("names", "mixed"),
+    [
+        (("gsm8k_train.jsonl", "gsm8k_test.jsonl"), True),
+        (("a-TRAIN-0.jsonl", "a.dev.jsonl"), True),
+        (("train-part1.jsonl", "x_train2.jsonl"), False),
+        (("latest.jsonl", "contest.jsonl", "trains.jsonl", "devices.jsonl"), False),
+    ],
+)
+def test_a_split_is_known_wherever_its_name_stands_as_a_word(tmp_path, names, mixed):
+    for name in names:
+        write(tmp_path / name, "{}")
+    if mixed:
+        with pytest.raises(DataError, match="holds different splits"):
+            read_records(str(tmp_path))
+    else:
+        assert len(read_records(str(tmp_path))) == len(names)
+
+
+@pytest.mark.parametrize("source", ["data/f.jsonl", "f.csv", "./folder", "~/f.txt", "~nosuchuser/f", "../f.parquet"])
 def test_a_relative_path_is_refused_with_the_absolute_one(source):
-    absolute = Path(source).expanduser().resolve()
+    absolute = expanded(source).resolve()
     with pytest.raises(DataError, match=rf"must be absolute, because Flower's .*, got '{source}'; write {absolute} if"):
         read_records(source)
 
@@ -321,6 +364,11 @@ def test_a_split_or_config_that_a_hub_data_set_lacks_is_refused_with_those_it_ha
 # --- examples ---
 
 
+def load_examples(source, *, template, answer_field, group_field=""):
+    shape = TemplateShape(Template(template), answer_field)
+    return [example for item in load_records(source, shape, group_field=group_field) for example in item.examples]
+
+
 def test_examples_have_prompt_answer_and_group(tmp_path):
     source = write(tmp_path / "f.jsonl", '{"q": "2+2", "a": 4.0, "site": "x"}')
     assert load_examples(source, template="Q: {q}\n", answer_field="a", group_field="site") == [
@@ -332,8 +380,9 @@ def test_examples_have_prompt_answer_and_group(tmp_path):
 def test_examples_come_with_the_records_that_they_were_made_of(tmp_path):
     records = [{"q": "x", "a": "1", "more": [1]}, {"q": "y", "a": "2"}]
     source = write(tmp_path / "f.json", json.dumps(records))
-    examples, found = load_examples_with_records(source, template="{q}", answer_field="a")
-    assert (examples, found) == ([Example("x", "1"), Example("y", "2")], records)
+    loaded = load_records(source, TemplateShape(Template("{q}"), "a"))
+    assert [item.record for item in loaded] == records
+    assert [item.examples for item in loaded] == [(Example("x", "1"),), (Example("y", "2"),)]
 
 
 def test_lines_of_plain_text_are_answers_to_an_empty_template(tmp_path):

@@ -1,6 +1,7 @@
 """Claims about distillation: what a student learns from a teacher, and which weights it learns it with."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fedpt_flwr.config import DistillationConfig
 from fedpt_flwr.data import TokenizedExample, batches, collate
 from fedpt_flwr.distillation import Targets, answer_scores, distil, num_answer_tokens, remembering
 from fedpt_flwr.errors import RoundError
+from fedpt_flwr.logits import drift_along
 
 # peft asks transformers by a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -68,7 +70,9 @@ def taught_by(model, large=None, texts=TEXTS):
     return teacher
 
 
-def teach(student, teacher, *, texts=TEXTS, steps=4, rate=RATE, seed=3, untuned=None, names=None, **settings):
+def teach(
+    student, teacher, *, texts=TEXTS, steps=4, rate=RATE, seed=3, untuned=None, alpha=1.0, names=None, **settings
+):
     return distil(
         student,
         texts,
@@ -81,6 +85,7 @@ def teach(student, teacher, *, texts=TEXTS, steps=4, rate=RATE, seed=3, untuned=
         vocab_size=VOCAB,
         seed=seed,
         untuned=untuned,
+        alpha=alpha,
     )
 
 
@@ -130,7 +135,18 @@ def test_answer_tokens_are_those_that_have_scores():
 
 
 def bare_loop(
-    student, teacher, *, steps, seed, temperature=1.0, clip=1.0, untuned=None, gamma=1.0, batch_size=5, turned=False
+    student,
+    teacher,
+    *,
+    steps,
+    seed,
+    temperature=1.0,
+    clip=1.0,
+    untuned=None,
+    gamma=1.0,
+    alpha=1.0,
+    batch_size=5,
+    turned=False,
 ):
     """Distillation as it is written down in a textbook, text by text; the divergences of its steps."""
     students = [student] if untuned is None else [student, untuned]
@@ -153,8 +169,10 @@ def bare_loop(
             tokens += len(scores[0])
             first = first + kl(*([targets.proxy, scores[0]][:: -1 if turned else 1]), temperature)
             if untuned is not None:
-                others = others + kl(targets.large, scores[1], temperature)
-                others = others + gamma * kl(targets.proxy, targets.large + scores[0] - scores[1], 1.0)
+                others = others + kl(
+                    targets.large if targets.untuned is None else targets.untuned, scores[1], temperature
+                )
+                others = others + gamma * kl(targets.proxy, targets.large + alpha * (scores[0] - scores[1]), 1.0)
         found.append(first.item() / tokens)
         optimizer.zero_grad()
         ((first + others) / tokens).backward()
@@ -178,12 +196,17 @@ def test_distillation_equals_a_bare_loop(temperature, direction):
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 3.0])
-def test_paired_distillation_equals_a_bare_loop(gamma):
-    teacher = taught_by(tiny_llama(9), tiny_llama(8))
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (3.0, 1.0), (3.0, 0.5)])
+def test_paired_distillation_equals_a_bare_loop(gamma, alpha):
+    taught, for_untuned = taught_by(tiny_llama(9), tiny_llama(8)), taught_by(tiny_llama(7))
+
+    def teacher(indices):
+        targets = taught(indices)
+        return targets if alpha == 1 else replace(targets, untuned=for_untuned(indices).proxy)
+
     pair, reference = ([tiny_llama(1), tiny_llama(2)] for _ in range(2))
-    result = teach(pair[0], teacher, untuned=pair[1], steps=4, gamma=gamma)
-    expected = bare_loop(reference[0], teacher, untuned=reference[1], steps=4, seed=3, gamma=gamma)
+    result = teach(pair[0], teacher, untuned=pair[1], steps=4, gamma=gamma, alpha=alpha)
+    expected = bare_loop(reference[0], teacher, untuned=reference[1], steps=4, seed=3, gamma=gamma, alpha=alpha)
     assert result.kl_last == pytest.approx(expected[-1], rel=1e-3)  # of the tuned one alone
     for model, other in zip(pair, reference, strict=True):
         for (name, weight), known in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -251,6 +274,37 @@ def test_the_pair_is_held_where_the_proxy_was_by_gamma_alone():
         assert divergence(teacher, pair[0]) < divergence(teacher, tuned)  # and both have learnt
         assert divergence(taught_by(large), pair[1]) < divergence(taught_by(large), untuned)
     assert left[1.0] < left[0.0] / 2
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+def test_a_pair_keeps_its_shift_whatever_the_proxys_alpha_is(alpha):
+    """Held with another alpha than the proxy decodes with, the pair learns another shift: alpha times what it was."""
+    large, untuned = tiny_llama(7), tiny_llama(2)
+    tuned = copy.deepcopy(untuned)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+
+    @torch.no_grad()
+    def scores_of(indices, *models):
+        batch = collate([TEXTS[index] for index in indices], PAD)
+        return [answer_scores(model, batch, vocab_size=VOCAB) for model in models]
+
+    def teacher(indices):
+        scores, plus, minus = scores_of(indices, large, tuned, untuned)
+        shift = plus - minus
+        return Targets(scores + alpha * shift, scores, scores + (alpha - 1) * shift)
+
+    def shift_of(plus, minus):
+        plus, minus = scores_of(range(len(TEXTS)), plus, minus)
+        return plus - minus
+
+    before = shift_of(tuned, untuned)
+    pair = copy.deepcopy(tuned), copy.deepcopy(untuned)
+    teach(pair[0], teacher, untuned=pair[1], steps=150, alpha=alpha)
+    assert divergence(taught_by(large), pair[1]) < 0.3 * divergence(taught_by(large), untuned)
+    assert drift_along(shift_of(*pair), before) == pytest.approx(1, abs=0.25)
 
 
 # --- what changes, and what does not ---

@@ -140,6 +140,28 @@ def test_the_teacher_is_the_proxy_with_its_alpha_and_mask(tokenizer, lessons, ma
     assert targets.proxy.isinf().any() == (plausibility > 0)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_pair_learns_with_the_proxys_alpha(tokenizer, lessons, alpha):
+    """A perfect tuned student is the proxy, so that the untuned one must be the proxy less the whole shift."""
+    proxy = plain(tokenizer, alpha=alpha, plausibility=0.05)
+    taught = make(proxy, tokenizer, **{"distillation.mode": "paired", "distillation.num-prompts": 5})
+    taught.teach_round(1, arrays(proxy.tuned))
+    taught.teach_device_copy(as_it_was)
+    lesson, of_copy = lessons
+    assert lesson["alpha"] == alpha
+    targets = lesson["teacher"]([3, 1])
+    batch = collate([lesson["texts"][index] for index in (3, 1)], PAD)
+    with torch.no_grad():
+        large, tuned, untuned = (
+            answer_scores(model, batch, vocab_size=VOCAB) for model in (proxy.large, proxy.tuned, proxy.untuned)
+        )
+    expected = large + alpha * (tuned - untuned) - (tuned - untuned)
+    learnt = targets.large if targets.untuned is None else targets.untuned
+    torch.testing.assert_close(learnt, expected, rtol=1e-4, atol=1e-4)
+    assert (targets.untuned is None) == (alpha == 1)
+    assert of_copy["teacher"]([0]).untuned is None
+
+
 def test_without_prompts_public_texts_are_learnt_from_as_they_stand_without_the_empty_ones(tokenizer, lessons):
     proxy = plain(tokenizer)
     make(proxy, tokenizer, prompts=None, texts=TEXTS, **{"distillation.num-prompts": 0}).teach_round(
@@ -151,10 +173,19 @@ def test_without_prompts_public_texts_are_learnt_from_as_they_stand_without_the_
     assert found == sorted(([EOS], text) for text in TEXTS if text)
 
 
-def test_long_texts_and_prompts_are_cut_as_in_training(tokenizer, lessons):
+def test_long_texts_and_prompts_are_cut_as_in_training_and_that_is_said(tokenizer, lessons, caplog):
     proxy = plain(tokenizer)
     long = "abcdefghij" * 20
     short = {"train.max-length": 16}
+    make(proxy, tokenizer, prompts=None, texts=["short", ""], **short)
+    assert not caplog.records
+    make(proxy, tokenizer, prompts=None, texts=[long, "short", ""], **short)
+    make(proxy, tokenizer, prompts=["short", long, long], **short)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "Of 3 public texts 1 are cut to their first 16 tokens",
+        "Of 3 public prompts 2 are cut to their last 16 tokens",
+    ]
     make(proxy, tokenizer, prompts=None, texts=[long], **short).teach_round(1, arrays(proxy.tuned))
     make(proxy, tokenizer, prompts=[long], **short).teach_round(1, arrays(proxy.tuned))
     make(proxy, tokenizer, prompts=[long]).teach_round(1, arrays(proxy.tuned))

@@ -277,6 +277,14 @@ def test_drift_is_the_least_squares_fit_over_all_positions_together():
     assert drift_along(change, direction) == pytest.approx(expected)
 
 
+def test_ids_that_are_ruled_out_have_no_part_in_the_drift():
+    change, direction, _ = three(4, 6)
+    expected = drift_along(change[:, [0, 1, 3, 4, 5]], direction[:, [0, 1, 3, 4, 5]])
+    direction[:, 2] = -math.inf
+    assert expected != 0
+    assert drift_along(change, direction) == pytest.approx(expected)
+
+
 def test_there_is_no_drift_without_a_direction():
     change, _, _ = three(3, 5)
     assert drift_along(change, torch.zeros(3, 5)) == 0.0

@@ -50,6 +50,13 @@ def test_a_hub_id_stays_and_an_absolute_folder_stays(stored):
     assert resolve_model(str(stored)) == str(stored)
 
 
+def test_what_can_be_no_folder_here_is_a_name_for_the_hub():
+    for ref in ("~nosuchuser/model", "a" * 300):  # of a user who is not known; longer than names may be
+        assert resolve_model(ref) == ref
+    with pytest.raises(ModelError, match="must be a folder that exists"):
+        resolve_model("/" + "a" * 300)
+
+
 @pytest.mark.parametrize("load", [resolve_model, load_tokenizer, load_causal_lm])
 def test_a_folder_that_does_not_exist_is_reported(tmp_path, load):
     with pytest.raises(ModelError, match=r"must be a folder that exists, got '.*none'; check the path on the machine"):

@@ -63,6 +63,8 @@ def test_records_are_written_by_the_template_behind_the_path(texts):
     ("source", "match"),
     [
         ("{}/nope", "there is no such file or folder"),
+        ("{}/" + 300 * "a", "there is no such file or folder"),
+        ("~nosuchuser/texts", "there is no such file or folder"),
         ("{}/data.jsonl", "record 1: the record has no field 'text'"),
         ("{}/lib::{{x}}", "a template is for the records of a data file"),
         ("{}/lib/latin.txt", "the text must be UTF-8"),

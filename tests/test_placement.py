@@ -65,6 +65,25 @@ def test_a_divided_model_is_the_same_model(folder, name):
     assert torch.equal(proxy.prepare()(input_ids=IDS).logits.argmax(-1), expected(input_ids=IDS).logits.argmax(-1))
 
 
+@pytest.mark.parametrize(
+    "devices",
+    [
+        {"model.layers.0": "disk", "": "cpu"},
+        {"model.embed_tokens": "disk", "": "cpu"},
+        {"model": "cpu"},
+        {"model": "cpu", "lm_head": "disk"},
+    ],
+    ids=str,
+)
+def test_a_map_places_tied_embeddings_once(tmp_path, devices):
+    plain = tiny_llama(1, num_hidden_layers=3)
+    plain.save_pretrained(tmp_path)
+    large = load_causal_lm(str(tmp_path), placement=Placement(device_map=json.dumps(devices)))
+    places = getattr(large, "hf_device_map", {})  # none where all is on one device
+    assert places.get("lm_head") == places.get("model.embed_tokens")
+    assert torch.equal(large(IDS).logits, plain(IDS).logits)
+
+
 def test_a_proxy_folder_remembers_how_its_large_model_is_loaded(folder, tmp_path):
     placement = PLACEMENTS["found automatically"]
     proxy = proxy_with(load_causal_lm(str(folder / "large"), placement=placement), folder)
@@ -141,6 +160,7 @@ def test_a_federation_loads_its_large_model_once_divided_and_never_on_a_device(f
             Placement(device_map='{"": [1]}'),
             r"model\.large-device-map: a device map gives each module a device: the number of a GPU, cpu or disk, got",
         ),
+        (Placement(device_map='{"a":' * 100_000), r"model\.large-device-map: must be a JSON object"),
         (Placement(device_map="cpu, disk"), r"model\.large-device-map: must be a JSON object \(Expecting value"),
         (
             Placement(max_memory='{"cpu": "1GiB"}'),

@@ -354,6 +354,34 @@ def test_other_families_generate_as_defined(family, settings):
     assert new_tokens(output, 9) == expected[:1]
 
 
+@pytest.mark.parametrize("role", ["large", "small"])
+@pytest.mark.parametrize("draft_tokens", [None, 3])
+def test_texts_go_on_past_the_length_at_which_longrope_changes(role, draft_tokens):
+    def phi3(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None}
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 12.0]}
+        config = transformers.Phi3Config(
+            vocab_size=VOCAB,
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            initializer_range=0.5,
+            rope_parameters=rope,
+            **sizes,
+            **ids,
+        )
+        return transformers.Phi3ForCausalLM(config).eval()
+
+    models = (phi3(1), llama(2), llama(3)) if role == "large" else (llama(1), phi3(2), phi3(3))
+    proxy = ProxyModel(*models, alpha=0.5)
+    ids = prompts(1, 6)
+    output = proxy.generate(ids, max_new_tokens=30, do_sample=False, draft_tokens=draft_tokens)
+    # The reference keeps no cache: every pass reads the whole text with the frequencies of its length.
+    assert new_tokens(output, 6) == [reference_greedy(*models, ids[0], max_new_tokens=30, alpha=0.5)]
+
+
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])
 def test_beam_search_equals_a_search_without_cache(plausibility):
     models = trio(spread=0.08)
@@ -719,6 +747,26 @@ def test_a_large_model_of_another_dtype_is_taken_with_a_warning(saved, caplog):
     assert "not compared" in caplog.text
 
 
+def test_conversion_leaves_models_that_others_use_as_they_are(saved):
+    folder, _ = saved
+    first = ProxyModel.from_pretrained(folder / "full")
+    converted = ProxyModel.from_pretrained(folder / "full", like=first, dtype="bfloat16")
+    assert {part.dtype for part in (first.large, first.tuned, first.untuned)} == {torch.float32}
+    assert {part.dtype for part in (converted.large, converted.tuned, converted.untuned)} == {torch.bfloat16}
+    # What is of the wanted dtype already is shared, and what is not is loaded.
+    third = ProxyModel.from_pretrained(folder / "full", like=converted, dtype="bfloat16")
+    assert (third.large is converted.large, third.untuned is converted.untuned) == (True, True)
+    again = ProxyModel.from_pretrained(folder / "full", like=converted)
+    assert {part.dtype for part in (again.large, again.tuned, again.untuned)} == {torch.float32}
+    lora = ProxyModel.from_pretrained(folder / "lora", like=first, dtype="bfloat16")
+    assert {weight.dtype for weight in lora.parameters()} == {torch.bfloat16}
+    assert first.untuned.dtype == torch.float32
+    with pytest.raises(ModelError, match="a large model that is loaded already is not converted.*got 'float32'"):
+        ProxyModel.from_pretrained(folder / "full", large=first.large, dtype="bfloat16")
+    assert first.large.dtype == torch.float32
+    ProxyModel.from_pretrained(folder / "full", large=converted.large, dtype="bfloat16")
+
+
 def test_fingerprint_of_the_untuned_model_does_not_see_the_adapter(saved):
     folder, _ = saved
     plain = LlamaForCausalLM.from_pretrained(folder / "small")
@@ -819,6 +867,10 @@ def _missing_folder(proxy):
     return proxy.parent / "nowhere"
 
 
+def _of_nobody(proxy):
+    return "~nosuchuser/proxy"
+
+
 def _no_config(proxy):
     (proxy / "config.json").unlink()
     return proxy
@@ -840,6 +892,11 @@ def _other_model(proxy):
 
 def _not_an_object(proxy):
     (proxy / "config.json").write_text("[]")
+    return proxy
+
+
+def _nested_without_end(proxy):
+    (proxy / "config.json").write_text("[" * 100_000)
     return proxy
 
 
@@ -867,6 +924,7 @@ def _cut_weights(proxy):
     ("damage", "message"),
     [
         (_missing_folder, "folder that exists"),
+        (_of_nobody, "folder that exists"),
         (_no_config, "must hold config.json"),
         (_broken_json, "must be readable JSON"),
         (_binary_config, "must be readable JSON"),
@@ -874,6 +932,17 @@ def _cut_weights(proxy):
         (_not_an_object, "must have model_type 'fedpt_proxy'"),
         (_edited(alpha="strong"), "config.json: alpha must be a finite number, got 'strong'"),
         (_edited(plausibility=1.5), "config.json: plausibility must be at least 0 and below 1, got 1.5"),
+        (
+            _edited(large={"ref": "x", "fingerprint": "y", "dtype": "float32", "device_map": {"": "cpu"}}),
+            "device_map of",
+        ),
+        (_edited(large={"ref": "x", "fingerprint": "y", "dtype": "float32", "quantization": True}), "as text"),
+        (_edited(alpha=10**400), "alpha must be a finite number"),
+        (_edited(dtype="nonsense"), "holds what no config does .AttributeError"),
+        (_edited(id2label=3), "holds what no config does .AttributeError"),
+        (_edited(real_vocab_size=True), "real_vocab_size must be a positive number"),
+        (_edited(eos_token_id=[1, "x"]), "eos_token_id must be a token's number"),
+        (_nested_without_end, "must be readable JSON"),
         (_edited(large=None), "must say ref, fingerprint, dtype of large;"),
         (_edited(untuned={"ref": "x"}), "must say ref, fingerprint, dtype of untuned"),
         (_edited(tuned={"form": "half", "dtype": "float32"}), "must be full or adapter, got 'half'"),

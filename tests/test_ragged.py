@@ -6,12 +6,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -220,3 +224,38 @@ def test_models_that_cannot_be_called_this_way_are_refused():
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="dense mask"):
         RaggedCache(flash)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("llama", "dynamic", {}),
+        ("phi3", "longrope", {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
+        ("gemma3, windows and not", "dynamic", None),
+    ],
+)
+def test_rotary_positions_that_change_with_the_longest_text_are_refused(name, kind, settings):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | (settings or {})
+    if settings is None:  # one for each kind of layer
+        plain = {"rope_type": "default", "rope_theta": 10000.0}
+        rope = {"sliding_attention": plain, "full_attention": rope}
+    model = make(name, rope_parameters=rope, **({"original_max_position_embeddings": 24} if name == "phi3" else {}))
+    with pytest.raises(ModelError, match=f"positions of the kind {kind}"):
+        Stepper(model)
+
+
+def test_alibi_is_refused_also_where_position_ids_are_taken():
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Stepper(FalconForCausalLM(FalconConfig(**shape, alibi=False)))
+    with pytest.raises(ModelError, match="FalconForCausalLM with ALiBi"):
+        Stepper(FalconForCausalLM(FalconConfig(**shape, alibi=True)))
+
+
+def test_windows_of_columns_are_refused():
+    def neo(*kinds):
+        shape = {"hidden_size": 16, "num_layers": len(kinds), "num_heads": 2, "attention_types": [[list(kinds), 1]]}
+        return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCAB, **shape))
+
+    Stepper(neo("global"))
+    with pytest.raises(ModelError, match="GPTNeoForCausalLM with windows of columns"):
+        Stepper(neo("global", "local"))

@@ -21,18 +21,19 @@ from test_speculative import relatives
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from fedpt_flwr.config import RemoteConfig
+from fedpt_flwr.cli.loading import find_large
+from fedpt_flwr.config import RemoteConfig, parse_run_config
 from fedpt_flwr.data import TokenizedExample
 from fedpt_flwr.drafting import StepCosts
 from fedpt_flwr.endpoint import Endpoint, vocabulary_digest
-from fedpt_flwr.errors import RemoteError, VocabularyMismatch
+from fedpt_flwr.errors import ModelError, RemoteError, VocabularyMismatch
 from fedpt_flwr.logits import bound_hidden, combine_logits, fill_hidden
 from fedpt_flwr.losses import answer_losses, proxy_losses
 from fedpt_flwr.models import load_causal_lm, load_tokenizer
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.proxy_folder import BUNDLED
 from fedpt_flwr.recall import Recall
-from fedpt_flwr.remote import connect
+from fedpt_flwr.remote import connect, remote_large
 from fedpt_flwr.results import _summed_costs, server_cost_row
 from fedpt_flwr.runs import read_json
 from fedpt_flwr.scoring import Measurement, make_row
@@ -630,6 +631,46 @@ def test_what_a_service_repeats_of_the_key_is_not_shown(monkeypatch, caplog, ans
         Repeating(retries=1)
     for said in (str(error.value), caplog.text):
         assert "sk-" not in said
+
+
+def test_a_folder_cannot_have_the_key_sent_where_it_likes(proxy, settings, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FEDPT_LARGE_API_KEY", "sk-secret")
+    monkeypatch.setenv("FEDPT_HOME", str(tmp_path / "home"))
+    sent = []
+    whole = httpx.Client.stream
+
+    def stream(self, *args, **kwargs):
+        sent.append(self.headers.get("authorization"))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(httpx.Client, "stream", stream)
+    folder = tmp_path / "proxy"
+    with service(proxy, api_keys=("sk-secret",)) as address:
+        remote = connect(address, tiny_tokenizer(), settings)
+        over(proxy, remote).save_pretrained(folder, untuned_ref=BUNDLED, tokenizer=tiny_tokenizer())
+        config = parse_run_config({"model.large-url": f"{address}/v1/", "remote.cache": "off"})
+        assert set(sent) == {"Bearer sk-secret"}
+        for load in (
+            lambda: ProxyModel.from_pretrained(folder),
+            lambda: remote_large(config, tiny_tokenizer()),
+            lambda: find_large(tmp_path, config, None, None, None),
+        ):
+            monkeypatch.delenv("FEDPT_LARGE_API_URL", raising=False)
+            sent.clear()
+            with pytest.raises(ModelError, match="the key is not sent to an address that a folder names.*--large-url"):
+                load()
+            assert set(sent) == {None}
+            assert f"FEDPT_LARGE_API_KEY is not sent to {address}" in caplog.text
+            monkeypatch.setenv("FEDPT_LARGE_API_URL", "http://127.0.0.1:1")
+            with pytest.raises(ModelError, match="FEDPT_LARGE_API_URL"):
+                load()
+            assert set(sent) == {None}
+            monkeypatch.setenv("FEDPT_LARGE_API_URL", f"{address}/")
+            load()
+        monkeypatch.delenv("FEDPT_LARGE_API_URL")
+        # The caller's own word is enough.
+        assert ProxyModel.from_pretrained(folder, large=address).large.endpoint.url == address
+        assert find_large(tmp_path, config, None, address, None).endpoint.url == address
 
 
 def test_nobody_there(settings):

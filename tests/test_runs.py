@@ -108,6 +108,8 @@ def test_a_run_is_found_by_its_folder_wherever_it_lies(root, tmp_path_factory, m
     assert find_run(".", root=root) == elsewhere
     monkeypatch.setenv("HOME", str(elsewhere.parent))
     assert find_run(f"~/{elsewhere.name}", root=root) == elsewhere
+    with pytest.raises(RunError, match="~nosuchuser/run"):
+        find_run("~nosuchuser/run", root=root)
 
 
 @pytest.mark.parametrize(

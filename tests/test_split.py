@@ -4,7 +4,10 @@ import json
 import random
 import tomllib
 from collections import Counter
+from datetime import UTC, datetime
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -179,10 +182,51 @@ def test_the_command_takes_key_and_groups_from_the_tasks_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("data_format", "fields"),
-    [("instruction", ["instruction"]), ("completion", ["prompt"]), ("text", ["text"]), ("chat", [])],
+    [
+        ("instruction", (["instruction"], ["input", "context"])),
+        ("completion", (["prompt"], [])),
+        ("text", (["text"], [])),
+        ("chat", ([], [])),
+    ],
 )
 def test_a_shape_says_which_fields_are_the_prompt_unless_that_is_a_conversation(data_format, fields):
     assert prompt_fields(DataConfig(format=data_format)) == fields
+
+
+def test_records_that_share_an_instruction_have_prompts_of_their_own(tmp_path):
+    rows = [{"instruction": "Translate.", "input": f"word {i}", "output": "x"} for i in range(60)]
+    rows += [{"instruction": "Translate.", "output": "x"}, {"instruction": "Sing.", "input": None, "output": "x"}]
+    given = {
+        "test": write(
+            tmp_path / "test.jsonl",
+            [
+                {"instruction": "translate.", "context": " Word 7", "response": "y"},
+                {"instruction": "Sing.", "input": " ", "output": "y"},
+            ],
+        )
+    }
+    source = write(tmp_path / "all.jsonl", rows)
+    (tmp_path / "task.toml").write_text(
+        '"data.format" = "instruction"\n"data.partitioner" = "iid"\n"data.group-field" = ""\n'
+    )
+    arguments = ["split", "--config", str(tmp_path / "task.toml"), "--train", source, "--test", given["test"]]
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    described = json.loads((tmp_path / "out" / "split.json").read_text())
+    # The two prompts of the test are left out, and nothing else.
+    assert sum(part["records"] for part in described["parts"].values()) == 62
+    assert sum(part["dropped"] for part in described["parts"].values()) == 2
+    assert described["parts"]["validation"]["records"] < 20
+
+
+def test_values_that_json_does_not_have_are_written_as_text(tmp_path):
+    days = [datetime(2024, 1, day, tzinfo=UTC) for day in range(1, 21)]
+    table = pa.table({"question": [f"q{number}" for number in range(20)], "when": days})
+    pq.write_table(table, tmp_path / "all.parquet")
+    chosen = SplitPlan(train=str(tmp_path / "all.parquet"), key_fields=["question"], shares={"test": 0.3})
+    write_division(tmp_path / "out", chosen, divide(chosen), run_config={})
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert all(row["when"].startswith("2024-01-") for row in rows)
 
 
 def test_the_command_asks_for_a_key(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from reference import reference_greedy, reference_scores
 from tiny import EOS, LETTERS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from fedpt_flwr.config import parse_run_config
 from fedpt_flwr.data import TokenizedExample
@@ -246,6 +246,23 @@ def test_drafts_padding_and_timing_need_no_token_that_the_large_model_lacks(miss
     mask = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]])
     for drafts in (3, "auto"):
         assert proxy.generate(batch, attention_mask=mask, draft_tokens=drafts, **asked)[:, -8:].tolist() == alone
+
+
+def test_a_token_that_a_large_model_lacks_is_ruled_out_also_where_scores_are_capped():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    large = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCAB + 9, **sizes, **heads)).eval()
+    assert large.config.final_logit_softcapping
+    ids = torch.tensor([[5, 6]])
+    with torch.no_grad():
+        plain = large(ids + 4).logits
+        large_ids = torch.arange(4, VOCAB + 4)
+        large_ids[-1] = -1
+        translate(large, IdMap(large_ids, 0))
+        scores = large(ids).logits
+        assert torch.equal(scores[..., :-1], plain[..., 4 : VOCAB + 3])
+        assert torch.equal(scores[..., -1], torch.full((1, 2), -torch.inf))
 
 
 def test_a_model_speaks_one_language_at_a_time():

@@ -183,7 +183,7 @@ class _Readings:
     def __init__(self, config: RunConfig, run: Path, pool: Pool, canaries: Sequence[Canary]) -> None:
         self.config, self.pool, self.canaries = config, pool, canaries
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(str((run / "proxy").resolve()))
-        large = remote_large(config, tokenizer)
+        large = remote_large(config, tokenizer, named_by_folder=False)
         self.proxy = ProxyModel.from_pretrained(run, large=large, device=config.model.device)
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.records, self.tokens = self._record_items(pool.examples, tokenizer)

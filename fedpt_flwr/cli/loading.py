@@ -51,7 +51,8 @@ def find_large(
 
     is_other = address != config.model.large_url
     settings = replace(config.remote, model=name or ("" if is_other else config.remote.model))
-    model = connect(address, load_tokenizer(str((folder / "proxy").resolve())), settings)
+    tokenizer = load_tokenizer(str((folder / "proxy").resolve()))
+    model = connect(address, tokenizer, settings, named_by_folder=not url)
     asked = model.endpoint
     said = f"Large model {asked.model} at {asked.url}; log-probabilities: {asked.shows}"
     note(said, style="dim")

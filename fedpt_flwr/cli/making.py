@@ -14,6 +14,7 @@ from fedpt_flwr.cli.console import note, say
 from fedpt_flwr.cli.options import listed
 from fedpt_flwr.cli.progress import stage_progress, training_progress
 from fedpt_flwr.errors import ConfigError, naming
+from fedpt_flwr.paths import expanded, is_there
 
 if TYPE_CHECKING:
     from fedpt_flwr.config import DataConfig
@@ -80,7 +81,7 @@ def split(
 
     given = given_config([str(config)], place="--config") if config else {}
     data = parse_run_config(given).data
-    fields = listed(key) or (prompt_fields(data) if config else [])
+    fields, contexts = (listed(key), []) if key or not config else prompt_fields(data)
     if not fields:
         raise ConfigError("say which fields decide where a record goes", place="--key", remedy="or give --config")
     files = {"test": test, "validation": validation, "public": public}
@@ -90,6 +91,7 @@ def split(
         given={part: _absolute(source) for part, source in files.items() if source},
         shares={part: share for part, share in shares.items() if share},
         key_fields=fields,
+        context_fields=contexts,
         group_field=group_field or (data.group_field if config else ""),
         public_groups=public_group or (),
         seed=seed,
@@ -187,22 +189,24 @@ def pretrain(
     say(f"The pair is in {out.absolute()}")
 
 
-def prompt_fields(data: DataConfig) -> list[str]:
-    """The fields of a record's prompt; none where its shape does not say them."""
+def prompt_fields(data: DataConfig) -> tuple[list[str], list[str]]:
+    """The fields of a record's prompt, and those that it may lack; none where its shape does not say them."""
     from fedpt_flwr.prompts import Template
-    from fedpt_flwr.shapes import AutoShape, ChatShape, make_shape
+    from fedpt_flwr.shapes import AutoShape, ChatShape, FieldsShape, make_shape
 
     if data.format == "chat":
-        return []
+        return [], []
     shape = make_shape(data.format, template=Template(data.template), answer_field=data.answer_field, tokenizer=None)
     if isinstance(shape, AutoShape | ChatShape):
-        return []
-    return ["text"] if shape.name == "text" else list(shape.request.fields)
+        return [], []
+    contexts = list(shape.contexts) if isinstance(shape, FieldsShape) else []
+    return ["text"] if shape.name == "text" else list(shape.request.fields), contexts
 
 
 def _absolute(source: str) -> str:
     """A data source as a run config wants it: a path that is there becomes absolute, a hub id stays."""
-    return str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source
+    path = expanded(source)
+    return str(path.absolute()) if is_there(path) else source
 
 
 def _shape(text: str, place: str) -> Any:

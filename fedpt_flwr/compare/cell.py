@@ -210,7 +210,7 @@ def _scored_again(kind: Kind, config: RunConfig, run: Path, *, is_timed: bool) -
     """The rows on all validation items, of the models at the run's end, and how well calibrated they are."""
     wanted = [name for name in _SCORED_AGAIN if name in kind.rows]
     tokenizer = load_tokenizer(str((run / "proxy").resolve()))
-    proxy = ProxyModel.from_pretrained(run, large=remote_large(config, tokenizer))
+    proxy = ProxyModel.from_pretrained(run, large=remote_large(config, tokenizer, named_by_folder=False))
     large_flops = (
         count_flops(proxy.large.requires_grad_(False), 1) / 2
     )  # of a token forward; the other half is backward

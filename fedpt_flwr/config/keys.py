@@ -102,7 +102,7 @@ def _compiles(pattern: str) -> bool:
 def _is_json_object(text: str) -> bool:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and bool(found)
 
@@ -369,7 +369,8 @@ class DataConfig:
     prompts: str = _setting(
         "demo:prompts",
         "Public prompts of the server for distillation: records without answers, written out by `data.template`. "
-        "Empty: the texts of `data.public` are learnt from as they stand.",
+        "Empty: the texts of `data.public` are learnt from as they stand. What is longer than the models read and "
+        "`train.max-length` allows is cut, which the log says.",
         path=True,
     )
     prompts_split: str = _setting("train", "Split of a hub data set.", *_NOT_EMPTY)
@@ -601,7 +602,7 @@ class DistillationConfig:
     )
     gamma: float = _setting(
         1.0,
-        "`paired`: strength of the term that keeps `large + tuned - untuned` where the proxy was.",
+        "`paired`: strength of the term that keeps `large + alpha (tuned - untuned)` where the proxy was.",
         *_at_least(0),
     )
     final_steps: int = _setting(600, "Optimizer steps of the devices' copy after the last round.", *_at_least(1))

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from fedpt_flwr.config.contradictions import contradictions
 from fedpt_flwr.config.keys import RunConfig, Scalar
 from fedpt_flwr.errors import ConfigError, FedPTError
+from fedpt_flwr.paths import expanded
 
 _MARKDOWN_HEAD = """# Run config
 
@@ -29,6 +30,9 @@ This page is made by `fedpt check-config --markdown`."""
 
 # A value that is meant as a path: begins like one, is deeper than `owner/name`, or ends like a data file.
 _PATH_LIKE = re.compile(r"^[.~]|^[^:]*/[^:]*/|\.(jsonl|json|csv|tsv|parquet|txt)$")
+
+_ALWAYS_PATHS = frozenset({"output-dir", "remote.cache", "model.large-offload-folder"})
+"""Keys whose value is no hub id, whatever it looks like."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,16 +163,17 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
     if not fits or (kind is not bool and isinstance(value, bool)):
         name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind)
         return ConfigError(setting.rule if name is None else f"must be {name}", value=value, place=setting.key)
-    if isinstance(value, float) and not (abs(value) <= sys.float_info.max):
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN too, and integers beyond it
         return ConfigError("must be a finite number", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
         if setting.key_variable:
             remedy = f"give the key in {setting.key_variable}; the value may hold one and is not shown here"
             return ConfigError(setting.rule, place=setting.key, remedy=remedy)
         return ConfigError(setting.rule, value=value, place=setting.key)
-    meant_as_path = setting.key == "output-dir" or _PATH_LIKE.search(value) if setting.path and value else False
+    is_no_path = not setting.path or not value or (setting.key, value) == ("remote.cache", "off")
+    meant_as_path = not is_no_path and (setting.key in _ALWAYS_PATHS or _PATH_LIKE.search(value))
     if meant_as_path and not Path(value).is_absolute():
-        full = Path(value).expanduser().resolve()
+        full = expanded(value).resolve()
         return ConfigError(
             "must be an absolute path, because Flower's processes run in other folders",
             value=value,
