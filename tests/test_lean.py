@@ -179,10 +179,15 @@ def _with_a_new_embedding(model):
     return get_peft_model(model, config).eval()
 
 
+def _with_other_positions(model):
+    model.model.rotary_emb.rope_type = "proportional"
+    return model
+
+
 REFUSED = {
     **{name: (name, {}, None) for name in FAMILIES if name.split(",")[0] in ("gpt2", "gpt-neox", "opt", "phi3")},
     **{name: (name, {}, None) for name in FAMILIES if name.startswith(("mixtral", "gemma"))},
-    "dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, None),
+    "positions of another kind": ("llama", {}, _with_other_positions),
     "DoRA": ("llama", {}, _dora),
     "an embedding of the adapter's": ("llama", {}, _with_a_new_embedding),
     "a hook": ("llama", {}, _hooked),
