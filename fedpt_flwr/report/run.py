@@ -153,7 +153,8 @@ def _clean_results(results: dict[str, Any]) -> dict[str, Any]:
     for other, (suffix, measure) in itertools.product(("tuned", "large"), measures.items()):
         difference = as_mapping(results.get(f"proxy_minus_{other}{suffix}"))
         value, ends = as_number(difference.get("value")), as_interval(difference.get("ci95"))
-        if value is not None and ends and all(measure in rows.get(row, {}) for row in ("proxy", other)):
+        counted = rows.get("proxy", {}).get("n", "?") != "?"  # of unknown number, items may be too few for a verdict
+        if counted and value is not None and ends and all(measure in rows.get(row, {}) for row in ("proxy", other)):
             differences[f"proxy_minus_{other}{suffix}"] = {"value": value, "ci95": ends}
     return (
         results
