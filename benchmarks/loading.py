@@ -1,6 +1,6 @@
 """Loads a checkpoint of some gigabytes in several ways, each in a process of its own: memory and time.
 
-    python benchmarks/loading.py --folder /tmp/checkpoint              makes 2.4 GB of random weights there first
+    python benchmarks/loading.py --folder /tmp/checkpoint              makes 2.28 GB of random weights there first
     python benchmarks/loading.py --folder /tmp/checkpoint --remove     and removes them afterwards
 
 Resident memory is told apart into anonymous memory, which is taken, and pages of files, which the system may drop at
@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def config() -> LlamaConfig:
-    """A Llama of 1.2 billion weights, 2.4 GB in bfloat16."""
+    """A Llama of 1.14 billion weights, 2.28 GB in bfloat16."""
     return LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
