@@ -57,7 +57,8 @@ def combine_logits(
         alpha: Strength of the shift: a number, or a float tensor with one value per row, ``(batch,)`` or any shape that
             broadcasts as ``(batch, ..., 1)``.
         plausibility: Keep only the tokens that the tuned model finds at least this many times as probable as its best
-            one, and set the others to -inf; from 0 (keep all) to below 1. A number or a tensor, as ``alpha``.
+            one of those that ``large`` does not rule out, and set the others to -inf; from 0 (keep all) to below 1. A
+            number or a tensor, as ``alpha``.
         vocab_size: Number of ids that are real tokens, where models pad their vocabulary. Later ids become -inf. None
             means that all ids are real.
 
@@ -90,6 +91,9 @@ def combine_logits(
 def mask_implausible(scores: Tensor, tuned: Tensor, *, plausibility: float | Tensor, vocab_size: int) -> None:
     """Set the scores of all but the :func:`plausible_tokens` to -inf, in place.
 
+    Tokens that are ruled out already do not count: the tuned model's favourite may be one that a large model behind an
+    API does not show, or one that a translated one lacks, and beside it nothing might be plausible.
+
     Args:
         scores: What :func:`combine_logits` returned without a mask.
         tuned: Scores of the tuned small model, the same shape, but its width may differ by padding.
@@ -97,8 +101,9 @@ def mask_implausible(scores: Tensor, tuned: Tensor, *, plausibility: float | Ten
         vocab_size: Number of ids that are real tokens.
     """
     if isinstance(plausibility, Tensor) or plausibility > 0:
-        kept = plausible_tokens(tuned[..., :vocab_size], plausibility=plausibility)
-        scores[..., :vocab_size].masked_fill_(~kept.to(scores.device), -math.inf)
+        real = scores[..., :vocab_size]
+        possible = tuned[..., :vocab_size].to(real.device).masked_fill(real == -math.inf, -math.inf)
+        real.masked_fill_(~plausible_tokens(possible, plausibility=plausibility), -math.inf)
 
 
 def fill_hidden(large: Tensor, untuned: Tensor, *, vocab_size: int) -> Tensor:

@@ -135,8 +135,8 @@ def shift_curve(
     for items, targets, (large, tuned, untuned) in model_scores(proxy, examples, pad_id=pad_id, batch_size=batch_size):
         if proxy.hides_tokens and proxy.large.fills(samples=False):  # as in greedy decoding
             large = proxy.fill(large, untuned)
-        tuned_there = tuned.to(large.device)
-        ruled_out = {mask: ~plausible_tokens(tuned_there, plausibility=mask) for mask in masks}
+        possible = tuned.to(large.device).masked_fill(large == -torch.inf, -torch.inf)  # as in `mask_implausible`
+        ruled_out = {mask: ~plausible_tokens(possible, plausibility=mask) for mask in masks}
         for alpha in alphas:
             scores = combine_logits(large, tuned, untuned, alpha=alpha)
             losses[alpha].add_scores(items, scores, targets)

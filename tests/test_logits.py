@@ -109,6 +109,15 @@ def test_mask_keeps_exactly_the_plausible_tokens():
     assert torch.equal(scores[0, :3], tuned[0, :3])
 
 
+def test_of_tokens_that_the_large_model_rules_out_none_is_the_most_plausible():
+    # Of those that are left, p_tuned = .3, .15, .05: with tau = .25 the threshold is .075, not .125.
+    tuned = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.98, 0.01, 0.009, 0.001]]).log()
+    large = torch.tensor([[-INF, 0.0, 0.0, 0.0], [-INF, 0.0, -INF, -INF]])
+    scores = combine_logits(large, tuned, torch.zeros(2, 4), alpha=1.0, plausibility=0.25)
+    assert scores.isfinite().tolist() == [[False, True, True, False], [False, True, False, False]]
+    assert torch.equal(scores[:, 1], tuned[:, 1])
+
+
 def test_the_most_plausible_token_is_always_kept():
     _, tuned, _ = three(100, 50, scale=50.0)
     kept = plausible_tokens(tuned, plausibility=0.999)
