@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fedpt_flwr.config import RemoteConfig, RunConfig, parse_run_config
 from fedpt_flwr.endpoint import NEXT, Endpoint, Usage
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -310,4 +311,4 @@ def _cache_folder(name: str) -> Path | None:
     if name:
         return Path(name)
     home = os.environ.get("FEDPT_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".fedpt").absolute() / "remote"
+    return (expanded(home) if home else Path.home() / ".fedpt").absolute() / "remote"

@@ -50,7 +50,7 @@ def runs_root(output_dir: str = "") -> Path:
     if output_dir:
         return Path(output_dir)
     home = os.environ.get("FEDPT_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".fedpt").absolute() / "runs"
+    return (expanded(home) if home else Path.home() / ".fedpt").absolute() / "runs"
 
 
 def find_run(name: str = LATEST, *, root: Path | None = None) -> Path:

@@ -12,6 +12,7 @@ from fedpt_flwr.config import ModelConfig, RunConfig
 from fedpt_flwr.data import TokenizedExample, tokenize_answers, tokenize_examples, tokenize_prompts
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.models import load_tokenizer, resolve_model
+from fedpt_flwr.paths import expanded
 from fedpt_flwr.sources import (
     answer_choices,
     choice_sources,
@@ -181,7 +182,7 @@ def _tokenizer_here(model: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 
 def _has_tokenizer(ref: str) -> bool:
-    path = Path(ref).expanduser()
+    path = expanded(ref)
     if ref.startswith("demo:") or (path.is_absolute() and path.is_dir()):
         return any((Path(resolve_model(ref)) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return False

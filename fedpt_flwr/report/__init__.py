@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedpt_flwr.errors import RunError
+from fedpt_flwr.paths import expanded
 from fedpt_flwr.report.attack import ATTACK, attack_page
 from fedpt_flwr.report.comparison import SUMMARY, comparison_page
 from fedpt_flwr.report.page import render
@@ -43,7 +44,7 @@ def find_folder(name: str) -> Path:
     Raises:
         RunError: There is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     with suppress(OSError):  # a name that the system refuses, as one too long
         if name and any((path / file).is_file() for file in (SUMMARY, GRID, ATTACK)):
             return path.resolve()
