@@ -52,7 +52,7 @@ URL_VARIABLE = "FEDPT_LARGE_API_URL"
 
 FULL, ECHO, NEXT = "full", "echo", "next"
 
-_TRANSIENT = frozenset({408, 409, 425, 429, *range(500, 600)})
+_TRANSIENT = frozenset({408, 409, 425, 429, *range(500, 600)}) - {501, 505}  # what is not implemented never will be
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE = "The quick brown fox = 1, 2;\n> jumps over [the] lazy dog?"

@@ -50,22 +50,24 @@ class MemoryNeed:
         tuned: What is tuned, as float32: the size of its gradients, of each of AdamW's two moments, of a message.
         copies: Further copies of ``tuned`` or parts of it: FedProx's, and those of a shorter type.
         activations: What the backward pass of the largest batch needs.
+        clipping: What it takes to clip a change that is private, on the device.
     """
 
     weights: int
     tuned: int
     copies: int
     activations: int
+    clipping: int = 0
 
     def state(self) -> int:
         """Weights, gradients and moments: what a device reports as ``state-bytes``, but for 4 bytes an array."""
         return self.weights + 3 * self.tuned
 
     def total(self) -> int:
-        """The larger of the two peaks, of unpacking the message and of training, and what libraries take."""
+        """The largest of the peaks, of unpacking the message, training and clipping, and what libraries take."""
         unpacking = 2 * self.weights + 3 * self.tuned
         training = self.state() + self.copies + self.activations
-        return LIBRARY_BYTES + max(unpacking, training)
+        return LIBRARY_BYTES + max(unpacking, training, self.weights + self.clipping)
 
 
 def training_memory(
@@ -77,6 +79,7 @@ def training_memory(
     dtype: str,
     batch_size: int,
     with_fedprox: bool,
+    with_clipping: bool = False,
 ) -> MemoryNeed:
     """What a round will take on this device.
 
@@ -88,6 +91,7 @@ def training_memory(
         dtype: Type in which frozen weights are held.
         batch_size: Examples per forward pass.
         with_fedprox: Whether the weights that a round begins with are kept.
+        with_clipping: Whether the device clips its change.
 
     Raises:
         DeviceError: It cannot be told for this model.
@@ -95,7 +99,14 @@ def training_memory(
     """
     shape = _shape(model, tuning)
     return memory_of(
-        shape, train, examples, dtype=dtype, batch_size=batch_size, with_fedprox=with_fedprox, ref=model.small
+        shape,
+        train,
+        examples,
+        dtype=dtype,
+        batch_size=batch_size,
+        with_fedprox=with_fedprox,
+        with_clipping=with_clipping,
+        ref=model.small,
     )
 
 
@@ -107,6 +118,7 @@ def memory_of(
     dtype: str,
     batch_size: int,
     with_fedprox: bool,
+    with_clipping: bool = False,
     ref: str,
 ) -> MemoryNeed:
     """What a round takes with a model on torch's ``meta`` device; the arguments are those of :func:`training_memory`.
@@ -118,6 +130,7 @@ def memory_of(
         dtype: Type in which frozen weights are held.
         batch_size: Examples per forward pass.
         with_fedprox: Whether the weights that a round begins with are kept.
+        with_clipping: Whether the device clips its change.
         ref: What the user called the model.
 
     Raises:
@@ -146,6 +159,8 @@ def memory_of(
         tuned=tuned_bytes,
         copies=shortened + (tuned_bytes if with_fedprox else 0),
         activations=kept + scores,
+        # The change, what it is clipped from and to, and Flower's copies of them, most in float64: as measured.
+        clipping=10 * tuned_bytes if with_clipping else 0,
     )
 
 
@@ -226,6 +241,7 @@ def check_fits(
         return training_memory(
             config.model, config.tuning, config.train, examples,
             dtype=dtype, batch_size=batch_size, with_fedprox=with_fedprox,
+            with_clipping=config.privacy.clips_on_devices,
         )  # fmt: skip
 
     base = 0 if pick_device(config.model.device).type == "cuda" else base_bytes

@@ -133,6 +133,20 @@ class _ClientAdaptive(_Following, DifferentialPrivacyClientSideAdaptiveClipping)
 Wrapper = _ServerFixed | _ClientFixed | _ServerAdaptive | _ClientAdaptive
 
 
+def _compute_in_float64(wrapper: Wrapper, replies: Sequence[Message]) -> None:
+    """Have Flower measure and add changes in float64: in float32 a clipped one is too long.
+
+    It computes in the type of the arrays, and NumPy in the longer of two: it is enough that the model which changes are
+    measured from is in float64, or, where devices clip, the first of the replies that are added up.
+    """
+    if isinstance(wrapper, _ServerFixed | _ServerAdaptive):
+        wrapper.current_arrays = in_type(wrapper.current_arrays, "float64")
+        return
+    first = next(reply for reply in replies if reply.has_content())
+    for name, record in list(first.content.array_records.items()):
+        first.content[name] = in_type(record, "float64")
+
+
 class PrivateAverage(Strategy):
     """The noisy mean of devices' changes, each of which counts the same.
 
@@ -300,13 +314,11 @@ class PrivateAverage(Strategy):
         wrapper, accountant = self._begun()
         came = list(replies)
         self._check(came, server_round)
+        _compute_in_float64(wrapper, came)
         after = copy_of(accountant)
         after.compose(self._release())
         self._spend(self._as_json(after))
         wrapper.last_noise_stddev = None
-        for reply in came:  # Flower measures changes in the type of their arrays: in float32 a clipped one is too long
-            for name, record in reply.content.array_records.items() if reply.has_content() else ():
-                reply.content[name] = in_type(record, "float64")
         try:
             arrays, metrics = wrapper.aggregate_train(server_round, came)
         finally:  # what was written down is spent, whatever became of it

@@ -50,7 +50,15 @@ from fedpt_flwr.logits import (
     fill_hidden,
     mask_implausible,
 )
-from fedpt_flwr.models import check_plain, hides_tokens, input_device, longrope_switch, max_positions, output_size
+from fedpt_flwr.models import (
+    check_plain,
+    hides_tokens,
+    input_device,
+    is_remote,
+    longrope_switch,
+    max_positions,
+    output_size,
+)
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.proxy_folder import (
     Models,
@@ -536,7 +544,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
                 remedy="load the models as you like and call ProxyModel(large, tuned, untuned)",
             )
         wanted = None if convert_to is None else str(convert_to).removeprefix("torch.")
-        if isinstance(large, nn.Module) and wanted not in (None, dtype_name(large)):
+        if isinstance(large, nn.Module) and not is_remote(large) and wanted not in (None, dtype_name(large)):
             raise ModelError(
                 "a large model that is loaded already is not converted, because others may use it",
                 value=dtype_name(large),
@@ -556,9 +564,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         if wanted is not None:
             tuned.to(convert_to)
             for part in (large_model, untuned):  # a part that others use has the dtype already, and may be prepared
-                if part is not None and dtype_name(part) != wanted:
+                if part is not None and not is_remote(part) and dtype_name(part) != wanted:
                     part.to(convert_to)
-            for entry in (config.large, config.tuned, config.untuned):
+            for entry in (config.tuned, config.untuned, *([] if is_remote(large_model) else [config.large])):
                 entry["dtype"] = wanted  # as it is now, for a proxy that is loaded like this one
         return model.prepare() if prepare else model
 
@@ -649,6 +657,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         check_plausibility(plausibility)
         vocab_size, width, num_rows = self.config.real_vocab_size, self.config.vocab_size, len(input_ids)
         missing = missing_ids(self.large)
+        if missing is not None:  # once, and not for every token that is drafted
+            missing = missing.to(input_device(self.tuned))
 
         def of_rows(value: float | Tensor, rows: Tensor) -> float | Tensor:
             has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_rows

@@ -379,7 +379,8 @@ def score_models(
     measurements = {name: measurement for name, measurement in (known or {}).items() if name in (*rows, FEW_SHOT)}
     missing = [name for name in rows if name not in measurements]
     if missing:
-        if missing == ["tuned"] and choices is None:  # it alone has to read the items, not the two others too
+        is_tuned_alone = missing == ["tuned"]  # it alone has to read the items, not the two others too
+        if is_tuned_alone:
             losses = {
                 "tuned": answer_losses(
                     proxy.tuned,
@@ -405,9 +406,21 @@ def score_models(
             by_row["proxy"] = lambda: contextlib.nullcontext(proxy)
             measurements |= {name: measure(name, by_row[name], prompts, losses[name]) for name in missing}
         else:
-            scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
-            costs = losses_of_all(proxy, scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
-            large_tokens += choices.tokens_read(prompts)
+            if is_tuned_alone:
+                costs = {
+                    "tuned": choose_answers(
+                        proxy.tuned,
+                        prompts,
+                        choices,
+                        pad_id=pad_id,
+                        vocab_size=proxy.config.real_vocab_size,
+                        on_progress=progress("choices"),
+                    )
+                }
+            else:
+                scored = choice_scores(proxy, prompts, choices, pad_id=pad_id, on_progress=progress("choices"))
+                costs = losses_of_all(proxy, scored, alpha=proxy.alpha, items=len(prompts) * len(choices.texts))
+                large_tokens += choices.tokens_read(prompts)
             measurements |= {name: _chosen(costs[name], choices, losses[name], examples, how=how) for name in missing}
 
     if shots > 0 and public_texts and FEW_SHOT not in measurements:

@@ -336,7 +336,12 @@ class _RulingOut:
         self._missing = _Indices((id_map.large_ids < 0).nonzero()[:, 0])
 
     def __call__(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-        output.logits = output.logits.index_fill(-1, self._missing.on(output.logits.device), -torch.inf)
+        is_tuple = isinstance(output, tuple)
+        logits = output[0] if is_tuple else output.logits
+        ruled = logits.index_fill(-1, self._missing.on(logits.device), -torch.inf)
+        if is_tuple:
+            return (ruled, *output[1:])
+        output.logits = ruled
         return output
 
 

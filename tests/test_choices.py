@@ -233,6 +233,9 @@ def test_the_curve_of_the_shift_is_what_scoring_gives_at_every_alpha(proxy, toke
 def test_the_quality_of_a_plain_model_is_that_of_its_row(proxy, tokenizer, labels_file):
     evaluating = evaluator(proxy, tokenizer, labels_file)
     scores = evaluating.score(proxy, rows=("tuned",))
+    assert scores.large_tokens == 0, "nobody needs the large model for that"
+    of_all = evaluator(proxy, tokenizer, labels_file).score(proxy, rows=("tuned", "large"))
+    assert of_all.measurements["tuned"].answers == scores.measurements["tuned"].answers
     exact_match, loss = evaluating.quality(proxy.tuned)
     assert exact_match == scores.rows["tuned"].exact_match
     assert loss == pytest.approx(scores.rows["tuned"].loss, rel=1e-4)

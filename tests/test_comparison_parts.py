@@ -60,6 +60,8 @@ def test_what_is_tuned_in_one_place_makes_as_many_steps_as_all_devices_that_trai
     # A quarter of four devices is one, but a round has three at least.
     quarter = make_plan(worlds={"demo": WORLD | {"fraction-train": 0.25, "min-replies": 3, "min-devices": 4}})
     assert told(quarter, CENTRAL)["train.max-steps"] == 3 * 5
+    summed = make_plan(worlds={"demo": WORLD | {"fraction-train": 0.25, "privacy.secure-sum": True, "min-devices": 4}})
+    assert told(summed, CENTRAL)["train.max-steps"] == 3 * 5
     assert told(make_plan(), LARGE_CENTRAL, learning_rate=0.1)["model.small"] == "demo:large"
 
 
@@ -149,6 +151,8 @@ def test_a_digest_is_of_what_lies_behind_a_path_and_not_of_the_path(tmp_path, mo
     (tmp_path / "one" / ".cache" / "lock").write_text("")
     assert digest("one") == first
     assert digest("one", c="") != first
+    assert digest("two", **{".d": ""}) != first  # a hidden file of a folder is read as any other
+    (tmp_path / "two" / ".d").unlink()
     assert digest_of_path(tmp_path / "one" / "a") != digest_of_path(tmp_path / "one" / "b")
     monkeypatch.setattr(inputs, "_LARGEST_READ", 1)
     before = digest("two")
@@ -162,7 +166,11 @@ def test_digests_are_of_the_files_that_a_config_names_and_that_are_here(tmp_path
     (tmp_path / "train.jsonl").write_text("{}")
     flat = {"data.train": str(tmp_path / "train.jsonl"), "data.test": str(tmp_path / "none.jsonl")}
     flat |= {"data.choices": "test", "output-dir": str(tmp_path), "remote.cache": str(tmp_path)}
-    assert input_digests(flat) == {"data.train": digest_of_path(tmp_path / "train.jsonl")}
+    flat["data.public"] = "/" + 300 * "x"
+    found = {"data.train": digest_of_path(tmp_path / "train.jsonl")}
+    with pytest.raises(ConfigError, match="data.public: cannot be read"):
+        input_digests(flat)
+    assert input_digests(flat | {"data.public": ""}) == found
 
 
 # --- tuning ---

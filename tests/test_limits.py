@@ -1,5 +1,6 @@
 """What a device's node config allows: read, refused, applied; and the memory that a round is told to take."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -96,7 +97,9 @@ def examples(number=8, prompt=20, answer=4):
     return [TokenizedExample([5] * prompt, [6] * answer) for _ in range(number)]
 
 
-def need(model, tuning=None, *, batch_size=4, dtype="float32", with_fedprox=False, shard=None, **train):
+def need(
+    model, tuning=None, *, batch_size=4, dtype="float32", with_fedprox=False, with_clipping=False, shard=None, **train
+):
     return training_memory(
         model,
         tuning or TuningConfig(),
@@ -105,6 +108,7 @@ def need(model, tuning=None, *, batch_size=4, dtype="float32", with_fedprox=Fals
         dtype=dtype,
         batch_size=batch_size,
         with_fedprox=with_fedprox,
+        with_clipping=with_clipping,
     )
 
 
@@ -160,6 +164,15 @@ def test_a_shorter_type_halves_the_frozen_weights_and_fedprox_keeps_a_copy(tmp_p
     assert short.weights - short.tuned == (long.weights - long.tuned) / 2
     assert short.tuned == long.tuned
     assert need(model, with_fedprox=True).copies - need(model).copies == need(model).tuned
+
+
+def test_clipping_on_the_device_is_counted_where_it_is_the_peak(tmp_path):
+    model = saved(tiny_llama(), tmp_path)
+    plain, clipped = need(model), need(model, with_clipping=True)
+    assert plain.clipping == 0
+    assert clipped.clipping == 10 * clipped.tuned
+    few = dataclasses.replace(clipped, activations=0)
+    assert few.total() - dataclasses.replace(few, clipping=0).total() == 11 * clipped.tuned - 5 * clipped.tuned
 
 
 def test_what_does_not_fit_is_said_with_its_parts_and_the_batch_that_would(tmp_path):

@@ -459,6 +459,26 @@ def test_failures_that_pass_are_asked_about_again(monkeypatch, status):
     assert Recovering(retries=1)._send("GET", "/v1/models").status_code == 200
 
 
+@pytest.mark.parametrize("status", [501, 505])
+def test_what_a_service_cannot_do_is_asked_once(status):
+    answers = [httpx.Response(status), httpx.Response(200, json={"data": []})]
+
+    class Lacking(FakeEndpoint):
+        def _whole(self, *_about):
+            return answers.pop(0)
+
+    assert Lacking(retries=1)._send("GET", "/v1/models").status_code == status
+    assert len(answers) == 1
+
+
+def test_a_remote_model_has_no_dtype_to_convert(proxy, tmp_path):
+    remote = fake_remote()
+    over(proxy, remote).save_pretrained(tmp_path / "proxy", untuned_ref=BUNDLED, tokenizer=tiny_tokenizer())
+    loaded = ProxyModel.from_pretrained(tmp_path / "proxy", large=remote, dtype="bfloat16")
+    assert (loaded.tuned.dtype, loaded.large.dtype) == (torch.bfloat16, torch.float32)
+    assert loaded.config.large["dtype"] == "float32"
+
+
 def test_a_place_that_shows_only_shared_names_is_a_failure_of_the_service(proxy, url, settings):
     """As with byte-level tokens: parts of characters have one name, and after some texts only such are likely."""
     remote = connect(url, tiny_tokenizer(), replace(settings, api="next", top_logprobs=5))

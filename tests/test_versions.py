@@ -63,6 +63,13 @@ def test_a_round_that_completes_while_the_models_load_is_noticed(tmp_path, monke
     assert (first.server_round, [version.server_round for version in found]) == (1, [2])
 
 
+def test_a_proxy_without_its_config_is_no_proxy(tmp_path):
+    run = make_run(tmp_path, rounds=1)
+    (run / "rounds" / "0001" / "proxy" / "config.json").unlink()
+    with pytest.raises(RunError, match="a proxy must have a config.json that can be read"):
+        Loader().load(run)
+
+
 def shuffled_tokenizer():
     """The tiny one's tokens under other ids."""
     return letters(LETTERS[::-1])

@@ -263,6 +263,7 @@ def test_a_token_that_a_large_model_lacks_is_ruled_out_also_where_scores_are_cap
         scores = large(ids).logits
         assert torch.equal(scores[..., :-1], plain[..., 4 : VOCAB + 3])
         assert torch.equal(scores[..., -1], torch.full((1, 2), -torch.inf))
+        assert torch.equal(large(ids, return_dict=False)[0], scores)
 
 
 def test_a_model_speaks_one_language_at_a_time():

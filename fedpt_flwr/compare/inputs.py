@@ -30,16 +30,18 @@ def input_digests(flat: Mapping[str, Scalar], digest_of: Callable[[Path], str] |
     found = {}
     for key, setting in settings().items():
         path = Path(str(flat.get(key, setting.default)))
-        if setting.path and key not in _NOT_READ and path.is_absolute() and path.exists():
-            try:
+        if not setting.path or key in _NOT_READ or not path.is_absolute():
+            continue
+        try:
+            if path.exists():
                 found[key] = (digest_of or digest_of_path)(path)
-            except OSError as error:
-                raise ConfigError(f"cannot be read ({error.strerror})", value=error.filename, place=key) from error
+        except OSError as error:
+            raise ConfigError(f"cannot be read ({error.strerror})", value=error.filename, place=key) from error
     return found
 
 
 def digest_of_path(path: Path) -> str:
-    """A hash of a file, or of a folder's files with their names; hidden ones are left out, since nothing reads them.
+    """A hash of a file, or of a folder's own files with their names; nothing is read from the folders in it.
 
     A file of up to 64 MiB counts by its bytes, a larger one by its size and the time of its last change: to copy such a
     file makes it another one, which costs time but no mistake.
@@ -50,8 +52,7 @@ def digest_of_path(path: Path) -> str:
     digest = hashlib.sha256()
     files = [path]
     if path.is_dir():
-        names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-        files = [path / name for name in sorted(names) if not any(part.startswith(".") for part in name.parts)]
+        files = sorted(file for file in path.iterdir() if file.is_file())
     for file in files:
         told = file.stat()
         is_read = told.st_size <= _LARGEST_READ

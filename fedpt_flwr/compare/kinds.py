@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fedpt_flwr.config import Scalar
+from fedpt_flwr.config import SECURE_SUM_DEVICES, Scalar
 from fedpt_flwr.errors import ConfigError
 from fedpt_flwr.strategy import num_sampled
 
@@ -121,7 +121,8 @@ def _pooled(flat: Mapping[str, Scalar], num_devices: int) -> dict[str, Scalar]:
 
     An epoch of all the data is as many as one of each device; where only some of them train, no number of epochs is.
     """
-    per_round = num_sampled(num_devices, float(flat["fraction-train"]), int(flat["min-replies"]))
+    needed = max(int(flat["min-replies"]), SECURE_SUM_DEVICES if flat["privacy.secure-sum"] else 1)
+    per_round = num_sampled(num_devices, float(flat["fraction-train"]), needed)
     if per_round < num_devices and not int(flat["train.max-steps"]):
         raise ConfigError(
             f"what is tuned in one place must make as many steps as the {per_round} of {num_devices} devices that "

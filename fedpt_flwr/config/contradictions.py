@@ -13,6 +13,7 @@ from fedpt_flwr.config.keys import (
     NEED_SINGLE_UPDATES,
     PLAIN_MEANS,
     SAMPLINGS,
+    SECURE_SUM_DEVICES,
     RunConfig,
     names_in,
 )
@@ -179,7 +180,7 @@ def _check_secure_sum(config: RunConfig, refuse: _Refuse) -> None:
             config.strategy.max_update_norm,
             "leave it out; privacy.secure-sum-range bounds each weight's change",
         )
-    if config.min_devices < 3:
+    if config.min_devices < SECURE_SUM_DEVICES:
         refuse(
             "privacy.secure-sum and min-devices",
             "a secure sum needs three devices: each of two would have the other's change, when it takes off its own",

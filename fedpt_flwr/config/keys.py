@@ -44,6 +44,9 @@ DISTILLATION_MODES = ("off", "final", "carry", "paired", "paper")
 DP_MODES = ("off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive")
 """What ``privacy.dp`` can be."""
 
+SECURE_SUM_DEVICES = 3
+"""A secure sum's fewest: each of two would have the other's change, when it takes off its own."""
+
 SECURE_SUM_WIDTHS = (16, 32)
 """What ``privacy.secure-sum-bits`` can be."""
 
@@ -736,3 +739,8 @@ class RunConfig:
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     threads: ThreadsConfig = dataclasses.field(default_factory=ThreadsConfig)
+
+    @property
+    def replies_needed(self) -> int:
+        """Usable replies without which no round is complete."""
+        return max(self.min_replies, SECURE_SUM_DEVICES if self.privacy.secure_sum else 1)

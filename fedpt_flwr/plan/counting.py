@@ -167,7 +167,7 @@ class Counting:
             name: tuple(weight.shape) for name, weight in self._tuned.named_parameters() if weight.requires_grad
         }
         self._trainable: int = sum(math.prod(shape) for shape in self._arrays.values())
-        self._sampled = num_sampled(len(texts.shards), config.fraction_train, config.min_replies)
+        self._sampled = num_sampled(len(texts.shards), config.fraction_train, config.replies_needed)
         self._vocab = min(map(output_size, filter(None, (self._large, self._tuned))))
 
     def column(self) -> Column:
@@ -235,7 +235,7 @@ class Counting:
         tokens = {device: known[id(shard)] for device, shard in self._texts.shards.items()}
         sampled = (
             sample_devices(
-                list(tokens), config.fraction_train, config.min_replies, seed=config.seed, server_round=server_round
+                list(tokens), config.fraction_train, config.replies_needed, seed=config.seed, server_round=server_round
             )
             for server_round in range(1, config.num_server_rounds + 1)
         )
@@ -247,9 +247,14 @@ class Counting:
         size = config.train.batch_size
         fedprox_mu = config.train.fedprox_mu or config.strategy.parsed_arguments().get("proximal_mu", 0.0)
         largest = max(self._texts.shards.values(), key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
-        return self._memory_of(config.train, largest, batch_size=size, with_fedprox=fedprox_mu > 0)
+        is_clipped = config.privacy.clips_on_devices
+        return self._memory_of(
+            config.train, largest, batch_size=size, with_fedprox=fedprox_mu > 0, with_clipping=is_clipped
+        )
 
-    def _memory_of(self, train: TrainConfig, texts: Texts, *, batch_size: int, with_fedprox: bool) -> MemoryNeed:
+    def _memory_of(
+        self, train: TrainConfig, texts: Texts, *, batch_size: int, with_fedprox: bool, with_clipping: bool = False
+    ) -> MemoryNeed:
         model = self._config.model
         try:
             return memory_of(
@@ -259,6 +264,7 @@ class Counting:
                 dtype=model.small_dtype,
                 batch_size=batch_size,
                 with_fedprox=with_fedprox,
+                with_clipping=with_clipping,
                 ref=model.small,
             )
         except DeviceError as error:  # it speaks to devices
@@ -289,6 +295,8 @@ class Counting:
         whole, sent = BYTES_OF["float32"] * self._trainable, BYTES_OF[dtype] * self._trainable
         on_wire = 0 if dtype == "float32" else sent
         replies = whole + sent if strategy in {folded.__name__ for folded in FOLDED} else (self._sampled + 1) * whole
+        if self._config.privacy.is_on:  # all at once, and where the server clips their changes, too, in float64
+            replies = (1 if self._config.privacy.clips_on_devices else 3) * self._sampled * whole + sent
         if self._config.tuning.mode == "lora" and self._config.tuning.lora_aggregation == "exact":
             replies = sent + min(self._sampled * whole, BYTES_OF["float32"] * dense_size(self._arrays))
         return whole + on_wire + replies + _MOMENTS.get(strategy, 0) * whole
@@ -356,10 +364,10 @@ class Counting:
     def _read_scores(self, reads: Reads, phase: str, items: Texts, rows: Set[str], *, times: int) -> None:
         """Losses and answers of these rows; those of large and untuned never change, so that they answer once."""
         losses, answers = tokens_read(items), self._answered(items)
-        if self._texts.choices:  # of all models together, whichever rows are wanted
-            reads.add(phase, large=times * (losses + answers), small=2 * times * (losses + answers))
-        elif rows == {"tuned"}:
+        if rows == {"tuned"}:
             reads.add(phase, large=0, small=times * (losses + answers))
+        elif self._texts.choices:  # of all models together
+            reads.add(phase, large=times * (losses + answers), small=2 * times * (losses + answers))
         else:
             by_proxy = times * answers * ("proxy" in rows)
             by_small = answers * (times * ("tuned" in rows) + ("untuned" in rows))

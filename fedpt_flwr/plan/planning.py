@@ -85,7 +85,7 @@ def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, 
     return Plan(
         config=config,
         num_devices=num_devices,
-        num_sampled=num_sampled(len(texts.shards), config.fraction_train, config.min_replies),
+        num_sampled=num_sampled(len(texts.shards), config.fraction_train, config.replies_needed),
         rates=rates,
         columns=columns,
         assumed=texts.assumed,

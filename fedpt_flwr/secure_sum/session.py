@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedpt_flwr.config import RunConfig
+from fedpt_flwr.config import SECURE_SUM_DEVICES, RunConfig
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.secure_sum.keys import KEY_BYTES, agree, derive
 from fedpt_flwr.secure_sum.ring import Ring
@@ -33,9 +33,6 @@ IN_TAIL = ("devices", "examples", "loss", "cut")
 TAIL_BITS = 32
 LOSS_LIMIT = 64.0
 """Largest training loss that a sum can carry, nats per answer token."""
-
-MIN_DEVICES = 3
-"""With two devices each could subtract its own change from the sum, and would have the other's."""
 
 MAX_DEVICES = 256
 """Every device talks to every other, through the server."""
@@ -57,12 +54,12 @@ class Rules:
     stay: float
     limit: float
     bits: int
-    at_least: int = MIN_DEVICES
+    at_least: int = SECURE_SUM_DEVICES
 
     @classmethod
     def of(cls, config: RunConfig) -> Rules:
         """As the run config has them."""
-        privacy, at_least = config.privacy, max(MIN_DEVICES, config.min_replies)
+        privacy, at_least = config.privacy, max(SECURE_SUM_DEVICES, config.min_replies)
         return cls(privacy.secure_sum_threshold, privacy.secure_sum_range, privacy.secure_sum_bits, at_least)
 
     def threshold(self, num_devices: int) -> int:

@@ -320,7 +320,14 @@ def proxy_target(run: Path) -> Path:
 def _mark(run: Path) -> _Mark:
     """What changes when a run's proxy does; a resumed run may write the same round again."""
     target = proxy_target(run)
-    config = (target / "config.json").stat()
+    try:
+        config = (target / "config.json").stat()
+    except OSError as error:
+        raise RunError(
+            f"a proxy must have a config.json that can be read ({error.strerror})",
+            place=str(target),
+            remedy="copy the run again, or name another one",
+        ) from error
     return target, config.st_mtime_ns, config.st_ino
 
 
