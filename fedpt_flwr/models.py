@@ -305,6 +305,18 @@ def longrope_switch(model: PreTrainedModel) -> int | None:
     return switch.get("original_max_position_embeddings")
 
 
+def steady_positions(model: PreTrainedModel) -> int | None:
+    """The longest text in tokens whose keys stay as they are while it is written; None: of any length.
+
+    Past it rotary positions of the kinds :data:`CHANGING_ROPES` take other frequencies, for all keys and for every row
+    of a pass.
+    """
+    kinds = rope_parameters(model.config.get_text_config(decoder=True))
+    lengths = [longrope_switch(model)] if "longrope" in kinds else []
+    lengths += [max_positions(model)] if "dynamic" in kinds else []
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def check_context(config: PretrainedConfig, max_length: int) -> None:
     """Make sure that a small model can read texts as long as devices train on.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -58,6 +59,7 @@ from fedpt_flwr.models import (
     longrope_switch,
     max_positions,
     output_size,
+    steady_positions,
 )
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.proxy_folder import (
@@ -217,6 +219,14 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
         switches = [longrope_switch(base_model(model)) for model in models]
         self._longrope_switches = [switch for switch in switches if switch is not None]
+        lengths = [steady_positions(base_model(model)) for model in models]
+        self._steady = min((length for length in lengths if length is not None), default=None)
+
+    @property
+    def steady_context(self) -> int | None:
+        """The longest text in tokens that all models read, each key as it is in any longer one; None: any."""
+        known = (self.config.max_position_embeddings, self._steady)
+        return min((length for length in known if length is not None), default=None)
 
     @property
     def device(self) -> torch.device:
@@ -611,7 +621,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         draft_tokens = next((part.draft_tokens for part in logits_processor if isinstance(part, Drafts)), AUTO)
         if draft_tokens is not None:
             arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-            speculation = self.speculation() if is_lossless(*arguments, **kwargs) else None
+            # Rows of different lengths must not be past the length at which keys change, one for all of them.
+            is_steady = self._steady is None or (generation_config.max_length or math.inf) <= self._steady
+            speculation = self.speculation() if is_steady and is_lossless(*arguments, **kwargs) else None
             if speculation is not None:
                 rules = self._rules(*arguments, **kwargs)
                 speculation.decode(rules.prompts, rules, draft_tokens=draft_tokens)
@@ -630,7 +642,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             known.steps[name].model is not part.model for name, part in zip(PARTS, self._parts(), strict=True)
         ):
             try:
-                self._speculation = Speculation(self.steppers(), self.config.max_position_embeddings)
+                self._speculation = Speculation(self.steppers(), self.steady_context)
             except ModelError as error:
                 _log.debug("decodes without speculation: %s", error)
                 self._speculation = None

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
-from fedpt_flwr.models import CHANGING_ROPES, input_device, is_remote, rope_parameters
+from fedpt_flwr.models import input_device, is_remote
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -366,13 +366,11 @@ def _check_positions(model: PreTrainedModel) -> None:
         depends = "ALiBi positions"  # Falcon's follow from the padding, whatever position_ids say
     elif "local" in (getattr(config, "attention_layers", None) or ()):
         depends = "windows of columns"  # GPT-Neo's, beside the mask
-    elif changing := CHANGING_ROPES & rope_parameters(config).keys():
-        depends = f"rotary positions of the kind {min(changing)}"  # other keys once the longest row is past a length
     if depends is not None:
         raise ModelError(
             "rows of different lengths need positions that depend on the row alone",
             value=f"{type(model).__name__} with {depends}",
-            remedy="use a model with learned positions, or rotary ones of fixed frequencies",
+            remedy="use a model with learned positions, or rotary ones",
         )
 
 

@@ -31,6 +31,7 @@ from fedpt_flwr.logits import plausible_tokens
 from fedpt_flwr.models import fingerprint
 from fedpt_flwr.proxy import ProxyCache, ProxyModel
 from fedpt_flwr.proxy_folder import BUNDLED, ProxyConfig, save_small
+from fedpt_flwr.speculative import Speculation
 
 # peft asks transformers by a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -356,7 +357,12 @@ def test_other_families_generate_as_defined(family, settings):
 
 @pytest.mark.parametrize("role", ["large", "small"])
 @pytest.mark.parametrize("draft_tokens", [None, 3])
-def test_texts_go_on_past_the_length_at_which_longrope_changes(role, draft_tokens):
+@pytest.mark.parametrize("max_new_tokens", [10, 11, 30])
+def test_texts_go_on_past_the_length_at_which_longrope_changes(role, draft_tokens, max_new_tokens, monkeypatch):
+    drafted = []
+    decode = Speculation.decode
+    monkeypatch.setattr(Speculation, "decode", lambda *args, **told: (drafted.append(True), decode(*args, **told)))
+
     def phi3(seed):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -377,9 +383,23 @@ def test_texts_go_on_past_the_length_at_which_longrope_changes(role, draft_token
     models = (phi3(1), llama(2), llama(3)) if role == "large" else (llama(1), phi3(2), phi3(3))
     proxy = ProxyModel(*models, alpha=0.5)
     ids = prompts(1, 6)
-    output = proxy.generate(ids, max_new_tokens=30, do_sample=False, draft_tokens=draft_tokens)
+    output = proxy.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, draft_tokens=draft_tokens)
     # The reference keeps no cache: every pass reads the whole text with the frequencies of its length.
-    assert new_tokens(output, 6) == [reference_greedy(*models, ids[0], max_new_tokens=30, alpha=0.5)]
+    assert new_tokens(output, 6) == [reference_greedy(*models, ids[0], max_new_tokens=max_new_tokens, alpha=0.5)]
+    assert bool(drafted) == (draft_tokens == 3 and max_new_tokens == 10), "only texts that end before it"
+    assert proxy.steady_context == 16
+
+
+@pytest.mark.parametrize("draft_tokens", [None, 3])
+def test_texts_within_the_context_are_drafted_with_dynamic_frequencies(draft_tokens):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    models = (llama(1, rope_parameters=rope), llama(2), llama(3))
+    proxy = ProxyModel(*models, alpha=0.5)
+    assert proxy.steady_context == 96
+    rows = [prompts(1, length, seed=length)[0].tolist() for length in (81, 74)]
+    output = proxy.generate(**left_padded(rows), max_new_tokens=15, do_sample=False, draft_tokens=draft_tokens)
+    expected = [reference_greedy(*models, torch.tensor(row), max_new_tokens=15, alpha=0.5) for row in rows]
+    assert new_tokens(output, 81) == expected
 
 
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])

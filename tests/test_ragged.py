@@ -226,24 +226,6 @@ def test_models_that_cannot_be_called_this_way_are_refused():
         RaggedCache(flash)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "settings"),
-    [
-        ("llama", "dynamic", {}),
-        ("phi3", "longrope", {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
-        ("gemma3, windows and not", "dynamic", None),
-    ],
-)
-def test_rotary_positions_that_change_with_the_longest_text_are_refused(name, kind, settings):
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | (settings or {})
-    if settings is None:  # one for each kind of layer
-        plain = {"rope_type": "default", "rope_theta": 10000.0}
-        rope = {"sliding_attention": plain, "full_attention": rope}
-    model = make(name, rope_parameters=rope, **({"original_max_position_embeddings": 24} if name == "phi3" else {}))
-    with pytest.raises(ModelError, match=f"positions of the kind {kind}"):
-        Stepper(model)
-
-
 def test_alibi_is_refused_also_where_position_ids_are_taken():
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     Stepper(FalconForCausalLM(FalconConfig(**shape, alibi=False)))

@@ -109,9 +109,11 @@ class Version:
 
     @property
     def context(self) -> int | None:
-        """The longest text in tokens, prompt and answer together; None where no model says."""
-        length: int | None = self.proxy.config.max_position_embeddings
-        return length
+        """The longest text in tokens, prompt and answer together; None where no model says.
+
+        Texts of all lengths are read in one pass, so none may be past the length at which a model's keys change.
+        """
+        return self.proxy.steady_context
 
 
 class Loader:
@@ -193,7 +195,7 @@ class Loader:
         if self._prepare:  # after all that reads weights; what the last version shares is prepared already
             proxy.prepare()
         steppers = proxy.steppers(None if last is None else last.steppers)
-        context = proxy.config.max_position_embeddings
+        context = proxy.steady_context
         server_round = int(target.parent.name) if target.parent.name.isdecimal() else None
         template, is_chat = read_prompt_form(target, config)
         ends = proxy.generation_config.eos_token_id
