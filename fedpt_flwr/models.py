@@ -38,9 +38,6 @@ _SAMPLES_PER_TENSOR = 512
 _BITSANDBYTES = "bitsandbytes.autograd._functions"
 """The logger that says at every layer of every pass of an 8-bit model to what its inputs are cast."""
 
-CHANGING_ROPES = frozenset({"longrope", "dynamic"})
-"""Kinds of rotary positions whose frequencies depend on the longest text of a pass."""
-
 WORTH_RESTING_BYTES = 32 * 1024**2
 """Small models whose tuned weights take this much have memory on the server only while they are used."""
 
@@ -308,8 +305,8 @@ def longrope_switch(model: PreTrainedModel) -> int | None:
 def steady_positions(model: PreTrainedModel) -> int | None:
     """The longest text in tokens whose keys stay as they are while it is written; None: of any length.
 
-    Past it rotary positions of the kinds :data:`CHANGING_ROPES` take other frequencies, for all keys and for every row
-    of a pass.
+    Past it rotary positions of the kinds ``longrope`` and ``dynamic`` take other frequencies, for all keys and for
+    every row of a pass.
     """
     kinds = rope_parameters(model.config.get_text_config(decoder=True))
     lengths = [longrope_switch(model)] if "longrope" in kinds else []

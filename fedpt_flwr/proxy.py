@@ -690,7 +690,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             scores = tuned.new_full((len(tuned), width), -torch.inf, dtype=torch.float32)
             scores[:, :vocab_size] = tuned[:, :vocab_size]
             if missing is not None:  # the large model reads what is drafted, and never chooses these
-                scores[:, missing.to(scores.device)] = -torch.inf
+                scores[:, missing] = -torch.inf
             mask_implausible(scores, scores, plausibility=of_rows(plausibility, rows), vocab_size=vocab_size)
             return scores
 

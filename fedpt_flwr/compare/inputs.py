@@ -10,9 +10,8 @@ from fedpt_flwr.config import Scalar, settings
 from fedpt_flwr.errors import ConfigError
 
 _NOT_READ = ("output-dir", "model.large-offload-folder", "remote.cache")  # folders that a run writes to
-_LARGEST_READ = (
-    64 * 2**20
-)  # bytes; of larger files, such as weights of many GB, size and time tell whether they changed
+_LARGEST_READ = 64 * 2**20
+"""Bytes; of larger files, such as weights of many GB, size and time tell whether they changed."""
 
 
 def input_digests(flat: Mapping[str, Scalar], digest_of: Callable[[Path], str] | None = None) -> dict[str, str]:
