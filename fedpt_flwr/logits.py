@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +86,29 @@ def combine_logits(
         real += _shift(real, tuned[..., :vocab_size], untuned[..., :vocab_size], alpha)
     mask_implausible(scores, tuned, plausibility=plausibility, vocab_size=vocab_size)
     return scores
+
+
+def combine_each(large: Tensor, tuned: Tensor, untuned: Tensor, *, alphas: Iterable[float]) -> Iterator[Tensor]:
+    """What :func:`combine_logits` gives for one strength after the other, bit for bit, at a fraction of its cost.
+
+    Args:
+        large: Scores of the large model, ``(..., vocab)``, any float dtype, all of them real tokens. Not changed.
+        tuned: Scores of the tuned small model, the same shape.
+        untuned: Scores of the small model before tuning, the same shape.
+        alphas: Strengths of the shift, each a finite number.
+
+    Yields:
+        Scores for each strength, float32, **in memory that the next one takes**.
+    """
+    large = large.float()
+    difference = _shift(large, tuned, untuned, 1.0)
+    shift, scores = torch.empty_like(large), torch.empty_like(large)
+    for alpha in alphas:
+        check_alpha(alpha)
+        if alpha == 0:  # 0 * inf is NaN
+            yield scores.copy_(large)
+        else:
+            yield torch.add(large, torch.mul(difference, alpha, out=shift), out=scores)
 
 
 def mask_implausible(scores: Tensor, tuned: Tensor, *, plausibility: float | Tensor, vocab_size: int) -> None:

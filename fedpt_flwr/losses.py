@@ -499,11 +499,8 @@ def _last_scores(model: PreTrainedModel, padded: Mapping[str, Tensor], *, positi
 
 def _nats(scores: Tensor, targets: Tensor, *, are_logprobs: bool = False) -> FloatArray:
     """Minus the logarithm of the targets' probabilities, ``(tokens,)``."""
-    scores = scores.float()
-    nats = -scores.gather(-1, targets[:, None])[:, 0]
-    if not are_logprobs:
-        nats = nats + scores.logsumexp(-1)
-    return nats.double().cpu().numpy()
+    logprobs = scores.float() if are_logprobs else scores.float().log_softmax(-1)
+    return -logprobs.gather(-1, targets[:, None])[:, 0].double().cpu().numpy()
 
 
 @contextlib.contextmanager

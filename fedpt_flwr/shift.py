@@ -18,7 +18,7 @@ import torch
 
 from fedpt_flwr.choices import Choices
 from fedpt_flwr.data import TokenizedExample
-from fedpt_flwr.logits import combine_logits, plausible_tokens
+from fedpt_flwr.logits import combine_each, plausible_tokens
 from fedpt_flwr.losses import AnswerLosses, GreedyMistakes, choice_quality, choice_scores, model_scores
 from fedpt_flwr.proxy import ProxyModel
 
@@ -137,8 +137,7 @@ def shift_curve(
             large = proxy.fill(large, untuned)
         possible = tuned.to(large.device).masked_fill(large == -torch.inf, -torch.inf)  # as in `mask_implausible`
         ruled_out = {mask: ~plausible_tokens(possible, plausibility=mask) for mask in masks}
-        for alpha in alphas:
-            scores = combine_logits(large, tuned, untuned, alpha=alpha)
+        for alpha, scores in zip(alphas, combine_each(large, tuned, untuned, alphas=alphas), strict=True):
             losses[alpha].add_scores(items, scores, targets)
             for mask in masks:
                 mistakes[alpha, mask].add(items, scores.masked_fill(ruled_out[mask], -torch.inf).argmax(-1), targets)
@@ -175,8 +174,8 @@ def choice_curve(
     """
     losses = {alpha: AnswerLosses.none_yet(len(prompts) * len(choices.texts)) for alpha in alphas}
     for owners, targets, (large, tuned, untuned) in choice_scores(proxy, prompts, choices, pad_id=pad_id):
-        for alpha in alphas:
-            losses[alpha].add_scores(owners, combine_logits(large, tuned, untuned, alpha=alpha), targets)
+        for alpha, scores in zip(alphas, combine_each(large, tuned, untuned, alphas=alphas), strict=True):
+            losses[alpha].add_scores(owners, scores, targets)
     curve = []
     for alpha in alphas:
         exact_match, loss = choice_quality(losses[alpha], choices, right)

@@ -12,6 +12,7 @@ from fedpt_flwr.errors import ModelError, VocabularyMismatch
 from fedpt_flwr.logits import (
     as_int64,
     choose_next,
+    combine_each,
     combine_logits,
     drift_along,
     keyed_gumbel,
@@ -67,6 +68,20 @@ def test_untouched_small_model_leaves_large_exactly_as_it_was(dtype):
 def test_large_equal_to_untuned_gives_tuned_with_alpha_one():
     large, tuned, _ = three(4, 50)
     torch.testing.assert_close(combine_logits(large, tuned, large.clone(), alpha=1.0), tuned)
+
+
+def test_one_strength_after_the_other_gives_the_same_bits():
+    large, tuned, untuned = three(6, 50)
+    large[0, 1] = large[1, 2] = tuned[1, 2] = untuned[2, 3] = tuned[3, 4] = untuned[3, 4] = -INF
+    tuned[4, 5], large[5, 6] = math.nan, math.nan
+    alphas = (0.25, 0.0, 1.0, -0.5)
+    for scores in (large, large.half()):
+        parts = (scores, tuned.to(scores.dtype), untuned.to(scores.dtype))
+        copies = [part.clone() for part in parts]
+        for alpha, found in zip(alphas, combine_each(*parts, alphas=alphas), strict=True):
+            assert torch.equal(found.nan_to_num(1e9), combine_logits(*parts, alpha=alpha).nan_to_num(1e9))
+            assert torch.equal(found.isnan(), combine_logits(*parts, alpha=alpha).isnan())
+        assert all(torch.equal(part.nan_to_num(), copy.nan_to_num()) for part, copy in zip(parts, copies, strict=True))
 
 
 def test_inputs_are_neither_changed_nor_returned():
