@@ -21,7 +21,10 @@ from fedpt_flwr.runs import read_json
 FILE = "tuning.json"
 _DEMO_PACKAGE = "fedpt_demo_world"
 # Of these, and of what is measured, no learning rate depends by much; all else must be as it was.
-_FREE = ("seed", "output-dir", "resume", "keep-rounds", "round-timeout-s", "wait-timeout-s", "train.learning-rate")
+_FREE = (
+    *("seed", "output-dir", "resume", "keep-rounds", "round-timeout-s", "wait-timeout-s"),
+    *("train.learning-rate", "train.packing"),
+)
 _FREE_SECTIONS = ("distillation.", "proxy.", "scoring.", "stop.", "threads.")
 
 
@@ -111,7 +114,7 @@ def read_tuning(
     for label in [label for label in worlds if label in known]:
         try:
             rates = {kind: float(part["learning_rate"]) for kind, part in known[label]["rates"].items()}
-            was = dict(known[label]["run_config"])
+            was = _bound(dict(known[label]["run_config"]))  # a file of before a key was there had its default
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError("must be a file that `fedpt compare --tune` wrote", place=str(path)) from error
         now = _bound(worlds[label])
