@@ -1,37 +1,48 @@
-"""A few rows times a plain weight, for processors on which no library of torch is fast at that.
+"""A few rows times a plain weight, on processors with AVX2 or AVX512.
 
 Judging drafts multiplies two to eight rows by weights that are far larger than any cache, which need not cost more
-than to read the weights once. On processors with AVX2 and no AVX512, both of torch's libraries take two to four times
-as long for four rows as for one, and with small weights for one row, too, longer than it takes to read them
-(``benchmarks/products.py``). The loops below read each weight once for all rows of the input; numba compiles them,
-once for a machine. :func:`multiply` is for tensors, whoever asks; :func:`into` is for arrays that are laid out as the
-loops want them, which ``few_tokens.py`` has.
+than to read the weights once. torch's libraries take up to three times as long for that (``benchmarks/products.py``).
+The loops below read each weight once for all rows of the input. What they do with a block of weights is written as
+instructions of LLVM, because a compiler that is left to find them finds half of the speed; numba compiles them, once
+for a machine. :func:`multiply` is for tensors, whoever asks; :func:`into` is for arrays that are laid out as the loops
+want them, which ``few_tokens.py`` has.
 
-Every sum is added up in an order that depends on nothing but its length and the number of rows, so results do not
-depend on the number of threads.
+Every sum is added up in an order that depends on nothing but its length and the processor. So results depend neither
+on the number of threads nor on the other rows.
 """
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 Array = npt.NDArray[np.float32]
 
-MOST_ROWS = 8
+MOST_ROWS = 32
 """More rows are left to torch, whose libraries are made for that."""
 
-_LONG, _VERY_LONG = 768, 2048  # weights in a row
-_ZERO = np.float32(0.0)
+_GROUP = 8
+"""Rows of the input that are multiplied with a weight at once."""
+
 _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
+_HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
+_LANES = 16 if _HAS_AVX512 else 8
+_REGISTERS = 32 if _HAS_AVX512 else 16
+_AHEAD = 256
+"""Weights by which memory is asked in advance; two of the pieces in which it hands them out."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,33 +63,24 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_rows = x.numel() // num_in if num_in else 0
     if not 1 <= num_rows <= MOST_ROWS or x.shape[-1] != num_in or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    padded = padded_rows(num_rows)
     rows = x.reshape(num_rows, num_in).contiguous()
-    if padded > num_rows:
-        rows = F.pad(rows, (0, 0, 0, padded - num_rows))
-    product = torch.empty(padded, num_out, dtype=torch.float32, device=x.device)
-    _kernel(padded, torch.get_num_threads() > 1)(weight.numpy(), rows.numpy(), product.numpy())
-    product = product[:num_rows]
+    product = torch.empty(num_rows, num_out, dtype=torch.float32, device=x.device)
+    _kernel(num_rows % _GROUP, torch.get_num_threads() > 1)(weight.numpy(), rows.numpy(), product.numpy())
     if bias is not None:
         product += bias
     return product.view(*x.shape[:-1], num_out)
-
-
-def padded_rows(num_rows: int) -> int:
-    """For how many rows there is a loop that takes so many: 1, 4 or 8."""
-    return 1 if num_rows == 1 else 4 if num_rows <= 4 else 8
 
 
 def into(product: Array, x: Array, weight: Array, bias: Array | None) -> None:
     """Write a product where it belongs.
 
     Args:
-        product: ``(rows, out_features)``; 1, 4 or 8 rows.
+        product: ``(rows, out_features)``; at most :data:`MOST_ROWS` of them.
         x: ``(rows, in_features)``.
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)`` or None.
     """
-    _kernel(len(x), torch.get_num_threads() > 1)(weight, x, product)
+    _kernel(len(x) % _GROUP, torch.get_num_threads() > 1)(weight, x, product)
     if bias is not None:
         product += bias
 
@@ -93,11 +95,11 @@ def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
 
 
 @cache
-def _kernel(num_rows: int, in_threads: bool) -> Any:
-    """The compiled loop for so many rows; in threads, for as many as torch uses."""
+def _kernel(num_rest: int, in_threads: bool) -> Any:
+    """The compiled loop for groups of rows and so many more; in threads, for as many as torch uses."""
     matrix = numba.types.Array(numba.float32, 2, "C", readonly=True)
     signature = numba.void(matrix, matrix, numba.float32[:, ::1])
-    kernel = compiled(_LOOPS[num_rows], [signature], parallel=in_threads)
+    kernel = compiled(_loop(num_rest), [signature], parallel=in_threads)
     if not in_threads:
         return kernel
 
@@ -107,122 +109,101 @@ def _kernel(num_rows: int, in_threads: bool) -> Any:
 
     numba.config.THREADING_LAYER = "threadsafe"  # the one that is left otherwise ends the process if two threads ask
     try:
-        one = np.zeros((num_rows, 1), np.float32)
+        one = np.zeros((num_rest, 1), np.float32)
         with_threads(np.zeros((1, 1), np.float32), one, one.copy())
     except ValueError:  # there is none here
-        return _kernel(num_rows, in_threads=False)
+        return _kernel(num_rest, in_threads=False)
     return with_threads
 
 
-# Blocks of weights' rows share what they read of x, but the sums over registers at the end of each row take their time:
-# where rows are short, one after the other is faster.
+def _loop(num_rest: int) -> Any:
+    """The loop for groups of :data:`_GROUP` rows and so many more.
+
+    It takes some rows of the weight at once: what is read of x serves for all of them. Each needs a register for every
+    row of x, and one for itself. They stay in a cache while one group of rows after the other is multiplied with them.
+    """
+    most = _REGISTERS - 1
+    of_group, of_rest = min(4, most // (_GROUP + 1)), min(4, most // (num_rest + 1))
+
+    def loop(weight: Any, x: Any, product: Any) -> None:
+        num_out, num_groups = weight.shape[0], x.shape[0] // _GROUP
+        begin = num_groups * _GROUP
+        at_once = of_group if num_groups else of_rest
+        num_blocks = num_out // at_once
+        for block in prange(num_blocks):
+            i = block * at_once
+            for group in range(num_groups):
+                _dots(weight, i, x, group * _GROUP, product, _GROUP, of_group)
+            if num_rest and num_groups:
+                _dots(weight, i, x, begin, product, num_rest, of_group)
+            elif num_rest:
+                _dots(weight, i, x, begin, product, num_rest, of_rest)
+        for i in range(num_blocks * at_once, num_out):
+            for group in range(num_groups):
+                _dots(weight, i, x, group * _GROUP, product, _GROUP, 1)
+            if num_rest:
+                _dots(weight, i, x, begin, product, num_rest, 1)
+
+    return loop
 
 
-def _one(weight: Any, x: Any, product: Any) -> None:
-    num_out, num_in = weight.shape
-    num_blocks = num_out // 4 if num_in >= _LONG else 0
-    for block in prange(num_blocks):
-        i = 4 * block
-        a = b = c = d = _ZERO
-        for k in range(num_in):
-            a += weight[i, k] * x[0, k]
-            b += weight[i + 1, k] * x[0, k]
-            c += weight[i + 2, k] * x[0, k]
-            d += weight[i + 3, k] * x[0, k]
-        product[0, i], product[0, i + 1], product[0, i + 2], product[0, i + 3] = a, b, c, d
-    for i in prange(4 * num_blocks, num_out):
-        total = _ZERO
-        for k in range(num_in):
-            total += weight[i, k] * x[0, k]
-        product[0, i] = total
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _dots(_context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, num_rows: Any, num_weights: Any) -> Any:
+    """Machine code for so many rows of x times so many rows of a weight, each from a given one on."""
+    emit = functools.partial(_emit, num_rows=num_rows.literal_value, num_weights=num_weights.literal_value)
+    return types.void(weight, i, x, row, product, num_rows, num_weights), emit
 
 
-def _four(weight: Any, x: Any, product: Any) -> None:
-    num_out, num_in = weight.shape
-    num_blocks = num_out // 4 if num_in >= _VERY_LONG else 0
-    for block in prange(num_blocks):
-        i = 4 * block
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _ZERO
-        c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = _ZERO
-        for k in range(num_in):
-            a, b, c, d = weight[i, k], weight[i + 1, k], weight[i + 2, k], weight[i + 3, k]
-            x0, x1, x2, x3 = x[0, k], x[1, k], x[2, k], x[3, k]
-            a0 += a * x0
-            a1 += a * x1
-            a2 += a * x2
-            a3 += a * x3
-            b0 += b * x0
-            b1 += b * x1
-            b2 += b * x2
-            b3 += b * x3
-            c0 += c * x0
-            c1 += c * x1
-            c2 += c * x2
-            c3 += c * x3
-            d0 += d * x0
-            d1 += d * x1
-            d2 += d * x2
-            d3 += d * x3
-        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
-        product[0, i + 1], product[1, i + 1], product[2, i + 1], product[3, i + 1] = b0, b1, b2, b3
-        product[0, i + 2], product[1, i + 2], product[2, i + 2], product[3, i + 2] = c0, c1, c2, c3
-        product[0, i + 3], product[1, i + 3], product[2, i + 3], product[3, i + 3] = d0, d1, d2, d3
-    for i in prange(4 * num_blocks, num_out):
-        a0 = a1 = a2 = a3 = _ZERO
-        for k in range(num_in):
-            a = weight[i, k]
-            a0 += a * x[0, k]
-            a1 += a * x[1, k]
-            a2 += a * x[2, k]
-            a3 += a * x[3, k]
-        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
+def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
+    """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
+    number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
+    weight, x, product = (
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
+    )
+    i, first_row = arguments[1], arguments[3]
+    _, length = cgutils.unpack_tuple(builder, weight.shape)
+    _, width = cgutils.unpack_tuple(builder, product.shape)
+    size = length.type
+    places = [builder.add(i, size(place)) for place in range(num_weights)]
+    at_rows = [builder.add(first_row, size(row)) for row in range(num_rows)]
+    rows = [builder.gep(x.data, [builder.mul(length, row)]) for row in at_rows]
+    weights = [builder.gep(weight.data, [builder.mul(length, place)]) for place in places]
 
+    def function(name: str, result: Any, *taken: Any) -> Any:
+        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, taken), name)
 
-def _eight(weight: Any, x: Any, product: Any) -> None:
-    num_out, num_in = weight.shape
-    num_blocks = num_out // 2 if num_in >= _VERY_LONG else 0
-    for block in prange(num_blocks):
-        i = 2 * block
-        a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = _ZERO
-        b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = _ZERO
-        for k in range(num_in):
-            a, b = weight[i, k], weight[i + 1, k]
-            x0, x1, x2, x3 = x[0, k], x[1, k], x[2, k], x[3, k]
-            x4, x5, x6, x7 = x[4, k], x[5, k], x[6, k], x[7, k]
-            a0 += a * x0
-            a1 += a * x1
-            a2 += a * x2
-            a3 += a * x3
-            a4 += a * x4
-            a5 += a * x5
-            a6 += a * x6
-            a7 += a * x7
-            b0 += b * x0
-            b1 += b * x1
-            b2 += b * x2
-            b3 += b * x3
-            b4 += b * x4
-            b5 += b * x5
-            b6 += b * x6
-            b7 += b * x7
-        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
-        product[4, i], product[5, i], product[6, i], product[7, i] = a4, a5, a6, a7
-        product[0, i + 1], product[1, i + 1], product[2, i + 1], product[3, i + 1] = b0, b1, b2, b3
-        product[4, i + 1], product[5, i + 1], product[6, i + 1], product[7, i + 1] = b4, b5, b6, b7
-    for i in prange(2 * num_blocks, num_out):
-        a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = _ZERO
-        for k in range(num_in):
-            a = weight[i, k]
-            a0 += a * x[0, k]
-            a1 += a * x[1, k]
-            a2 += a * x[2, k]
-            a3 += a * x[3, k]
-            a4 += a * x[4, k]
-            a5 += a * x[5, k]
-            a6 += a * x[6, k]
-            a7 += a * x[7, k]
-        product[0, i], product[1, i], product[2, i], product[3, i] = a0, a1, a2, a3
-        product[4, i], product[5, i], product[6, i], product[7, i] = a4, a5, a6, a7
+    def load(begin: Any, k: Any, kind: Any) -> Any:
+        address = builder.bitcast(builder.gep(begin, [k]), kind.as_pointer())
+        return builder.load(address, align=4)
 
+    def add(sums: Any, k: Any, kind: Any) -> None:
+        fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)
+        loaded = [load(begin, k, kind) for begin in weights]
+        for row, begin in enumerate(rows):
+            value = load(begin, k, kind)
+            for held, factor in zip(sums[row], loaded, strict=True):
+                builder.store(builder.call(fma, [factor, value, builder.load(held)]), held)
 
-_LOOPS = {1: _one, 4: _four, 8: _eight}
+    def zeros(kind: Any) -> list[list[Any]]:
+        made = [[cgutils.alloca_once(builder, kind) for _ in places] for _ in rows]
+        for held in (held for of_row in made for held in of_row):
+            builder.store(ir.Constant(kind, None), held)
+        return made
+
+    byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = function("llvm.prefetch.p0", ir.VoidType(), byte, whole, whole, whole)
+    add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
+    in_lanes, behind = zeros(lanes), zeros(number)
+    end = builder.and_(length, size(-_LANES))
+    with cgutils.for_range_slice(builder, size(0), end, size(_LANES), size) as (k, _):
+        for begin in weights:
+            ahead = builder.bitcast(builder.gep(begin, [builder.add(k, size(_AHEAD))]), byte)
+            builder.call(prefetch, [ahead, whole(0), whole(3), whole(1)])  # to read, to be kept, data
+        add(in_lanes, k, lanes)
+    with cgutils.for_range_slice(builder, end, length, size(1), size) as (k, _):
+        add(behind, k, number)
+    for row, sums, rests in zip(at_rows, in_lanes, behind, strict=True):
+        for held, rest, place in zip(sums, rests, places, strict=True):
+            total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
+            builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
+    return context.get_dummy_value()

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpt_flwr.few_rows import MOST_ROWS, Array, compiled, into, padded_rows
+from fedpt_flwr.few_rows import Array, compiled, into
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
-MOST_TOKENS = MOST_ROWS
+MOST_TOKENS = 8
 """Tokens, of all rows together, that can be taken at once."""
 
 _MOST_PAIRS = 1600
@@ -79,8 +79,8 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
     num_tokens = len(x)
     first = np.asarray(starts, dtype=np.int64)
     cos, sin = (part.reshape(num_tokens, -1).float().contiguous().numpy() for part in rotation)
-    stream = np.zeros((padded_rows(num_tokens), x.shape[1]), np.float32)
-    stream[:num_tokens] = x.numpy()
+    stream = np.empty((num_tokens, x.shape[1]), np.float32)
+    stream[:] = x.numpy()
     states, change = np.empty_like(stream), np.empty_like(stream)
     num_key_heads, eps = body.config.num_key_value_heads, np.float32(body.config.rms_norm_eps)
     for number, layer in enumerate(body.layers):
@@ -115,7 +115,7 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
         _gated(gate, _product(mlp.up_proj, states))
         _into(mlp.down_proj, gate, change)
         stream += change
-    return torch.from_numpy(stream[:num_tokens])
+    return torch.from_numpy(stream)
 
 
 def _array(weight: Tensor) -> Array:

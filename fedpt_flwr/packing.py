@@ -1,9 +1,9 @@
 """Weights prepared once for decoding, in place and layer by layer.
 
-Decoding multiplies a few rows by every weight of a model, and torch takes about twice as long for two rows as for one.
-Two things help, and :func:`_product` says which on what processor: oneDNN's own layout, in which a few rows cost
-little more than one; or, with AVX2 alone, where that layout is slow for a single row, plain weights and a loop that is
-compiled for few rows (``few_rows.py``; needs the package numba).
+Decoding multiplies a few rows by every weight of a model, and torch takes two to three times as long for four rows as
+for one. Two things help, and :func:`_product` says which for what: plain weights and loops that are compiled for few
+rows (``few_rows.py``: float32 with AVX2 or AVX512; needs the package numba); or oneDNN's own layout, in which a few
+rows cost little more than one, but one row of float32 costs more than in plain weights.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
@@ -40,6 +40,8 @@ from fedpt_flwr.errors import ModelError
 # Builds of torch without oneDNN have neither.
 _pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _multiply: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_WITH_LOOPS = ("AVX2", "AVX512")
+"""Processors, as torch calls them, for which there are loops for few rows."""
 _ROWS = 8
 """For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
 
@@ -85,13 +87,13 @@ class _FewRows:
 
 
 @cache
-def _product() -> _OneDnn | _FewRows | None:
+def _product(dtype: torch.dtype) -> _OneDnn | _FewRows | None:
     """How packed weights lie and are multiplied on this machine; None where nothing is known that is faster.
 
     Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
     machine was.
     """
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability().startswith(_WITH_LOOPS):
         with suppress(ImportError):
             return _FewRows()
     has_onednn = _pack is not None and _multiply is not None and torch.backends.mkldnn.is_available()
@@ -239,15 +241,15 @@ def prepare(model: nn.Module) -> int:
     Returns:
         How many layers were packed; 0 where this machine has no kernel for them.
     """
-    product = _product()
-    if product is None:
-        return 0
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     files = _mapped_files()
     num_packed = 0
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
         weight = layer.weight
+        product = _product(weight.dtype)
         is_shared = uses[id(weight)] > 1
+        if product is None:
+            continue
         if is_shared and not (product.keeps_plain and isinstance(layer, nn.Linear) and weight.is_contiguous()):
             continue
         if _can_pack(layer, product):
@@ -267,19 +269,19 @@ def restore(model: nn.Module) -> None:
         setattr(parent, name, layer.unpack())
 
 
-def suits_single_rows() -> bool:
-    """Whether a packed weight is no slower than a plain one for a single row.
+def suits_single_rows(dtype: torch.dtype) -> bool:
+    """Whether packed weights of this dtype are no slower than plain ones for a single row.
 
-    oneDNN's layout is slower on an AMD processor with AVX2 (by a fifth), and is not with AVX512.
+    oneDNN's layout is slower for float32 (by a fifth, with AVX2 and with AVX512), and faster for bfloat16.
     """
-    product = _product()
-    return product is not None and (product.keeps_plain or torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+    product = _product(dtype)
+    return product is not None and (product.keeps_plain or dtype != torch.float32)
 
 
 def advice() -> str:
     """What would make decoding faster on this machine; empty if there is nothing to install."""
-    product = _product()
-    if torch.backends.cpu.get_cpu_capability() != "AVX2" or (product is not None and product.keeps_plain):
+    product = _product(torch.float32)
+    if not torch.backends.cpu.get_cpu_capability().startswith(_WITH_LOOPS) or (product and product.keeps_plain):
         return ""
     return "this processor decodes faster with numba: pip install 'fedpt-flwr[fast]'"
 

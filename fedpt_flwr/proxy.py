@@ -435,7 +435,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         packing.prepare(self.large)
         if self.untuned is not None:
             packing.prepare(self.untuned)
-        if packing.suits_single_rows():
+        if packing.suits_single_rows(self.tuned.dtype):
             packing.prepare(self.tuned)
         return self
 

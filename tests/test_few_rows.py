@@ -16,7 +16,7 @@ def case(num_rows, size, seed=0):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("num_rows", range(1, 11))
+@pytest.mark.parametrize("num_rows", [*range(1, 11), 16, 27, 32, 33])
 def test_products_are_those_of_torch(num_rows, size):
     x, weight, bias = case(num_rows, size)
     for added in (bias, None):
@@ -24,7 +24,7 @@ def test_products_are_those_of_torch(num_rows, size):
         torch.testing.assert_close(few_rows.multiply(x, weight, added).double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_rows", [2, 4, 8])
+@pytest.mark.parametrize("num_rows", [2, 4, 8, 20])
 def test_the_number_of_threads_changes_no_bit(num_rows):
     x, weight, bias = case(num_rows, (130, 257))
     alone = few_rows.multiply(x, weight, bias)
@@ -35,11 +35,13 @@ def test_the_number_of_threads_changes_no_bit(num_rows):
         torch.set_num_threads(1)
 
 
-def test_a_row_gives_the_same_bits_whatever_stands_beside_it():
-    x, weight, bias = case(4, (130, 257))
+@pytest.mark.parametrize("size", [(130, 257), (5, 2050)])
+def test_a_row_gives_the_same_bits_whatever_stands_beside_it(size):
+    x, weight, bias = case(few_rows.MOST_ROWS, size)
     together = few_rows.multiply(x, weight, bias)
-    for number in (2, 3):
+    for number in range(1, few_rows.MOST_ROWS):
         assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
+        assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -27,7 +27,7 @@ def product(request, monkeypatch):
     product = request.param()
     if not packing._has_kernel(torch.float32, product):
         pytest.skip("oneDNN is not on this machine")
-    monkeypatch.setattr(packing, "_product", lambda: product)
+    monkeypatch.setattr(packing, "_product", lambda _dtype: product)
     return product
 
 
@@ -298,30 +298,36 @@ def test_a_proxy_like_a_prepared_one_shares_what_is_packed(form, tmp_path):
     )
     first = ProxyModel.from_pretrained(tmp_path / "first", prepare=True)
     assert all(is_prepared(part) for part in (first.large, first.untuned))
-    assert is_prepared(first.tuned) == suits_single_rows()
+    assert is_prepared(first.tuned) == suits_single_rows(torch.float32)
     second = ProxyModel.from_pretrained(tmp_path / form, like=first, prepare=True)
     assert second.large is first.large
-    assert is_prepared(second.tuned) == suits_single_rows()
+    assert is_prepared(second.tuned) == suits_single_rows(torch.float32)
     assert is_prepared(first.untuned)
     ids = random_ids(2, 5) % 32
     with torch.no_grad():
         torch.testing.assert_close(second(ids).logits, proxy(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("processor", "is_advised"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+@pytest.mark.parametrize(("processor", "is_advised"), [("AVX2", True), ("AVX512", True), ("DEFAULT", False)])
 def test_a_package_is_advised_where_it_would_help(product, processor, is_advised, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     assert bool(packing.advice()) == (is_advised and not product.keeps_plain)
 
 
 @pytest.mark.parametrize(
-    ("processor", "expected"), [("AVX2", packing._FewRows), ("AVX512", packing._OneDnn), ("DEFAULT", packing._OneDnn)]
+    ("processor", "dtype", "expected"),
+    [
+        ("AVX2", torch.float32, packing._FewRows),
+        ("AVX512", torch.float32, packing._FewRows),
+        ("DEFAULT", torch.float32, packing._OneDnn),
+        ("AVX512", torch.bfloat16, packing._OneDnn),
+    ],
 )
-def test_the_processor_decides_how_weights_lie(processor, expected, monkeypatch):
+def test_processor_and_dtype_decide_how_weights_lie(processor, dtype, expected, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     packing._product.cache_clear()
     try:
-        assert type(packing._product()) is expected
+        assert type(packing._product(dtype)) is expected
     finally:
         packing._product.cache_clear()
