@@ -41,8 +41,6 @@ _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infin
 _HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 _LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
-_AHEAD = 256
-"""Weights by which memory is asked in advance; two of the pieces in which it hands them out."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,10 +193,11 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
     in_lanes, behind = zeros(lanes), zeros(number)
     end = builder.and_(length, size(-_LANES))
+    block = builder.mul(length, size(num_weights))  # the next one is asked for: the processor guesses within a row only
     with cgutils.for_range_slice(builder, size(0), end, size(_LANES), size) as (k, _):
         for begin in weights:
-            ahead = builder.bitcast(builder.gep(begin, [builder.add(k, size(_AHEAD))]), byte)
-            builder.call(prefetch, [ahead, whole(0), whole(3), whole(1)])  # to read, to be kept, data
+            ahead = builder.bitcast(builder.gep(begin, [builder.add(k, block)]), byte)
+            builder.call(prefetch, [ahead, whole(0), whole(2), whole(1)])  # to read, into the second cache, data
         add(in_lanes, k, lanes)
     with cgutils.for_range_slice(builder, end, length, size(1), size) as (k, _):
         add(behind, k, number)

@@ -219,12 +219,13 @@ def _attended(
         mixed = np.empty((shared * num_new, size), np.float32)
         for key_head in range(num_key_heads):
             for column in range(begin, end):
-                for place in range(shared * num_new):
-                    token, at = row * num_new + place % num_new, (key_head * shared + place // num_new) * size
-                    total = _ZERO
-                    for k in range(size):
-                        total += queries[token, at + k] * all_keys[row, key_head, column, k]
-                    weights[place, column - begin] = total * scale
+                for head in range(shared):
+                    at = (key_head * shared + head) * size
+                    for new in range(num_new):
+                        total = _ZERO
+                        for k in range(size):
+                            total += queries[row * num_new + new, at + k] * all_keys[row, key_head, column, k]
+                        weights[head * num_new + new, column - begin] = total * scale
             for place in range(shared * num_new):
                 last = start + place % num_new
                 oldest = max(begin, last - window + 1)
