@@ -117,11 +117,10 @@ def _kernel(num_rest: int, in_threads: bool) -> Any:
 def _loop(num_rest: int) -> Any:
     """The loop for groups of :data:`_GROUP` rows and so many more.
 
-    It takes some rows of the weight at once: what is read of x serves for all of them. Each needs a register for every
-    row of x, and one for itself. They stay in a cache while one group of rows after the other is multiplied with them.
+    It takes some rows of the weight at once: what is read of x serves for all of them. They stay in a cache while one
+    group of rows after the other is multiplied with them.
     """
-    most = _REGISTERS - 1
-    of_group, of_rest = min(4, most // (_GROUP + 1)), min(4, most // (num_rest + 1))
+    of_group, of_rest = _num_weights(_GROUP), _num_weights(num_rest)
 
     def loop(weight: Any, x: Any, product: Any) -> None:
         num_out, num_groups = weight.shape[0], x.shape[0] // _GROUP
@@ -143,6 +142,11 @@ def _loop(num_rest: int) -> Any:
                 _dots(weight, i, x, begin, product, num_rest, 1)
 
     return loop
+
+
+def _num_weights(num_rows: int) -> int:
+    """Rows of the weight at once: each takes a register for every row of x and one for itself, x another one."""
+    return max(2, min(4, (_REGISTERS - 1) // (num_rows + 1)))  # one alone is slower than two that lack registers
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
