@@ -26,23 +26,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["2048x2048", "2048x5632", "960x2560", "640x1728"], metavar="OxI")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=200, help="weights of each size, together")
     asked = parser.parse_args()
-    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    dtype = getattr(torch, asked.dtype)
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {asked.dtype}")
     for size in asked.sizes:
         num_out, num_in = map(int, size.split("x"))
-        weights = [
-            torch.randn(num_out, num_in) for _ in range(max(2, asked.megabytes * 10**6 // (4 * num_out * num_in)))
-        ]
+        num_bytes = dtype.itemsize * num_out * num_in
+        weights = [torch.randn(num_out, num_in).to(dtype) for _ in range(max(2, asked.megabytes * 10**6 // num_bytes))]
         laid_out = {"torch": lambda x, number, weights=weights: F.linear(x, weights[number])}
         for name, layout in (("oneDNN", packing._OneDnn()), ("few rows", packing._FewRows())):
+            if not packing._has_kernel(dtype, layout):
+                continue
             packed = [layout.pack(weight) for weight in weights]
             laid_out[name] = lambda x, number, packed=packed, layout=layout: layout.multiply(x, packed[number], None)
         for num_rows in asked.rows:
-            x = torch.randn(num_rows, num_in)
+            x = torch.randn(num_rows, num_in).to(dtype)
             speeds = read_speeds(laid_out, x, num_weights=len(weights), turns=asked.turns)
-            size_gb = 4e-9 * num_out * num_in * len(weights)
+            size_gb = 1e-9 * num_bytes * len(weights)
             print(f"{size:>10} {num_rows:3} rows", *(f"{name} {size_gb / took:5.1f}" for name, took in speeds.items()))
 
 

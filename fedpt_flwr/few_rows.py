@@ -1,4 +1,4 @@
-"""A few rows times a plain weight, on processors with AVX2 or AVX512.
+"""A few rows times a plain weight, float32 or bfloat16, on processors with AVX2 or AVX512.
 
 Judging drafts multiplies two to eight rows by weights that are far larger than any cache, which need not cost more
 than to read the weights once. torch's libraries take up to three times as long for that (``benchmarks/products.py``).
@@ -7,8 +7,9 @@ instructions of LLVM, because a compiler that is left to find them finds half of
 for a machine. :func:`multiply` is for tensors, whoever asks; :func:`into` is for arrays that are laid out as the loops
 want them, which ``few_tokens.py`` has.
 
-Every sum is added up in an order that depends on nothing but its length and the processor. So results depend neither
-on the number of threads nor on the other rows.
+A weight of bfloat16 is read as it is, and becomes float32 in a register: sums are of float32, and the result is
+rounded once. Every sum is added up in an order that depends on nothing but its length and the processor, so results
+depend neither on the number of threads nor on the other rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import functools
 from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,14 @@ from torch import Tensor
 
 Array = npt.NDArray[np.float32]
 
-MOST_ROWS = 32
+MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 """More rows are left to torch, whose libraries are made for that."""
 
 _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
 
 _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
-_HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
 
@@ -47,38 +47,39 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What ``torch.nn.functional.linear`` gives, up to the rounding of sums.
 
     Args:
-        x: ``(..., in_features)`` float32 on the CPU.
+        x: ``(..., in_features)`` on the CPU.
         weight: ``(out_features, in_features)``, the same, with rows one behind the other in memory.
         bias: ``(out_features,)`` or None.
 
     Returns:
-        ``(..., out_features)`` float32.
+        ``(..., out_features)``, of the dtype of both.
 
     Raises:
         RuntimeError: Dtypes or sizes do not fit, as torch says it.
     """
     num_out, num_in = weight.shape
     num_rows = x.numel() // num_in if num_in else 0
-    if not 1 <= num_rows <= MOST_ROWS or x.shape[-1] != num_in or x.dtype != torch.float32:
+    if not 1 <= num_rows <= MOST_ROWS.get(x.dtype, 0) or x.shape[-1] != num_in or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    rows = x.reshape(num_rows, num_in).contiguous()
+    rows = x.reshape(num_rows, num_in).float().contiguous()
     product = torch.empty(num_rows, num_out, dtype=torch.float32, device=x.device)
-    _kernel(num_rows % _GROUP, torch.get_num_threads() > 1)(weight.numpy(), rows.numpy(), product.numpy())
+    as_array = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight  # numpy knows no bfloat16
+    into(product.numpy(), rows.numpy(), as_array.numpy(), None)
     if bias is not None:
         product += bias
-    return product.view(*x.shape[:-1], num_out)
+    return product.to(x.dtype).view(*x.shape[:-1], num_out)
 
 
-def into(product: Array, x: Array, weight: Array, bias: Array | None) -> None:
+def into(product: Array, x: Array, weight: npt.NDArray[Any], bias: Array | None) -> None:
     """Write a product where it belongs.
 
     Args:
-        product: ``(rows, out_features)``; at most :data:`MOST_ROWS` of them.
+        product: ``(rows, out_features)``.
         x: ``(rows, in_features)``.
-        weight: ``(out_features, in_features)``.
+        weight: ``(out_features, in_features)``, float32, or int16 that are the bits of bfloat16.
         bias: ``(out_features,)`` or None.
     """
-    _kernel(len(x) % _GROUP, torch.get_num_threads() > 1)(weight, x, product)
+    _kernel(weight.dtype.name, len(x) % _GROUP, torch.get_num_threads() > 1)(weight, x, product)
     if bias is not None:
         product += bias
 
@@ -93,10 +94,10 @@ def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
 
 
 @cache
-def _kernel(num_rest: int, in_threads: bool) -> Any:
-    """The compiled loop for groups of rows and so many more; in threads, for as many as torch uses."""
-    matrix = numba.types.Array(numba.float32, 2, "C", readonly=True)
-    signature = numba.void(matrix, matrix, numba.float32[:, ::1])
+def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
+    """The compiled loop for groups of rows and so many more, and weights of a dtype; in as many threads as torch."""
+    weights, matrix = (types.Array(kind, 2, "C", readonly=True) for kind in (getattr(types, dtype), types.float32))
+    signature = types.void(weights, matrix, types.float32[:, ::1])
     kernel = compiled(_loop(num_rest), [signature], parallel=in_threads)
     if not in_threads:
         return kernel
@@ -108,9 +109,9 @@ def _kernel(num_rest: int, in_threads: bool) -> Any:
     numba.config.THREADING_LAYER = "threadsafe"  # the one that is left otherwise ends the process if two threads ask
     try:
         one = np.zeros((num_rest, 1), np.float32)
-        with_threads(np.zeros((1, 1), np.float32), one, one.copy())
+        with_threads(np.zeros((1, 1), dtype), one, one.copy())
     except ValueError:  # there is none here
-        return _kernel(num_rest, in_threads=False)
+        return _kernel(dtype, num_rest, in_threads=False)
     return with_threads
 
 
@@ -159,6 +160,7 @@ def _dots(_context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, nu
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
     number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
+    short, whole = ir.IntType(16), ir.IntType(32)
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
@@ -178,9 +180,18 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
         address = builder.bitcast(builder.gep(begin, [k]), kind.as_pointer())
         return builder.load(address, align=4)
 
+    def load_weight(begin: Any, k: Any, kind: Any) -> Any:
+        if signature.args[0].dtype != types.int16:
+            return load(begin, k, kind)
+        # The bits of bfloat16 are the upper half of those of float32.
+        half, full = (ir.VectorType(part, _LANES) if kind is lanes else part for part in (short, whole))
+        bits = builder.zext(load(begin, k, half), full)
+        sixteen = ir.Constant(full, [16] * _LANES if kind is lanes else 16)
+        return builder.bitcast(builder.shl(bits, sixteen), kind)
+
     def add(sums: Any, k: Any, kind: Any) -> None:
         fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)
-        loaded = [load(begin, k, kind) for begin in weights]
+        loaded = [load_weight(begin, k, kind) for begin in weights]
         for row, begin in enumerate(rows):
             value = load(begin, k, kind)
             for held, factor in zip(sums[row], loaded, strict=True):
@@ -192,7 +203,7 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
             builder.store(ir.Constant(kind, None), held)
         return made
 
-    byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+    byte = ir.IntType(8).as_pointer()
     prefetch = function("llvm.prefetch.p0", ir.VoidType(), byte, whole, whole, whole)
     add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
     in_lanes, behind = zeros(lanes), zeros(number)

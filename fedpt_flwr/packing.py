@@ -42,6 +42,8 @@ _pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _multiply: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _WITH_LOOPS = ("AVX2", "AVX512")
 """Processors, as torch calls them, for which there are loops for few rows."""
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16)
+"""What they multiply with."""
 _ROWS = 8
 """For how many rows oneDNN is to lay weights out; laid out for 1, more rows take longer."""
 
@@ -93,7 +95,9 @@ def _product(dtype: torch.dtype) -> _OneDnn | _FewRows | None:
     Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
     machine was.
     """
-    if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability().startswith(_WITH_LOOPS):
+    capability = torch.backends.cpu.get_cpu_capability()
+    # oneDNN multiplies bfloat16 as fast as it is read, if the processor has instructions for it.
+    if capability == "AVX2" or (dtype == torch.float32 and capability.startswith("AVX512")):
         with suppress(ImportError):
             return _FewRows()
     has_onednn = _pack is not None and _multiply is not None and torch.backends.mkldnn.is_available()
@@ -153,7 +157,7 @@ class PackedLinear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether the weight lies as rows of numbers, output by output; then :meth:`plain_array` shows it."""
-        return self._product.keeps_plain
+        return self._product.keeps_plain and self._packed.dtype == torch.float32
 
     def plain_array(self) -> npt.NDArray[Any]:
         """The weight itself, ``(out_features, in_features)``, and no copy of it."""
@@ -310,7 +314,7 @@ def _can_pack(layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows) -> bool:
 def _has_kernel(dtype: torch.dtype, product: _OneDnn | _FewRows) -> bool:
     """Whether such weights are multiplied on this machine; oneDNN says so only when it is asked to."""
     if product.keeps_plain:
-        return dtype == torch.float32
+        return dtype in _PLAIN_DTYPES
     try:
         weight = torch.eye(16, dtype=dtype)
         return torch.equal(product.multiply(weight, product.pack(weight), None), weight)

@@ -24,6 +24,17 @@ def test_products_are_those_of_torch(num_rows, size):
         torch.testing.assert_close(few_rows.multiply(x, weight, added).double(), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_rows", [*range(1, 10), 17])
+def test_products_of_bfloat16_are_rounded_once(num_rows, size):
+    x, weight, bias = (part.bfloat16() for part in case(num_rows, size))
+    for added in (bias, None):
+        exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        found = few_rows.multiply(x, weight, added)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=2**-7)
+
+
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 20])
 def test_the_number_of_threads_changes_no_bit(num_rows):
     x, weight, bias = case(num_rows, (130, 257))
@@ -37,9 +48,9 @@ def test_the_number_of_threads_changes_no_bit(num_rows):
 
 @pytest.mark.parametrize("size", [(130, 257), (5, 2050)])
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(size):
-    x, weight, bias = case(few_rows.MOST_ROWS, size)
+    x, weight, bias = case(few_rows.MOST_ROWS[torch.float32], size)
     together = few_rows.multiply(x, weight, bias)
-    for number in range(1, few_rows.MOST_ROWS):
+    for number in range(1, few_rows.MOST_ROWS[torch.float32]):
         assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
         assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
 
