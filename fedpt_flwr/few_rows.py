@@ -63,8 +63,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.reshape(num_rows, num_in).float().contiguous()
     product = torch.empty(num_rows, num_out, dtype=torch.float32, device=x.device)
-    as_array = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight  # numpy knows no bfloat16
-    into(product.numpy(), rows.numpy(), as_array.numpy(), None)
+    bits = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight  # numpy knows no bfloat16
+    into(product.numpy(), rows.numpy(), bits.numpy(), None)
     if bias is not None:
         product += bias
     return product.to(x.dtype).view(*x.shape[:-1], num_out)
@@ -157,6 +157,14 @@ def _dots(_context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, nu
     return types.void(weight, i, x, row, product, num_rows, num_weights), emit
 
 
+def widened(builder: Any, bits: Any) -> Any:
+    """Numbers of bfloat16, one or a vector, as float32, of which they are the upper half."""
+    count = getattr(bits.type, "count", 0)
+    integer, number = (ir.VectorType(kind, count) if count else kind for kind in (ir.IntType(32), ir.FloatType()))
+    upper = builder.shl(builder.zext(bits, integer), ir.Constant(integer, [16] * count if count else 16))
+    return builder.bitcast(upper, number)
+
+
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
     number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
@@ -183,11 +191,7 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     def load_weight(begin: Any, k: Any, kind: Any) -> Any:
         if signature.args[0].dtype != types.int16:
             return load(begin, k, kind)
-        # The bits of bfloat16 are the upper half of those of float32.
-        half, full = (ir.VectorType(part, _LANES) if kind is lanes else part for part in (short, whole))
-        bits = builder.zext(load(begin, k, half), full)
-        sixteen = ir.Constant(full, [16] * _LANES if kind is lanes else 16)
-        return builder.bitcast(builder.shl(bits, sixteen), kind)
+        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, _LANES)))
 
     def add(sums: Any, k: Any, kind: Any) -> None:
         fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)

@@ -4,8 +4,9 @@ A decoding step reads every weight once, and between two weights there is next t
 twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights. Here
 they are four loops beside the products.
 
-Only float32 on a processor where weights stay plain (``packing.py``), and only models that ``lean.py`` takes. Which
-tokens and which rows, and what comes before and after the layers, is decided there.
+Only on a processor where weights stay plain (``packing.py``), and only models that ``lean.py`` takes. Which tokens and
+which rows, and what comes before and after the layers, is decided there. A model of bfloat16 has its weights, keys and
+values in that type; what is computed of them is float32, and rounded where it is stored.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from fedpt_flwr.few_rows import Array, compiled, into
+from fedpt_flwr.few_rows import Array, compiled, into, widened
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -60,7 +63,7 @@ def _is_plain(part: nn.Module) -> bool:
     if type(part) is nn.Linear or "base_layer" in part._modules:  # not prepared, or with an adapter
         return False
     weight = part._parameters.get("weight")  # a norm's
-    return weight is None or weight.dtype == torch.float32
+    return weight is None or weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor], starts: Sequence[int]) -> Tensor:
@@ -69,18 +72,18 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
     Args:
         body: As in :func:`takes`, which said yes.
         cache: Begun for these tokens; gets their keys and values.
-        x: The tokens' embeddings, ``(rows * new, hidden)``, float32 on the CPU.
+        x: The tokens' embeddings, ``(rows * new, hidden)``, float32 or bfloat16 on the CPU.
         rotation: Cosines and sines of their positions, ``(rows, new, head_dim)``.
         starts: Tokens that each row had before.
 
     Returns:
-        What comes out of the last layer, ``(rows * new, hidden)``.
+        What comes out of the last layer, ``(rows * new, hidden)``, of the dtype of ``x``.
     """
     num_tokens = len(x)
     first = np.asarray(starts, dtype=np.int64)
     cos, sin = (part.reshape(num_tokens, -1).float().contiguous().numpy() for part in rotation)
     stream = np.empty((num_tokens, x.shape[1]), np.float32)
-    stream[:] = x.numpy()
+    stream[:] = x.float().numpy()
     states, change = np.empty_like(stream), np.empty_like(stream)
     num_key_heads, eps = body.config.num_key_value_heads, np.float32(body.config.rms_norm_eps)
     for number, layer in enumerate(body.layers):
@@ -101,8 +104,8 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
             eps,
             cos,
             sin,
-            stored.keys.numpy(),
-            stored.values.numpy(),
+            _bits(stored.keys),
+            _bits(stored.values),
             first,
             num_tokens // len(starts),
             cache.windows[number] or 2**62,
@@ -115,11 +118,16 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
         _gated(gate, _product(mlp.up_proj, states))
         _into(mlp.down_proj, gate, change)
         stream += change
-    return torch.from_numpy(stream)
+    return torch.from_numpy(stream).to(x.dtype)
 
 
 def _array(weight: Tensor) -> Array:
-    return weight.detach().numpy()
+    return weight.detach().float().numpy()
+
+
+def _bits(stored: Tensor) -> Any:
+    """What is stored, where it lies; bfloat16 as int16, because numpy does not know it."""
+    return (stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy()
 
 
 def _product(layer: PackedLinear, x: Array) -> Array:
@@ -137,7 +145,34 @@ def _into(layer: PackedLinear, x: Array, product: Array) -> None:
 _read = numba.types.Array(numba.float32, 1, "C", readonly=True)
 _table = numba.types.Array(numba.float32, 2, "C", readonly=True)
 _rows = numba.float32[:, ::1]
-_stored = numba.float32[:, :, :, ::1]
+_stored = (numba.float32[:, :, :, ::1], numba.int16[:, :, :, ::1])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _read_number(_context: Any, held: Any) -> Any:
+    """A number as float32: that it is, or that the bits of bfloat16 mean."""
+
+    def emit(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return arguments[0] if held == numba.float32 else widened(builder, arguments[0])
+
+    return numba.float32(held), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_stored(_context: Any, number: Any, like: Any) -> Any:
+    """A float32 as it is stored beside another number: as it is, or rounded to the nearest bfloat16, ties to even."""
+
+    def emit(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        value, whole = arguments[0], ir.IntType(32)
+        if like == numba.float32:
+            return value
+        bits = builder.bitcast(value, whole)
+        is_odd = builder.and_(builder.lshr(bits, whole(16)), whole(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, whole(0x7FFF)), is_odd), whole(16))
+        is_nan = builder.fcmp_unordered("uno", value, value)  # rounding could make it infinite, or 0
+        return builder.trunc(builder.select(is_nan, whole(0x7FC0), rounded), ir.IntType(16))
+
+    return like(number, like), emit
 
 
 def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
@@ -209,8 +244,9 @@ def _attended(
         for head in range(num_key_heads):
             _turned(keys, token, head, size, key_norm, eps, cos, sin)
             for k in range(size):
-                all_keys[row, head, column, k] = keys[token, head * size + k]
-                all_values[row, head, column, k] = values[token, head * size + k]
+                key, value = keys[token, head * size + k], values[token, head * size + k]
+                all_keys[row, head, column, k] = _as_stored(key, all_keys[row, head, column, k])
+                all_values[row, head, column, k] = _as_stored(value, all_values[row, head, column, k])
     for row in range(starts.shape[0]):
         start = starts[row]
         end = start + num_new
@@ -224,7 +260,8 @@ def _attended(
                     for new in range(num_new):
                         total = _ZERO
                         for k in range(size):
-                            total += queries[row * num_new + new, at + k] * all_keys[row, key_head, column, k]
+                            key = _read_number(all_keys[row, key_head, column, k])
+                            total += queries[row * num_new + new, at + k] * key
                         weights[head * num_new + new, column - begin] = total * scale
             for place in range(shared * num_new):
                 last = start + place % num_new
@@ -246,7 +283,7 @@ def _attended(
                 for place in range(shared * num_new):
                     weight = weights[place, column - begin]
                     for k in range(size):
-                        mixed[place, k] += weight * all_values[row, key_head, column, k]
+                        mixed[place, k] += weight * _read_number(all_values[row, key_head, column, k])
             for place in range(shared * num_new):
                 token, at = row * num_new + place % num_new, (key_head * shared + place // num_new) * size
                 for k in range(size):
@@ -260,8 +297,9 @@ _attended = compiled(
     _attended,
     [
         numba.void(
-            *(_rows, _rows, _rows, _read, _read, numba.float32, _table, _table, _stored, _stored),
+            *(_rows, _rows, _rows, _read, _read, numba.float32, _table, _table, stored, stored),
             *(numba.int64[::1], numba.int64, numba.int64, numba.float32),
         )
+        for stored in _stored
     ],
 )

@@ -89,15 +89,19 @@ class _FewRows:
 
 
 @cache
-def _product(dtype: torch.dtype) -> _OneDnn | _FewRows | None:
+def _product(dtype: torch.dtype, for_loops: bool = False) -> _OneDnn | _FewRows | None:
     """How packed weights lie and are multiplied on this machine; None where nothing is known that is faster.
+
+    Args:
+        dtype: Of the weights.
+        for_loops: See :func:`prepare`.
 
     Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
     machine was.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     # oneDNN multiplies bfloat16 as fast as it is read, if the processor has instructions for it.
-    if capability == "AVX2" or (dtype == torch.float32 and capability.startswith("AVX512")):
+    if capability == "AVX2" or (capability.startswith("AVX512") and (for_loops or dtype == torch.float32)):
         with suppress(ImportError):
             return _FewRows()
     has_onednn = _pack is not None and _multiply is not None and torch.backends.mkldnn.is_available()
@@ -157,11 +161,12 @@ class PackedLinear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether the weight lies as rows of numbers, output by output; then :meth:`plain_array` shows it."""
-        return self._product.keeps_plain and self._packed.dtype == torch.float32
+        return self._product.keeps_plain
 
     def plain_array(self) -> npt.NDArray[Any]:
-        """The weight itself, ``(out_features, in_features)``, and no copy of it."""
-        found: npt.NDArray[Any] = self._packed.numpy()
+        """The weight itself, ``(out_features, in_features)``, and no copy of it; bfloat16 as bits, int16."""
+        bits = self._packed.view(torch.int16) if self._packed.dtype == torch.bfloat16 else self._packed
+        found: npt.NDArray[Any] = bits.numpy()
         return found
 
     def shows(self, weight: Tensor) -> bool:
@@ -233,7 +238,7 @@ class _Untrainable(torch.autograd.Function):
 
 @torch.inference_mode(False)  # or the weights that come out could never be trained again
 @torch.no_grad()
-def prepare(model: nn.Module) -> int:
+def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     """Pack the weights of a model, in place; those that are packed already stay so.
 
     The model can then be asked as before, with the same results up to the rounding of sums. Its weights can be neither
@@ -241,6 +246,8 @@ def prepare(model: nn.Module) -> int:
 
     Args:
         model: Any model, plain or with an adapter. An adapter's own weights stay as they are; the base's are packed.
+        for_loops: Whether whole layers go through compiled loops (``few_tokens.py``), which want weights that are plain
+            and gain more than oneDNN's layout does for bfloat16.
 
     Returns:
         How many layers were packed; 0 where this machine has no kernel for them.
@@ -250,7 +257,7 @@ def prepare(model: nn.Module) -> int:
     num_packed = 0
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
         weight = layer.weight
-        product = _product(weight.dtype)
+        product = _product(weight.dtype, for_loops)
         is_shared = uses[id(weight)] > 1
         if product is None:
             continue
@@ -273,12 +280,12 @@ def restore(model: nn.Module) -> None:
         setattr(parent, name, layer.unpack())
 
 
-def suits_single_rows(dtype: torch.dtype) -> bool:
+def suits_single_rows(dtype: torch.dtype, *, for_loops: bool = False) -> bool:
     """Whether packed weights of this dtype are no slower than plain ones for a single row.
 
     oneDNN's layout is slower for float32 (by a fifth, with AVX2 and with AVX512), and faster for bfloat16.
     """
-    product = _product(dtype)
+    product = _product(dtype, for_loops)
     return product is not None and (product.keeps_plain or dtype != torch.float32)
 
 

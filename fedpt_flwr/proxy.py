@@ -42,7 +42,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
-from fedpt_flwr.lean import step_function
+from fedpt_flwr.lean import is_llama_type, step_function
 from fedpt_flwr.logits import (
     check_alpha,
     check_plausibility,
@@ -432,11 +432,12 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         Returns:
             This proxy.
         """
-        packing.prepare(self.large)
-        if self.untuned is not None:
-            packing.prepare(self.untuned)
-        if packing.suits_single_rows(self.tuned.dtype):
-            packing.prepare(self.tuned)
+        for name, model in (("large", self.large), ("untuned", self.untuned), ("tuned", self.tuned)):
+            if model is None:
+                continue
+            for_loops = is_llama_type(model) and not hasattr(model, "peft_config")
+            if name != "tuned" or packing.suits_single_rows(model.dtype, for_loops=for_loops):
+                packing.prepare(model, for_loops=for_loops)
         return self
 
     def restore(self) -> ProxyModel:

@@ -1,5 +1,8 @@
 """A few tokens through compiled layers, against the lean pass through torch's own operations."""
 
+import copy
+import math
+
 import pytest
 import torch
 from test_lean import TAKEN
@@ -17,7 +20,7 @@ COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
 
 @pytest.fixture(autouse=True)
 def _few_rows_without_gradients(monkeypatch):
-    monkeypatch.setattr(packing, "_product", lambda _dtype: packing._FewRows())  # whatever this processor likes best
+    monkeypatch.setattr(packing, "_product", lambda *_: packing._FewRows())  # whatever this processor likes best
     with torch.no_grad():
         yield
 
@@ -68,6 +71,42 @@ def test_the_scores_are_those_of_torch(name, shapes, calls, monkeypatch):
     monkeypatch.setattr(lean, "_few_tokens", lambda: None)
     for ours, expected in zip(found, steps(stepper, shapes, kept=kept), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_is_rounded_no_more_than_by_torch(family, shapes, calls, monkeypatch):
+    model = make(family).bfloat16()
+    exact = copy.deepcopy(model).float()
+    prepare(model)
+    stepper = step_function(model)
+    calls.clear()
+    found = steps(stepper, shapes)
+    assert calls == [rows * new for rows, new in shapes if rows * new <= 8]
+    assert all(scores.dtype == torch.bfloat16 for scores in found)
+    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
+    right, by_torch = steps(step_function(exact), shapes), steps(stepper, shapes)
+
+    def error(scores):
+        return torch.cat([(ours.float() - others).flatten() for ours, others in zip(scores, right, strict=True)]).norm()
+
+    assert 0 < error(found) < 1.1 * error(by_torch)
+
+
+def test_numbers_are_stored_and_read_as_bfloat16_as_torch_does_it():
+    numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, 1e-40])])
+    numbers = torch.cat([numbers, torch.arange(0x3F800000, 0x3F830000, 0x4000, dtype=torch.int32).view(torch.float32)])
+
+    @few_tokens.numba.njit
+    def stored(values, held, back):
+        for place in range(len(values)):
+            held[place] = few_tokens._as_stored(values[place], held[place])
+            back[place] = few_tokens._read_number(held[place])
+
+    held, back = torch.zeros(len(numbers), dtype=torch.int16), torch.zeros(len(numbers))
+    stored(numbers.numpy(), held.numpy(), back.numpy())
+    torch.testing.assert_close(held.view(torch.bfloat16), numbers.bfloat16(), atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(back, numbers.bfloat16().float(), atol=0, rtol=0, equal_nan=True)
 
 
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(calls):

@@ -27,7 +27,7 @@ def product(request, monkeypatch):
     product = request.param()
     if not packing._has_kernel(torch.float32, product):
         pytest.skip("oneDNN is not on this machine")
-    monkeypatch.setattr(packing, "_product", lambda _dtype: product)
+    monkeypatch.setattr(packing, "_product", lambda *_: product)
     return product
 
 
@@ -315,19 +315,21 @@ def test_a_package_is_advised_where_it_would_help(product, processor, is_advised
 
 
 @pytest.mark.parametrize(
-    ("processor", "dtype", "expected"),
+    ("processor", "dtype", "for_loops", "expected"),
     [
-        ("AVX2", torch.float32, packing._FewRows),
-        ("AVX512", torch.float32, packing._FewRows),
-        ("DEFAULT", torch.float32, packing._OneDnn),
-        ("AVX512", torch.bfloat16, packing._OneDnn),
+        ("AVX2", torch.float32, False, packing._FewRows),
+        ("AVX2", torch.bfloat16, False, packing._FewRows),
+        ("AVX512", torch.float32, False, packing._FewRows),
+        ("AVX512", torch.bfloat16, False, packing._OneDnn),
+        ("AVX512", torch.bfloat16, True, packing._FewRows),
+        ("DEFAULT", torch.float32, True, packing._OneDnn),
     ],
 )
-def test_processor_and_dtype_decide_how_weights_lie(processor, dtype, expected, monkeypatch):
+def test_processor_and_dtype_decide_how_weights_lie(processor, dtype, for_loops, expected, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     packing._product.cache_clear()
     try:
-        assert type(packing._product(dtype)) is expected
+        assert type(packing._product(dtype, for_loops)) is expected
     finally:
         packing._product.cache_clear()
