@@ -184,14 +184,14 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     def function(name: str, result: Any, *taken: Any) -> Any:
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, taken), name)
 
-    def load(begin: Any, k: Any, kind: Any) -> Any:
+    def load(begin: Any, k: Any, kind: Any, num_bytes: int = 4) -> Any:
         address = builder.bitcast(builder.gep(begin, [k]), kind.as_pointer())
-        return builder.load(address, align=4)
+        return builder.load(address, align=num_bytes)  # of one number: rows may have any length
 
     def load_weight(begin: Any, k: Any, kind: Any) -> Any:
         if signature.args[0].dtype != types.int16:
             return load(begin, k, kind)
-        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, _LANES)))
+        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, _LANES), 2))
 
     def add(sums: Any, k: Any, kind: Any) -> None:
         fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)
