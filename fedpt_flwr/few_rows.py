@@ -63,8 +63,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.reshape(num_rows, num_in).float().contiguous()
     product = torch.empty(num_rows, num_out, dtype=torch.float32, device=x.device)
-    bits = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight  # numpy knows no bfloat16
-    into(product.numpy(), rows.numpy(), bits.numpy(), None)
+    into(product.numpy(), rows.numpy(), bits_of(weight), None)
     if bias is not None:
         product += bias
     return product.to(x.dtype).view(*x.shape[:-1], num_out)
@@ -82,6 +81,12 @@ def into(product: Array, x: Array, weight: npt.NDArray[Any], bias: Array | None)
     _kernel(weight.dtype.name, len(x) % _GROUP, torch.get_num_threads() > 1)(weight, x, product)
     if bias is not None:
         product += bias
+
+
+def bits_of(held: Tensor) -> npt.NDArray[Any]:
+    """A tensor as numpy sees it where it lies: bfloat16, which numpy does not know, as int16."""
+    array: npt.NDArray[Any] = (held.view(torch.int16) if held.dtype == torch.bfloat16 else held).numpy()
+    return array
 
 
 def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:

@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from fedpt_flwr.few_rows import Array, compiled, into, widened
+from fedpt_flwr.few_rows import Array, bits_of, compiled, into, widened
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -82,8 +82,7 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
     num_tokens = len(x)
     first = np.asarray(starts, dtype=np.int64)
     cos, sin = (part.reshape(num_tokens, -1).float().contiguous().numpy() for part in rotation)
-    stream = np.empty((num_tokens, x.shape[1]), np.float32)
-    stream[:] = x.float().numpy()
+    stream = np.array(x.float().numpy())
     states, change = np.empty_like(stream), np.empty_like(stream)
     num_key_heads, eps = body.config.num_key_value_heads, np.float32(body.config.rms_norm_eps)
     for number, layer in enumerate(body.layers):
@@ -104,8 +103,8 @@ def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor
             eps,
             cos,
             sin,
-            _bits(stored.keys),
-            _bits(stored.values),
+            bits_of(stored.keys),
+            bits_of(stored.values),
             first,
             num_tokens // len(starts),
             cache.windows[number] or 2**62,
@@ -125,11 +124,6 @@ def _array(weight: Tensor) -> Array:
     return weight.detach().float().numpy()
 
 
-def _bits(stored: Tensor) -> Any:
-    """What is stored, where it lies; bfloat16 as int16, because numpy does not know it."""
-    return (stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy()
-
-
 def _product(layer: PackedLinear, x: Array) -> Array:
     product = np.empty((len(x), layer.out_features), np.float32)
     _into(layer, x, product)
@@ -137,7 +131,7 @@ def _product(layer: PackedLinear, x: Array) -> Array:
 
 
 def _into(layer: PackedLinear, x: Array, product: Array) -> None:
-    into(product, x, layer.plain_array(), None if layer.bias is None else _array(layer.bias))
+    into(product, x, bits_of(layer.plain_weight()), None if layer.bias is None else _array(layer.bias))
 
 
 # --- the loops -------------------------------------------------------------------------------------------------------

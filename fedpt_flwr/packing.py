@@ -2,15 +2,15 @@
 
 Decoding multiplies a few rows by every weight of a model, and torch takes two to three times as long for four rows as
 for one. Two things help, and :func:`_product` says which for what: plain weights and loops that are compiled for few
-rows (``few_rows.py``: float32 with AVX2 or AVX512; needs the package numba); or oneDNN's own layout, in which a few
-rows cost little more than one, but one row of float32 costs more than in plain weights.
+rows (``few_rows.py``: float32 and bfloat16 with AVX2 or AVX512; needs the package numba); or oneDNN's own layout, in
+which a few rows cost little more than one, but one row of float32 costs more than in plain weights.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
 
-What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU that has a kernel for the weight's dtype (bfloat16
-needs AVX512). Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to the
-embedding where the layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be memory that the
+What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU that has a kernel for the weight's dtype.
+Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to the embedding where the
+layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be memory that the
 model did not take.
 
 (``train.packing`` is another thing: short examples in one row, ``training.py``.)
@@ -30,7 +30,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -92,16 +91,17 @@ class _FewRows:
 def _product(dtype: torch.dtype, for_loops: bool = False) -> _OneDnn | _FewRows | None:
     """How packed weights lie and are multiplied on this machine; None where nothing is known that is faster.
 
+    Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
+    machine was.
+
     Args:
         dtype: Of the weights.
         for_loops: See :func:`prepare`.
-
-    Told by the instruction set and not timed, so that the bits of a model's scores do not depend on how busy the
-    machine was.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     # oneDNN multiplies bfloat16 as fast as it is read, if the processor has instructions for it.
-    if capability == "AVX2" or (capability.startswith("AVX512") and (for_loops or dtype == torch.float32)):
+    gains = capability == "AVX2" or (capability.startswith("AVX512") and (for_loops or dtype == torch.float32))
+    if gains and dtype in _PLAIN_DTYPES:
         with suppress(ImportError):
             return _FewRows()
     has_onednn = _pack is not None and _multiply is not None and torch.backends.mkldnn.is_available()
@@ -160,14 +160,12 @@ class PackedLinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight lies as rows of numbers, output by output; then :meth:`plain_array` shows it."""
+        """Whether the weight lies as rows of numbers, output by output; then :meth:`plain_weight` shows it."""
         return self._product.keeps_plain
 
-    def plain_array(self) -> npt.NDArray[Any]:
-        """The weight itself, ``(out_features, in_features)``, and no copy of it; bfloat16 as bits, int16."""
-        bits = self._packed.view(torch.int16) if self._packed.dtype == torch.bfloat16 else self._packed
-        found: npt.NDArray[Any] = bits.numpy()
-        return found
+    def plain_weight(self) -> Tensor:
+        """The weight itself, ``(out_features, in_features)``, and no copy of it."""
+        return self._packed
 
     def shows(self, weight: Tensor) -> bool:
         """Whether this layer multiplies with the very memory of a plain weight."""

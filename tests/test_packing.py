@@ -322,6 +322,7 @@ def test_a_package_is_advised_where_it_would_help(product, processor, is_advised
         ("AVX512", torch.float32, False, packing._FewRows),
         ("AVX512", torch.bfloat16, False, packing._OneDnn),
         ("AVX512", torch.bfloat16, True, packing._FewRows),
+        ("AVX512", torch.float16, True, packing._OneDnn),
         ("DEFAULT", torch.float32, True, packing._OneDnn),
     ],
 )
