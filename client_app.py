@@ -477,7 +477,7 @@ def _check_fingerprint(expected: str, stored: str, config: RunConfig) -> None:
             "server and device must have the same small model; their weights differ",
             value=config.model.small,
             place="model.small",
-            remedy="copy the server's folder to the device, or name a fixed version",
+            remedy="copy the server's folder to the device, or name a commit of the hub, as in owner/name@commit",
         )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from fedpt_flwr.errors import ModelError, VocabularyMismatch
-from fedpt_flwr.models import resolve_model
+from fedpt_flwr.models import pretrained_source
 from fedpt_flwr.paths import expanded, is_folder
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def find_architecture(ref: str) -> PretrainedConfig:
     path = expanded(ref)
     if path.is_absolute() and path.suffix == ".json":
         return _from_file(path)
-    source = resolve_model(ref)
+    source = pretrained_source(ref)
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=True)
+        return AutoConfig.from_pretrained(**source, local_files_only=True)
     except _CAUSES as error:
-        if is_folder(Path(source)):
-            raise _not_a_config(Path(source) / "config.json", error) from error
+        folder = Path(source["pretrained_model_name_or_path"])
+        if is_folder(folder):
+            raise _not_a_config(folder / "config.json", error) from error
         raise ModelError(
             "this model is not known here, and nothing is downloaded to plan with it",
             value=ref,

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -172,6 +173,7 @@ def _server(
             )
         if key_path.exists():
             _check_pair(certificate, desk.key(key_path), path, key_path)
+        _check_signed(path, ca_certificate, folder / "ca.crt", remedy)
         return certificate
     if ca_key is None:
         raise CertificateError(
@@ -314,6 +316,17 @@ def _check_pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, 
         raise CertificateError(
             f"the certificate must belong to {key_path.name}", place=str(path), remedy="bring the right one back"
         )
+
+
+def _check_signed(path: Path, ca_certificate: x509.Certificate, ca_path: Path, remedy: str) -> None:
+    """Behind a server's certificate may follow intermediate ones; the CA has signed the last."""
+    last = x509.load_pem_x509_certificates(path.read_bytes())[-1]
+    try:
+        last.verify_directly_issued_by(ca_certificate)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise CertificateError(
+            f"the certificate must be signed by {ca_path.name}, or no device trusts it", place=str(path), remedy=remedy
+        ) from error
 
 
 def _check_closed(path: Path) -> None:

@@ -35,6 +35,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fedpt_flwr.config import toml_of
 from fedpt_flwr.corpus import token_stream, train_tokenizer
 from fedpt_flwr.errors import DataError
 from fedpt_flwr.pretrain import LlamaShape, ModelRecipe, PretrainConfig, make_model
@@ -615,5 +616,4 @@ def _run_config(folder: Path) -> str:
         "data.public": "public.jsonl",
         "data.prompts": "prompts.jsonl",
     }
-    # A JSON string is a TOML string as well.
-    return "".join(f'"{key}" = {json.dumps(str(folder / name))}\n' for key, name in places.items())
+    return toml_of({key: str(folder / name) for key, name in places.items()})

@@ -61,7 +61,7 @@ _COMMON_LIMITS = (100, 20, 5, 1)
 """What services are content with, where they refuse to give everything."""
 _ALLOW = f"if the address is right, give it with --large-url, or in the environment variable {URL_VARIABLE}"
 _UNREACHED = "look whether it runs, and whether model.large-url is its address"
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
+_TOKEN_ID = re.compile(r"token_id:(\d{1,18})")
 _SUM_TOLERANCE = 0.02
 _SAME = 0.05
 """Nats by which two answers to one question may differ: servers batch and round."""
@@ -340,10 +340,10 @@ class Endpoint:
     def _ask_echo(self, text: _Text, *, shows_next: bool = False) -> dict[_Text, Tensor]:
         """The likeliest tokens at all places of a text, and after its end unless ``shows_next``."""
         choice = self._complete(text, echo=True)
-        tops, owns = _tops(choice), _path(choice, "logprobs", "token_logprobs") or []
+        tops, owns = _tops(choice), _path(choice, "logprobs", "token_logprobs")
         shift = 1 if self._adds_first else 0  # services that add a first token leave it out of the echo
         expected = len(text) - shift
-        if len(tops) not in (expected, expected + 1) or len(owns) != len(tops):
+        if len(tops) not in (expected, expected + 1) or not isinstance(owns, list) or len(owns) != len(tops):
             raise self._wrong(f"an echo must have {expected} tokens", len(tops))
         rows = {}
         for index in range(1, expected):
@@ -611,7 +611,8 @@ class Endpoint:
     def _open(self) -> str:
         """Find out how to ask; the model's name."""
         listed = self._body(self._send("GET", "/v1/models"))
-        cards = [card for card in (_path(listed, "data") or []) if isinstance(card, dict) and "id" in card]
+        data = _path(listed, "data")
+        cards = [card for card in data if isinstance(card, dict) and "id" in card] if isinstance(data, list) else []
         if not cards:
             raise self._wrong("/v1/models must name a model", listed)
         names = [str(card["id"]) for card in cards]

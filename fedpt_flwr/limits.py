@@ -30,7 +30,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_megabytes(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

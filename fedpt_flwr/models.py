@@ -1,8 +1,8 @@
 """Language models and tokenizers: find, load, place; and the weights that tuning changes.
 
 A model is named by a reference: ``demo:small`` and ``demo:large`` are the checkpoints that the project carries,
-anything else is a hub id or the absolute path of a folder in the hub's layout. Nothing here knows rounds, devices or
-Flower.
+anything else is a hub id, ``owner/name`` or ``owner/name@revision``, or the absolute path of a folder in the hub's
+layout. Nothing here knows rounds, devices or Flower.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -56,10 +57,10 @@ def resolve_model(ref: str) -> str:
     """The folder or hub id that a reference means.
 
     Args:
-        ref: ``demo:small``, ``demo:large``, an absolute folder, or a hub id.
+        ref: ``demo:small``, ``demo:large``, an absolute folder, or a hub id, with ``@`` and a revision or without.
 
     Raises:
-        ModelError: There is no such demo model, or no such folder.
+        ModelError: There is no such demo model, or no such folder, or no revision after the ``@``.
     """
     if ref.startswith("demo:"):
         return str(_demo_folder(ref))
@@ -76,6 +77,12 @@ def resolve_model(ref: str) -> str:
                 "a model's folder must hold config.json and the weights, as save_pretrained writes them", value=ref
             )
         return str(folder)
+    if ref.endswith("@"):
+        raise ModelError(
+            "after the @ of a hub id must stand a revision",
+            value=ref,
+            remedy="name a commit, a tag or a branch, as in owner/name@main, or leave the @ out",
+        )
     if is_folder(folder):  # transformers would take it for the hub's
         raise ModelError(
             "a model's folder must be given by its absolute path, because Flower's processes run in other folders",
@@ -85,15 +92,29 @@ def resolve_model(ref: str) -> str:
     return ref
 
 
+def hub_revision(source: str) -> tuple[str, str | None]:
+    """What :func:`resolve_model` returned, without the revision, and the revision that it asks for, if any."""
+    if Path(source).is_absolute():
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
+def pretrained_source(ref: str) -> dict[str, Any]:
+    """The arguments by which ``from_pretrained`` finds what a reference means; errors as :func:`resolve_model`."""
+    name, revision = hub_revision(resolve_model(ref))
+    return {"pretrained_model_name_or_path": name} | ({} if revision is None else {"revision": revision})
+
+
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a padding token pads with its end-of-text token.
 
     Raises:
         ModelError: It cannot be loaded, or has no end-of-text token.
     """
-    source = resolve_model(ref)
+    source = pretrained_source(ref)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a damaged file fails in any way: AttributeError, TypeError, plain Exception
         raise _cannot_load("tokenizer", ref, error) from error
     if tokenizer.eos_token_id is None:
@@ -121,14 +142,14 @@ def load_causal_lm(
     Raises:
         ModelError: It cannot be loaded, or not placed so.
     """
-    source = resolve_model(ref)
+    source = pretrained_source(ref)
     placement = Placement() if placement is None else placement
     arguments = placement.arguments()
     if isinstance(arguments.get("device_map"), dict):
         arguments["device_map"] = _whole_device_map(arguments["device_map"], ref)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
+            **source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
         )
     except ImportError as error:
         raise placement.lacks_package(_first_line(error)) from error
@@ -162,9 +183,9 @@ def model_without_weights(ref: str) -> PreTrainedModel:
     Raises:
         ModelError: Its config cannot be loaded.
     """
-    source = resolve_model(ref)
+    source = pretrained_source(ref)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(**source)
     except Exception as error:  # a damaged file fails in any way
         raise _cannot_load("model", ref, error) from error
     return shapes_of(config, ref)
@@ -614,6 +635,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _cannot_load(what: str, ref: str, error: Exception) -> ModelError:
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return ModelError(
+            "the model is not on this machine, and the hub cannot be reached",
+            value=ref,
+            remedy=f"connect, or run `hf download {ref.replace('@', ' --revision ')}` while there is a connection, or "
+            "give the absolute path of a folder",
+        )
     return ModelError(
         f"the {what} cannot be loaded ({type(error).__name__}: {_first_line(error)})",
         value=ref,

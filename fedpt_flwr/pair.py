@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fedpt_flwr.config import toml_of
 from fedpt_flwr.corpus import (
     Source,
     hash_documents,
@@ -290,6 +291,4 @@ def _fill(folder: Path, work: Path, out: Path, described: Mapping[str, Any]) -> 
     for name in NAMES:
         shutil.copytree(work / name, folder / name)
     write_json(folder / "pretrain.json", described)
-    # A JSON string is a TOML string as well.
-    lines = [f'"model.{name}" = {json.dumps(str(out / name))}\n' for name in NAMES]
-    write_file(folder / "run-config.toml", "".join(lines).encode())
+    write_file(folder / "run-config.toml", toml_of({f"model.{name}": str(out / name) for name in NAMES}).encode())

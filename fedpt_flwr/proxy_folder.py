@@ -24,7 +24,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.logits import check_alpha, check_plausibility
-from fedpt_flwr.models import fingerprint, is_remote, load_adapter, load_causal_lm, load_tokenizer, resolve_model
+from fedpt_flwr.models import (
+    fingerprint,
+    hub_revision,
+    is_remote,
+    load_adapter,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_model,
+)
 from fedpt_flwr.paths import expanded, is_folder
 from fedpt_flwr.placement import Placement
 from fedpt_flwr.remote import connect_again, is_address
@@ -158,7 +166,7 @@ def _save_adapter(model: PeftModel, folder: Path, *, base_ref: str) -> None:
     name = model.active_adapter
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    config.base_model_name_or_path = base_ref
+    config.base_model_name_or_path, config.revision = hub_revision(base_ref)
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # Cloned, because safetensors refuses tensors that share memory.

@@ -170,7 +170,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
 
 
@@ -526,7 +526,7 @@ def _parsed_lines(data: bytes, path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): texts may hold other line ends, such as U+2028, which JSON leaves as they are.
         return [json.loads(line) for line in data.decode("utf-8").split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"cannot be read ({error})", place=str(path), remedy="is the run complete?") from error
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpt_flwr.config import DataConfig
 from fedpt_flwr.data import LoadedRecord, first_record, load_records, read_records, split_holdout
-from fedpt_flwr.errors import ConfigError, DataError
+from fedpt_flwr.errors import ConfigError, DataError, naming
 from fedpt_flwr.partition import partition
 from fedpt_flwr.prompts import Example, Template, field_text
 from fedpt_flwr.shapes import AutoShape, Shape, make_shape
@@ -365,7 +365,8 @@ def _shards(
     records = _load_train(data, tokenizer)
     kept = _split(data, len(records), seed)["train"]
     groups = [records[index].group for index in kept]
-    shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
+    with naming("data.train"):
+        shards = partition(data.partitioner, groups, num_devices, dirichlet_alpha=data.dirichlet_alpha, seed=seed)
     return [[kept[index] for index in shard] for shard in shards]
 
 

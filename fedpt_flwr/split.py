@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpt_flwr.config import Scalar
+from fedpt_flwr.config import Scalar, toml_of
 from fedpt_flwr.data import content_hash, read_records
 from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.prompts import field_text
@@ -193,12 +193,6 @@ def write_division(
 
     write_folder(out, fill)
     return described
-
-
-def toml_of(keys: Mapping[str, Scalar]) -> str:
-    """Run-config keys as a flat TOML file."""
-    # JSON's texts, numbers and truth values are TOML's as well.
-    return "".join(f'"{key}" = {json.dumps(value, ensure_ascii=False)}\n' for key, value in keys.items())
 
 
 def _key(record: Record, plan: SplitPlan, place: str) -> str:

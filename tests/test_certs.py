@@ -190,6 +190,16 @@ def test_a_key_of_another_certificate_is_refused(tmp_path, certificate, key):
         make_certs(folder)
 
 
+def test_a_server_certificate_that_another_ca_signed_is_refused(tmp_path):
+    folder = make_certs(tmp_path / "certs").folder
+    (folder / "ca.key").unlink()
+    (folder / "ca.crt").unlink()
+    with pytest.raises(CertificateError, match=r"server\.pem: .* signed by ca\.crt, .*; remove .*server\.pem and call"):
+        make_certs(folder)
+    (folder / "server.pem").unlink()
+    assert make_certs(folder).created == [folder / "server.pem"]
+
+
 def test_a_server_certificate_without_the_cas_key_is_refused(tmp_path):
     folder = make_certs(tmp_path / "certs").folder
     (folder / "ca.key").unlink()

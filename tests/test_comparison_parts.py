@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
-from test_compare import APP  # noqa: F401 (its folder is on the path)
 
+from fedpt_flwr.attack.plan import Federation
 from fedpt_flwr.compare import FEDPT, KINDS, LARGE, Ablation, Cell, Plan, inputs, read_tuning, tuning_of
 from fedpt_flwr.compare.cell import reliability
 from fedpt_flwr.compare.inputs import digest_of_path, input_digests
@@ -117,7 +118,7 @@ def test_a_value_that_changes_nothing_is_the_cell_that_is_there_anyway():
     cells = plan.ablation_cells({})
     assert [cell.name for cell in cells if cell.seed == 0] == [
         "demo-fedpt-final-seed0",
-        "demo-fedpt-final-train.max_steps_10-seed0",
+        "demo-fedpt-final-train.max-steps_10-seed0",
         "demo-fedpt-final-seed0",
         "demo-fedpt-off-distillation.mode_off-seed0",
     ]
@@ -347,7 +348,9 @@ def test_where_seeds_have_other_items_each_gap_begins_at_its_own_large_model(gro
 @pytest.mark.parametrize("end", [0.2, 0.1])
 def test_where_there_is_no_gap_nothing_closes_it_and_the_table_says_why(end, groups):
     groups["w", LARGE, None][1] = cell(1, LARGE, [0.4, end])
-    for row in cost_to_target(groups):
+    rows = cost_to_target(groups)
+    assert {row["row"] for row in rows} == {"proxy", LARGE}
+    for row in rows:
         assert row["seeds_reached"] <= 1
         assert not {"round", "bytes", "flops", "seconds"} & row.keys()
         assert row["why"] == (
@@ -384,3 +387,14 @@ def test_costs_are_put_beside_those_of_the_large_model():
         {"world": "w", "mode": None, "row": LARGE, "device_flops_per_round": 50.0},
     ]
     assert ratios(costs) == [{"world": "w", "mode": "final", "against": LARGE, "device_flops_per_round": 0.1}]
+
+
+def test_names_tell_cells_apart_whatever_is_varied():
+    longs = ["x" * 100 + end for end in "ab"]
+    values = [0.5, -0.5, "a/b", "a_b", "a b", "/models/a", "_models_a", *longs]
+    cells = [Cell(world="w", kind="fedpt", seed=0, changes=(("model.large", value),)) for value in values]
+    cells += [Cell(world=world, kind="fedpt", seed=0) for world in ("my world", "my_world")]
+    attacked = [Federation(kind="fedpt", changes=cell.changes, seed=0, half=0) for cell in cells if cell.changes]
+    for names in ([cell.name for cell in cells], [federation.name for federation in attacked]):
+        assert len(set(names)) == len(names)
+        assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,130}", name) for name in names)

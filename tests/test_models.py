@@ -18,6 +18,7 @@ from fedpt_flwr.models import (
     load_tokenizer,
     make_tunable,
     max_positions,
+    model_without_weights,
     output_size,
     pick_device,
     put_away,
@@ -48,6 +49,42 @@ def test_a_hub_id_stays_and_an_absolute_folder_stays(stored):
     assert resolve_model("owner/name") == "owner/name"
     assert resolve_model("gpt2") == "gpt2"
     assert resolve_model(str(stored)) == str(stored)
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """A model of the hub in two revisions, as `hf download` keeps them; the hub itself is out of reach."""
+    repo = tmp_path / "models--owner--name"
+    for seed, (revision, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
+        tiny_llama(seed).save_pretrained(repo / "snapshots" / commit)
+        tiny_tokenizer().save_pretrained(repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return repo
+
+
+def test_a_hub_id_names_a_revision_behind_an_at_sign(downloaded):
+    prints = {
+        ref: fingerprint(load_causal_lm(ref))
+        for ref in ("owner/name", "owner/name@main", "owner/name@v1", "owner/name@" + "b" * 40)
+    }
+    newest, tagged = (fingerprint(tiny_llama(seed)) for seed in (0, 1))
+    assert newest != tagged
+    assert list(prints.values()) == [newest, newest, tagged, tagged]
+    assert load_tokenizer("owner/name@v1").vocab_size == tiny_tokenizer().vocab_size
+    assert model_without_weights("owner/name@v1").config.hidden_size == tiny_llama().config.hidden_size
+
+
+def test_a_revision_that_is_not_here_cannot_be_loaded_without_the_hub(downloaded):
+    for load in (load_causal_lm, load_tokenizer, model_without_weights):
+        with pytest.raises(ModelError, match=r"hub cannot be reached.*`hf download owner/name --revision v2`"):
+            load("owner/name@v2")
+
+
+def test_an_at_sign_asks_for_a_revision():
+    with pytest.raises(ModelError, match="after the @ of a hub id must stand a revision, got 'owner/name@'"):
+        load_causal_lm("owner/name@")
 
 
 def test_what_can_be_no_folder_here_is_a_name_for_the_hub():
@@ -190,8 +227,10 @@ def test_an_adapter_of_another_model_or_of_none_is_reported(tmp_path):
 # --- devices and threads ---
 
 
-def test_auto_is_cuda_where_there_is_any_else_the_cpu():
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.parametrize(("there", "picked"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_where_there_is_any_else_the_cpu(there, picked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert pick_device("auto").type == picked
     assert pick_device("cpu").type == "cpu"
 
 

@@ -411,6 +411,11 @@ WRONG = {
         changed(choices=[{"logprobs": {"top_logprobs": [{"Zürich": -0.1}]}}]),
         "must show at least one token by a name of its own, got .*; use a service that names token ids",
     ),
+    "a token with too long a number": (
+        "next",
+        changed(choices=[{"logprobs": {"top_logprobs": [{"token_id:" + "9" * 5000: -0.1}]}}]),
+        "must show at least one token by a name of its own",
+    ),
     "more than certain": ("next", too_sure, "must add up to 1"),
     "a part of the numbers": (
         "full",
@@ -420,19 +425,41 @@ WRONG = {
 }
 
 
+def wait_for_answers(remote, timeout_s):
+    remote.endpoint.config = replace(remote.endpoint.config, timeout_s=timeout_s)
+    remote.endpoint._http.timeout = httpx.Timeout(timeout_s, connect=20)
+
+
+@pytest.mark.parametrize("owns", [5, {"0": -0.1}, None])
+def test_an_echo_whose_own_tokens_are_no_list_is_refused(url, settings, owns):
+    faults = [lambda number, body, answer: passed(answer)]
+    with relay(url, lambda *about: faults[0](*about)) as address:
+        remote = connect(address, tiny_tokenizer(), replace(settings, api="echo", top_logprobs=5, timeout_s=20))
+
+        def without_owns(number, body, answer):
+            content = answer.json()
+            content["choices"][0]["logprobs"]["token_logprobs"] = owns
+            return 200, json.dumps(content).encode(), {}
+
+        faults[0] = without_owns
+        with pytest.raises(RemoteError, match=rf"{address}: .* an echo must have \d+ tokens"):
+            remote(ids_of(TEXT))
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_every_failure_is_one_sentence_that_names_the_service(proxy, url, settings, name):
     api, fault, sentence = WRONG[name]
     faults = []
     with relay(url, lambda *about: (faults[0] if faults else lambda n, b, answer: passed(answer))(*about)) as address:
-        asked = replace(
-            settings, api=api, top_logprobs=0 if api == "full" else 5, timeout_s=0.3 if "slow" in name else 20
-        )
+        asked = replace(settings, api=api, top_logprobs=0 if api == "full" else 5, timeout_s=20)
         remote = connect(address, tiny_tokenizer(), asked)
         faults.append(fault)
+        # Only now: what must be answered has time also on a busy machine.
+        wait_for_answers(remote, 0.3 if "slow" in name else 20)
         with pytest.raises(RemoteError, match=sentence) as error:
             remote(ids_of(TEXT), logits_to_keep=1)
         assert address in str(error.value)
+        wait_for_answers(remote, 20)
         faults[0] = lambda number, body, answer: passed(answer)
         assert remote(ids_of(TEXT), logits_to_keep=1).logits.isfinite().any()  # nothing is broken for good
 
@@ -677,6 +704,7 @@ def test_a_folder_cannot_have_the_key_sent_where_it_likes(proxy, settings, tmp_p
         ):
             monkeypatch.delenv("FEDPT_LARGE_API_URL", raising=False)
             sent.clear()
+            caplog.clear()
             with pytest.raises(ModelError, match="the key is not sent to an address that a folder names.*--large-url"):
                 load()
             assert set(sent) == {None}

@@ -74,8 +74,8 @@ def read_losses(items: Sequence[Item], batches: Batches, combine: Combine) -> di
         combine: What is attacked.
 
     Returns:
-        By name, for each item the nats of its answers, ``(ends,)``, at most :data:`MOST_NATS`. An item of which no
-        token is predicted costs nothing.
+        By name, for each item the nats of its answers, ``(ends,)``, at most :data:`MOST_NATS`, and as
+        many where a model gives no number. An item of which no token is predicted costs nothing.
     """
     left = np.asarray([len(item.read.answer_ids) - (not item.read.prompt_ids) for item in items])
     begun: dict[str, FloatArray] = {}
@@ -98,6 +98,6 @@ def read_losses(items: Sequence[Item], batches: Batches, combine: Combine) -> di
                 ends = logs[row][list(items[index[row]].ends)]
                 found[name][index[row]] = -ends.double().cpu().numpy()
     return {
-        name: [np.minimum(nats + before, MOST_NATS) for nats, before in zip(each, begun[name], strict=True)]
+        name: [np.fmin(nats + before, MOST_NATS) for nats, before in zip(each, begun[name], strict=True)]
         for name, each in found.items()
     }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedpt_flwr.attack.membership import LEAST_SHADOWS
 from fedpt_flwr.compare.kinds import FEDPT, KINDS, LARGE
-from fedpt_flwr.compare.plan import Ablation
+from fedpt_flwr.compare.plan import Ablation, name_of_changes
 from fedpt_flwr.config import Scalar, examine_run_config, flat_values, parse_run_config, settings
 from fedpt_flwr.distiller import IN_ROUNDS
 from fedpt_flwr.errors import ConfigError
@@ -85,14 +83,9 @@ class Federation:
     @property
     def name(self) -> str:
         """Fit for files."""
-        changed = re.sub(r"[^A-Za-z0-9._]+", "_", self.setting)
-        if len(changed) > _LONGEST:
-            changed = f"{changed[:_LONGEST]}.{zlib.crc32(changed.encode()):08x}"
+        changed = name_of_changes(self.changes) or AS_IT_IS.replace(" ", "_")
         number = f"shadow{self.half - _SHADOWS}" if self.is_shadow else f"seed{self.seed}"
         return f"{self.kind}-{changed}-{number}"
-
-
-_LONGEST = 80  # characters of a name's middle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,8 +85,8 @@ def compare(
     from fedpt_flwr.config import AUTO
     from fedpt_flwr.runs import write_json
 
-    by_validation = {} if "proxy.plausibility" in given else {"proxy.alpha": AUTO}
-    own = {label: by_validation | flat | given for label, flat in _worlds(world or ["demo"]).items()}
+    own = {label: flat | given for label, flat in _worlds(world or ["demo"]).items()}
+    own = {label: flat if "proxy.plausibility" in flat else {"proxy.alpha": AUTO} | flat for label, flat in own.items()}
     worlds = {label: defaults | flat for label, flat in own.items()}
     chosen_kinds = tuple(listed(kinds) or comparing.KINDS)
     rates = _rates_of_kinds(learning_rates or [])

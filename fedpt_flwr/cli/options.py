@@ -34,7 +34,10 @@ LargeDeviceMap = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")]
 Prepare = Annotated[
-    bool, typer.Option(" /--no-prepare", help="Leave the weights as they are loaded, not laid out for decoding.")
+    bool,
+    typer.Option(
+        " /--no-prepare", show_default=False, help="Leave the weights as they are loaded, not laid out for decoding."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -68,18 +68,26 @@ class Cell:
     def name(self) -> str:
         """The cell's name, fit for files."""
         rate = "" if self.learning_rate is None else f"lr{self.learning_rate:g}"
-        changed = " ".join(f"{key}={value}" for key, value in self.changes)
-        if len(changed) > _LONGEST_CHANGES:
-            changed = f"{changed[:_LONGEST_CHANGES]}.{zlib.crc32(changed.encode()):08x}"
-        parts = [_slug(self.world), self.kind, self.mode or "", rate, _slug(changed), f"seed{self.seed}"]
-        return "-".join(filter(None, parts))
+        parts = [_slug(self.world), self.kind, self.mode or "", rate, name_of_changes(self.changes)]
+        return "-".join([*filter(None, parts), f"seed{self.seed}"])
+
+
+def name_of_changes(changes: Sequence[tuple[str, Scalar]]) -> str:
+    """Keys and values as a part of a file's name, at most some 90 characters; other values have another name."""
+    name = "_".join(f"{key}_{_slug(str(value))}" for key, value in changes)
+    return name if len(name) <= _LONGEST_CHANGES else _with_checksum(name[:_LONGEST_CHANGES], of=name)
 
 
 _LONGEST_CHANGES = 80  # characters
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text)
+    return name if name == text else _with_checksum(name, of=text)
+
+
+def _with_checksum(name: str, *, of: str) -> str:
+    return f"{name}.{zlib.crc32(of.encode()):08x}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

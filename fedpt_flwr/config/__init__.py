@@ -48,6 +48,7 @@ from fedpt_flwr.config.parsing import (
     parse_run_config,
     settings,
     settings_markdown,
+    toml_of,
 )
 
 __all__ = [
@@ -85,4 +86,5 @@ __all__ = [
     "parse_run_config",
     "settings",
     "settings_markdown",
+    "toml_of",
 ]

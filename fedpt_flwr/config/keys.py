@@ -127,14 +127,15 @@ class ModelConfig:
 
     small: str = _setting(
         "demo:small",
-        "Small LM that the devices tune: `demo:small`, a hub id, or the absolute path of a folder. Every device loads "
-        "the same one.",
+        "Small LM that the devices tune: `demo:small`, a hub id (`owner/name`, or `owner/name@revision`), or the "
+        "absolute path of a folder. Every device loads the same one.",
         *_NOT_EMPTY,
         path=True,
     )
     large: str = _setting(
         "demo:large",
-        "Large LM, loaded by the server alone: `demo:large`, a hub id, or the absolute path of a folder.",
+        "Large LM, loaded by the server alone: `demo:large`, a hub id (`owner/name`, or `owner/name@revision`), or the "
+        "absolute path of a folder.",
         *_NOT_EMPTY,
         path=True,
     )

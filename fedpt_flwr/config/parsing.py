@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -130,6 +131,13 @@ def flat_values(config: RunConfig) -> dict[str, Scalar]:
         return found
 
     return walk(config, "")
+
+
+def toml_of(keys: Mapping[str, Scalar]) -> str:
+    """Flat keys as the text of a TOML file."""
+    # JSON's numbers and truth values are TOML's, and so are its texts, but for escaped surrogates and a bare DEL.
+    written = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in keys.items()}
+    return "".join(f'"{key}" = {value}\n' for key, value in written.items())
 
 
 def settings_markdown() -> str:

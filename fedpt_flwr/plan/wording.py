@@ -123,7 +123,8 @@ def _seconds(number: float) -> str:
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.3g} %"
+    percent = 100 * part / whole
+    return f"{_count(percent) if percent >= 999.5 else f'{percent:.3g}'} %"
 
 
 def _written(column: Column) -> str:

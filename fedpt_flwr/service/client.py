@@ -75,7 +75,9 @@ class ServiceClient:
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    raise RunError(str(event["error"].get("message", event["error"])), place=self._url)
+                    error = event["error"]
+                    message = error.get("message", error) if isinstance(error, dict) else error
+                    raise RunError(str(message), place=self._url)
                 for choice in event["choices"]:
                     yield choice["text"]
 
@@ -93,7 +95,7 @@ class ServiceClient:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"the service cannot be asked ({type(error).__name__}: {error})",
                 place=self._url,
