@@ -164,12 +164,19 @@ class Deployment:
         self.app = self._copy_app()
         self.cli_home = self.connection("cli", self.certs / "ca.crt")
         self.tamper_file = self.tamper_file_of(len(data_files) - 1)
+        try:
+            self._start_all(data_files, node_settings or {})
+        except BaseException:  # nobody has it yet who could stop it
+            self.stop()
+            raise
+
+    def _start_all(self, data_files: Sequence[Path], node_settings: Mapping[int, dict[str, Any]]) -> None:
         self.superlink = self.start_superlink()
         self.executor = self.start_executor()
         for number, data_file in enumerate(data_files):
             self.register(number)
             self.relays.append(Relay(self.certs, self.port))
-            settings = (node_settings or {}).get(number, {})
+            settings = node_settings.get(number, {})
             self.nodes.append(
                 self.start_node(number, data_file, port=self.relays[-1].port, num_nodes=len(data_files), **settings)
             )

@@ -97,7 +97,9 @@ def best_of_rank(matrix, rank=RANK):
 
 
 @pytest.mark.parametrize(
-    ("wire", "tolerance"), [("float32", 1e-5), ("float16", 0.02), ("bfloat16", 0.2), ("int8", 0.2)]
+    # Entries are up to 6.6; the largest errors are 5e-7, 0.003, 0.022 and 0.028, and far smaller of what is left out.
+    ("wire", "tolerance"),
+    [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05), ("int8", 0.05)],
 )
 def test_exact_aggregation_is_the_dense_mean_cut_to_the_rank(wire, tolerance):
     outcomes = []
@@ -105,13 +107,13 @@ def test_exact_aggregation_is_the_dense_mean_cut_to_the_rank(wire, tolerance):
     wanted = dense_mean(3)
     np.testing.assert_allclose(dense(got), best_of_rank(wanted), atol=tolerance)
     lost = np.linalg.norm(wanted - best_of_rank(wanted)) / np.linalg.norm(wanted)
-    assert outcomes[0].left_out == pytest.approx(lost, abs=tolerance)
+    assert outcomes[0].left_out == pytest.approx(lost, abs=tolerance / 10)  # of 0.137
 
 
 def test_averaged_apart_the_factors_give_something_else():
     outcomes = []
     got = run(fedpt("average", after_aggregate=outcomes.append), LocalGrid(make_device(), 3))
-    assert np.abs(dense(got) - dense_mean(3)).max() > 0.1
+    assert np.abs(dense(got) - best_of_rank(dense_mean(3))).max() > 1
     assert outcomes[0].left_out is None
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import random
 
 import federation
 import numpy as np
@@ -145,13 +144,21 @@ def test_another_seed_gives_other_arrays(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_shuffled_replies_at_half_participation_give_the_same_arrays(tmp_path):
-    settings = {"run_config": {"fraction-train": 0.5, "scoring.round-items": 0}, "num_devices": 4}
-    plain = federate(tmp_path / "plain", **settings)
-    shuffled = federate(tmp_path / "shuffled", order=lambda r: random.Random(len(r)).sample(r, len(r)), **settings)
-    backwards = federate(tmp_path / "backwards", order=lambda r: r[::-1], **settings)
-    assert_same(final_arrays(plain), final_arrays(shuffled))
-    assert_same(final_arrays(plain), final_arrays(backwards))
+def test_devices_that_work_in_another_order_at_half_participation_give_the_same_arrays(tmp_path):
+    worked = {"plain": [], "backwards": []}
+
+    def run_in_order(name, at_once=None):
+        def watch(device, message, reply):
+            worked[name].append((message.metadata.message_type, device))
+            return reply
+
+        settings = {"fraction-train": 0.5, "scoring.round-items": 0}
+        return final_arrays(federate(tmp_path / name, 4, settings, tamper=watch, at_once=at_once))
+
+    assert_same(run_in_order("plain"), run_in_order("backwards", lambda ids: ids[::-1]))
+    plain, backwards = ([device for kind, device in seen if kind == "train"] for seen in worked.values())
+    assert len(plain) == 4
+    assert backwards == [plain[1], plain[0], plain[3], plain[2]]
 
 
 @pytest.mark.slow
@@ -253,16 +260,16 @@ SECRET = "the patient's number is 4711"
 
 
 @pytest.mark.parametrize(
-    ("content", "change", "told"),
+    ("content", "change", "told", "logged"),
     [
-        (f'{{"q": "{SECRET}"', None, "its data cannot be used"),
-        (json.dumps({"q": SECRET, "a": ""}), None, "its data cannot be used"),
-        (json.dumps({"q": SECRET, "a": "x"}), KeyError(SECRET), "it failed with KeyError"),
+        (f'{{"q": "{SECRET}"', None, "its data cannot be used", "broken JSON"),
+        (json.dumps({"q": SECRET, "a": ""}), None, "its data cannot be used", "got an empty one"),
+        (json.dumps({"q": SECRET, "a": "x"}), KeyError(SECRET), "it failed with KeyError", SECRET),
     ],
     ids=["broken file", "empty answer", "failure"],
 )
 def test_a_device_that_cannot_use_its_own_data_says_why_in_its_own_log_only(
-    content, change, told, tmp_path, caplog, monkeypatch
+    content, change, told, logged, tmp_path, caplog, monkeypatch
 ):
     def fail(*_args, **_kwargs):
         raise change
@@ -280,7 +287,7 @@ def test_a_device_that_cannot_use_its_own_data_says_why_in_its_own_log_only(
         (reply,) = grid.pull_messages(ids)
     reason = reply.content["refusal"]["reason"]
     assert reason == f"device 7: {told}; the log of its ClientApp says why"
-    assert "4711" in caplog.text or "empty one" in caplog.text
+    assert logged in caplog.text
 
 
 def test_a_device_without_a_number_shows_no_values_of_its_node_config(tmp_path, caplog):
@@ -312,6 +319,7 @@ def device_rows(run, device):
 def test_a_device_does_what_its_limits_allow_and_the_ledger_says_so(tmp_path):
     limits = {"max-batch-size": 3, "max-steps": 1, "dtype": "bfloat16", "threads": 2, "memory-limit-mb": 50_000}
     run = federate(tmp_path, 2, UNSCORED, node_config=limited(limits))
+    assert [len(device_rows(run, device)) for device in (0, 1)] == [2, 2]
     for row in device_rows(run, 1):
         assert row["limits"] == limits
         assert (row["num_steps"], row["batch_size"], row["num_examples_seen"]) == (1, 3, 4)
@@ -362,7 +370,9 @@ def test_the_frozen_weights_of_an_adapter_are_held_in_the_devices_own_type_and_t
 
     def watch(device, message, reply):
         if message.metadata.message_type == "train":
+            loaded = client_app.load_small_model.cache_info().misses
             model, *_ = client_app.load_small_model(*client_app_arguments)
+            assert client_app.load_small_model.cache_info().misses == loaded, "another model than the device's"
             frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
             tuned = {weight.dtype for weight in model.parameters() if weight.requires_grad}
             wire = {array.dtype for array in reply.content["arrays"].values()}
@@ -411,7 +421,9 @@ def test_limits_that_a_reply_makes_up_are_refused(tmp_path):
         return reply
 
     run = federate(tmp_path, 2, UNSCORED, tamper=boast)
-    for row in device_rows(run, 1):
+    rows = device_rows(run, 1)
+    assert len(rows) == 2
+    for row in rows:
         assert "2 limits are wrong" in row["refused"]
         assert len(row["refused"]) < 2000
         assert "limits" not in row
@@ -493,7 +505,6 @@ def test_all_wrong_settings_are_said_at_once(caplog):
             ModelError,
             "^model.large: a model's path must be a folder that exists, got '/no/such",
         ),
-        ({"data.train": "/no/such.jsonl"}, RoundError, "no device can take part: .*no such"),
         ({"data.test": "/no/such.jsonl"}, DataError, "no such"),
         ({"strategy.name": "FedBest"}, ConfigError, "must be one of"),
         ({"data.answer-field": "reply"}, DataError, "reply"),
@@ -510,7 +521,7 @@ def test_what_devices_find_wrong_reaches_the_log(caplog, tmp_path):
     text = failing(caplog, tmp_path, RoundError, "no device can take part", {"data.train": "/no/such.jsonl"})
     marker = text.splitlines()[-1]
     assert marker.startswith("FEDPT-RUN-FAILED: no device can take part: ")
-    assert "/no/such.jsonl" in marker
+    assert "/no/such.jsonl: there is no such file or folder" in marker
     assert text.count("A device cannot take part") == 1
 
 
@@ -625,7 +636,8 @@ def test_a_device_cannot_overwrite_what_the_server_measured(tmp_path):
         return reply
 
     run = federate(tmp_path, 2, {"scoring.round-items": 0}, tamper=boast)
-    rows = [row for row in read_lines(run / "costs.jsonl") if row["device"] == 0]
+    rows = device_rows(run, 0)
+    assert len(rows) == 2
     assert all(row["bytes_up"] > 100_000 and "unknown metric" in row["refused"] for row in rows)
 
 
@@ -697,8 +709,8 @@ def small_weights(model=None):
     return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
 
 
-def differs(first, second):
-    return any(not np.array_equal(first[name], second[name]) for name in first)
+def differs(first, second, by=0.0):
+    return any(np.abs(first[name] - second[name]).max() > by for name in first)
 
 
 def close(first, second, tolerance=1e-6):
@@ -731,7 +743,7 @@ def test_a_copy_for_the_devices_changes_neither_arrays_nor_proxy_nor_any_other_n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["final", "carry", pytest.param("paired", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["final", "carry", "paired"])
 def test_the_devices_copy_is_loaded_by_transformers_and_is_not_the_proxys_model(mode, request):
     run = request.getfixturevalue("run") if mode == "final" else request.getfixturevalue(mode)[0]
     copied = AutoModelForCausalLM.from_pretrained(run / "device")
@@ -748,7 +760,7 @@ def test_the_devices_copy_is_loaded_by_transformers_and_is_not_the_proxys_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["off", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["off", "paper"])
 def test_there_is_no_copy_for_the_devices_where_none_was_asked_for(mode, request):
     run = request.getfixturevalue("off") if mode == "off" else request.getfixturevalue(mode)[0]
     assert not (run / "device").exists()
@@ -765,7 +777,8 @@ def test_every_round_begins_with_what_the_checkpoint_before_holds_and_the_first_
     assert_same(watched.sent[1], small_weights())
     for server_round in (1, 2):
         assert_same(watched.sent[server_round + 1], checkpoint(run, server_round))
-        assert differs(checkpoint(run, server_round), watched.aggregated(server_round))
+        # by what was taught, and not by rounding
+        assert differs(checkpoint(run, server_round), watched.aggregated(server_round), by=1e-4)
     # after the last round nobody begins, so nobody is taught
     close(checkpoint(run, 3), watched.aggregated(3))
 
@@ -781,7 +794,8 @@ def test_carry_decodes_with_the_sum_of_what_the_devices_changed(carry):
         assert_same(small_weights(proxy.tuned), checkpoint(run, server_round, "tuned"))
         assert_same(small_weights(proxy.untuned), small_weights())
     # that is neither what was aggregated last nor what was sent
-    assert differs(checkpoint(run, 3, "tuned"), checkpoint(run, 3))
+    for other in (checkpoint(run, 3), watched.sent[3]):
+        assert differs(checkpoint(run, 3, "tuned"), other, by=1e-4)
 
 
 @pytest.mark.slow

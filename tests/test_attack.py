@@ -30,7 +30,7 @@ from fedpt_flwr.attack.membership import (
 )
 from fedpt_flwr.attack.plan import _SHADOWS as FIRST_SHADOW
 from fedpt_flwr.attack.plan import AS_IT_IS, CONTROLS, TARGETS
-from fedpt_flwr.attack.pool import DEVICE_FIELD, make_canaries, make_pool, members, write_data
+from fedpt_flwr.attack.pool import make_canaries, make_pool, members, write_data
 from fedpt_flwr.attack.summary import summarise
 from fedpt_flwr.compare import FEDPT, LARGE, Ablation
 from fedpt_flwr.config import DataConfig, flat_values, parse_run_config
@@ -797,7 +797,3 @@ def test_in_half_a_type_and_with_adapters_the_same_targets_are_read(done, tmp_pa
     bench.close()
     # A device sends its change, rounded to half a type; the server adds it to weights that it did not round.
     np.testing.assert_allclose(result["nats"]["tuned"], result["nats"]["device_last"], rtol=0.02, atol=0.02)
-
-
-def test_the_field_that_deals_records_out_is_no_field_of_theirs(demo_pool):
-    assert all(DEVICE_FIELD not in record for record in demo_pool.records)

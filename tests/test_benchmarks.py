@@ -154,7 +154,7 @@ def test_columns_of_one_table_differ_by_the_attack_alone(tmp_path, monkeypatch):
     ]
 
 
-def test_a_measurement_of_bytes_is_taken_again_with_its_own_config_alone(tmp_path, monkeypatch):
+def test_a_measurement_of_bytes_is_taken_again_with_its_own_config_alone(tmp_path):
     line = wire.LINES[0]
     name = "all_weights-4-0.003-0.json"
     config = wire.config_of(4, line, 0.003, 0) | {"devices": wire.DEVICES, "ranks": []}
@@ -178,6 +178,7 @@ def test_a_table_of_epsilons_goes_on_with_its_own_config_alone(tmp_path, monkeyp
 
 
 def test_lengths_of_noise_are_plain_numbers():
+    # 3.276 * sqrt(104,688) is 1060: over 8 devices 132, over 10,000 0.106, each in two digits
     table = privacy.ratios([104_688], [8, 10_000], [4], 8)
     assert table.splitlines()[-1] == "| 104,688 | 4 | 3.276 | 130 | 0.11 |"
 

@@ -84,10 +84,10 @@ def test_choices_read_a_few_at_a_time_give_the_same(at_once, proxy, prompts, cho
 
 @pytest.mark.parametrize("kind", ["proxy", "adapted"])
 def test_every_row_chooses_what_is_likeliest_when_prompt_and_choice_are_read_together(
-    kind, request, tokenizer, prompts, choices
+    kind, request, tokenizer, prompts, choices, monkeypatch
 ):
     proxy = request.getfixturevalue(kind)
-    proxy.alpha = 0.7
+    monkeypatch.setattr(proxy, "alpha", 0.7)
     choices = replace(choices, length="tokens")  # without it the shortest one is always the likeliest here
     examples = [Example(prompt, LABELS[place]) for place, prompt in enumerate(PROMPTS)]
     tokenized = [TokenizedExample(list(ids), list(choices.ids[place])) for place, ids in enumerate(prompts)]
@@ -103,7 +103,6 @@ def test_every_row_chooses_what_is_likeliest_when_prompt_and_choice_are_read_tog
         assert (scores.rows[name].invalid_rate, scores.rows[name].num_invalid) == (0, 0)
         assert scores.rows[name].loss > 0
     assert len({tuple(scores.measurements[name].answers) for name in MODELS}) > 1, "or the test shows nothing"
-    proxy.alpha = 1.0
 
 
 def test_alpha_0_chooses_as_the_large_model_and_a_mask_rules_no_choice_out(proxy, tokenizer, prompts, choices):
@@ -157,16 +156,16 @@ TEXTS, IDS = ["a", "bcdefghij", "klm"], [[5], [5, 6, 7, 8], [5, 6]]
 @pytest.mark.parametrize(
     ("length", "best"),
     [
-        ("sum", 0),  # 2.0, 3.6, 2.1
-        ("tokens", 1),  # 2.0, 3.6 / 4 = 0.9, 2.1 / 2 = 1.05
-        ("bytes", 1),  # 2.0, 3.6 / 9 = 0.4, 2.1 / 3 = 0.7
+        ("sum", 0),  # 2.0, 5.4, 2.1
+        ("tokens", 2),  # 2.0, 5.4 / 4 = 1.35, 2.1 / 2 = 1.05
+        ("bytes", 1),  # 2.0, 5.4 / 9 = 0.6, 2.1 / 3 = 0.7
     ],
 )
 def test_the_length_of_a_choice_counts_as_asked_for(length, best):
-    nats = np.array([[2.0, 3.6, 2.1], [1.0, 1.0, 9.0], [np.nan, 3.6, np.inf], [np.nan, np.nan, np.inf]])
+    nats = np.array([[2.0, 5.4, 2.1], [np.nan, 5.4, np.inf], [np.nan, np.nan, np.inf]])
     found = Choices(texts=TEXTS, ids=IDS, length=length).best(nats)
     assert found[0] == best
-    assert found[2:].tolist() == [1, -1], "what is not finite is never chosen"
+    assert found[1:].tolist() == [1, -1], "what is not finite is never chosen"
 
 
 def test_of_equally_likely_choices_the_first_is_taken():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import tomllib
 from collections import Counter
 from dataclasses import replace
@@ -305,10 +306,11 @@ def test_run_config_points_at_the_world(micro_world):
     assert all(Path(path).is_absolute() and Path(path).exists() for path in keys.values())
 
 
-def test_older_world_is_replaced(micro_world):
-    make_demo_world(micro_world, 4, recipe=MICRO, run_config=False)
-    assert json.loads((micro_world / "world.json").read_text(encoding="utf-8"))["seed"] == 4
-    assert not (micro_world / "run-config.toml").exists()
+def test_older_world_is_replaced(micro_world, tmp_path):
+    world = shutil.copytree(micro_world, tmp_path / "world")
+    make_demo_world(world, 4, recipe=MICRO, run_config=False)
+    assert json.loads((world / "world.json").read_text(encoding="utf-8"))["seed"] == 4
+    assert not (world / "run-config.toml").exists()
 
 
 def test_folder_with_other_files_is_left_alone(tmp_path):

@@ -16,9 +16,6 @@ from fedpt_flwr.distillation import Targets, answer_scores, distil, num_answer_t
 from fedpt_flwr.errors import RoundError
 from fedpt_flwr.logits import drift_along
 
-# peft asks transformers by a name that it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 RATE = 3e-3
 
 

@@ -34,6 +34,13 @@ def proxy():
     return ProxyModel(tiny_llama(0, max_position_embeddings=2 * CONTEXT), tiny_llama(1), tiny_llama(2))
 
 
+@pytest.fixture(autouse=True)
+def _shift_as_it_was(proxy):
+    """What a test sets it leaves to no other, also where it fails."""
+    yield
+    proxy.alpha, proxy.plausibility = 1.0, 0.0
+
+
 def settings(**changes):
     return parse_run_config({"scoring.max-new-tokens": NEW, "threads.server": 1, **changes})
 
@@ -179,7 +186,6 @@ def test_where_a_part_of_an_answer_counts_answers_are_written_to_be_judged(token
         scores = evaluator.score(proxy, rows=("proxy",))
         expected[point.alpha, point.plausibility] = scores.rows["proxy"].exact_match
         spent += scores.large_tokens
-    proxy.alpha, proxy.plausibility = 1.0, 0.0
     assert {(point.alpha, point.plausibility): point.exact_match for point in shift.curve} == expected
     assert expected[0.5, 0.01] == 1.0
     assert len(set(expected.values())) > 1
@@ -200,7 +206,6 @@ def test_alpha_and_mask_stay_as_they_were_when_writing_fails(tokenizer, proxy, m
     with pytest.raises(ZeroDivisionError):
         evaluator.choose_shift(proxy)
     assert (proxy.alpha, proxy.plausibility) == (0.3, 0.2)
-    proxy.alpha, proxy.plausibility = 1.0, 0.0
 
 
 # --- plain models ---
@@ -339,7 +344,6 @@ def test_at_alpha_zero_no_token_is_changed(tokenizer, proxy):
     evaluator = make(items(*PAIRS), tokenizer, proxy)
     proxy.alpha = 0.0
     examples, _ = evaluator.examples(proxy, evaluator.score(proxy, rows=("proxy",)), number=4)
-    proxy.alpha = 1.0
     assert [token["changed"] for example in examples for token in example["tokens"]].count(True) == 0
     assert all(example["tokens"] for example in examples)
 

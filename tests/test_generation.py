@@ -20,8 +20,6 @@ from transformers.generation import BaseStreamer
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.proxy import ProxyModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 NEW = 10
 
 

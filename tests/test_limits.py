@@ -44,6 +44,7 @@ def test_limits_are_read_and_written_by_their_keys_and_other_keys_are_left_alone
         ("max-steps", "3", "must be a whole number of at least 1"),
         ("memory-limit-mb", -1, "must be a number greater than 0"),
         ("memory-limit-mb", float("nan"), "must be a number greater than 0"),
+        ("memory-limit-mb", float("inf"), "must be a number greater than 0"),
         ("dtype", "int8", "must be one of float32, bfloat16, float16"),
         ("dtype", ["float32"], "must be one of float32, bfloat16, float16"),
         ("threads", 5000, "must be a whole number from 1 to 1024"),
@@ -145,9 +146,8 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(make, tuning, tmp_
 def test_activations_grow_with_the_batch_and_a_batch_never_exceeds_the_shard(tmp_path):
     model = saved(tiny_llama(), tmp_path)
     sizes = [need(model, batch_size=size).activations for size in (1, 2, 4, 8, 16)]
-    assert sizes[:4] == sorted(sizes[:4])
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] == sizes[4]
     assert sizes[1] < 2.2 * sizes[0]
-    assert sizes[4] == sizes[3]
     assert need(model, gradient_checkpointing=True).activations < need(model).activations
 
 

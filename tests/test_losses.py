@@ -106,7 +106,6 @@ def test_the_proxys_loss_has_its_own_alpha_and_no_mask():
     np.testing.assert_allclose(masked.nats, plain.nats, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_an_adapter_is_switched_off_for_the_untuned_row(tokenizer):
     large, untuned = llama(0, hidden=32), llama(1)
     adapted = get_peft_model(

@@ -186,11 +186,11 @@ def test_slider_moves_by_keys_and_the_last_place_counts(page, service):
     prompt = example(service)["prompt"]
     ask(page, prompt)
     page.focus("#alpha")
-    for _ in range(10):
-        page.keyboard.press("ArrowLeft")
-    assert page.input_value("#alpha-number") == "0.5"
+    with page.expect_request(lambda request: request.method == "POST" and request.post_data_json.get("alpha") == 0.5):
+        for _ in range(10):
+            page.keyboard.press("ArrowLeft")
+        assert page.input_value("#alpha-number") == "0.5"
     expect(page).to_have_url(re.compile("alpha=0.5"))
-    page.wait_for_timeout(500)
     wait_until_answered(page)
     assert answer(page, "proxy") == completion(service, prompt, "proxy", alpha=0.5)["text"]
 
@@ -391,7 +391,8 @@ def test_what_the_address_holds_is_checked(browser, service):
         info = api(service, "/info")
         assert page.input_value("#prompt") == "a"
         assert float(page.input_value("#alpha-number")) == info["alpha"]
-        assert page.input_value("#temperature-number") == "0"
+        assert float(page.input_value("#plausibility-number")) == info["plausibility"]
+        assert page.input_value("#temperature-number") == page.input_value("#seed") == "0"
         assert int(page.input_value("#max_tokens")) == info["max_tokens"]
 
 

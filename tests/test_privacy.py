@@ -220,12 +220,12 @@ def test_neighbouring_numbers_from_the_system_have_nothing_to_do_with_each_other
 
 
 @pytest.mark.parametrize("mode", ADAPTIVE)
-@pytest.mark.parametrize(("share", "clipped"), [(0.5, 0.5), (0.25, 0.5), (0.75, 0.5)])
-def test_the_norm_goes_up_where_more_than_the_share_are_clipped(mode, share, clipped, no_noise):
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.75])
+def test_the_norm_goes_up_where_more_than_the_share_are_clipped(mode, share, no_noise):
     """Of norms 5, 0.5, 10 and 0.1 two of four exceed 1."""
     run = Run(mode, clipping_norm=1.0, clipped_share=share, clipping_rate=0.2)
     run.start()
-    assert run.private.clipping_norm == pytest.approx(math.exp(0.2 * (clipped - share)))
+    assert run.private.clipping_norm == pytest.approx(math.exp(0.2 * (0.5 - share)))
 
 
 @pytest.mark.parametrize("mode", ADAPTIVE)
@@ -456,7 +456,7 @@ def test_a_missing_reply_ends_the_run_and_nothing_is_spent_on_the_round(mode):
     assert [state["releases"] for state in run.ledger] == [1]
 
 
-def test_a_round_without_a_reply_may_fail_and_be_followed_by_others_at_no_cost(caplog):
+def test_a_round_without_a_reply_may_fail_and_be_followed_by_others_at_no_cost():
     run = Run(fedpt={"max_failed_rounds": 1})
     run.start(rounds=3, tamper=silent(2, 2))
     assert [outcome.server_round for outcome in run.outcomes] == [1, 3]

@@ -218,7 +218,7 @@ def test_models_that_cannot_be_called_this_way_are_refused():
     with pytest.raises(ModelError, match="must take position_ids"):
         Stepper(bloom)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="must take position_ids"):
         Stepper(mamba)
     flash = make("llama")
     flash.config._attn_implementation = "flash_attention_2"

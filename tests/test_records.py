@@ -2,8 +2,7 @@ import io
 import json
 import math
 import pickle
-import resource
-import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -377,12 +376,15 @@ def test_a_made_up_header_is_refused_however_decoding_fails(header):
 
 
 @pytest.mark.parametrize("size", [10**9, 10**11, 10**18])
-def test_a_payload_that_claims_a_gigantic_shape_costs_neither_memory_nor_time(size):
+def test_a_payload_that_claims_a_gigantic_shape_costs_no_memory(size):
     header = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
-    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert "array b: cannot be decoded" in refused(reply_with(claimed(npy(header, bytes(16)))))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
-    assert time.process_time() - started < 5
+    reply = reply_with(claimed(npy(header, bytes(16))))
+    tracemalloc.start()  # sees what is asked for, used or not
+    try:
+        assert "array b: cannot be decoded" in refused(reply)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 class SetsFlag:

@@ -520,13 +520,13 @@ def test_a_deadline_ends_what_runs_and_what_waits(start):
     version = gated()
     gate = version.steppers["large"]
     scheduler = start(version, num_slots=1)
-    soon = time.monotonic() + 0.3
-    running = task(version, [5], max_new_tokens=50, deadline=soon)
-    waiting = task(version, [6], max_new_tokens=2, deadline=soon)
+    running = task(version, [5], max_new_tokens=50)
+    waiting = task(version, [6], max_new_tokens=2)
     after = task(version, [7], max_new_tokens=2)
     scheduler.submit([running, waiting, after])
     gate.let(2)
-    time.sleep(0.4)
+    until(lambda: len(running.sink.ids()) == 2)
+    running.deadline = waiting.deadline = time.monotonic()
     gate.let()
     after.sink.ended(1)
     for late in (running, waiting):

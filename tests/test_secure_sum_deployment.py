@@ -84,7 +84,6 @@ def test_no_change_of_a_device_has_passed_in_any_form(site, secure, tmp_path):
     assert len(secure[1]) > NUM_DEVICES * 400_000
     for relay in site.relays:
         relay.forget()
-    run = site.complete(site.submit(BRIEF | PATIENT), timeout_s=600)
+    site.complete(site.submit(BRIEF | PATIENT), timeout_s=600)
     told = b"\n".join(relay.text() for relay in site.relays)
     assert found_in(told, forms) == {(device, "tuned") for device in range(NUM_DEVICES)}  # it would have been found
-    assert run.is_dir()

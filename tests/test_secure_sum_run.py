@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 
 import numpy as np
 import pytest
@@ -176,7 +175,7 @@ def test_a_round_with_too_few_fails_with_the_reasons_and_the_next_goes_on(caplog
     assert said.format(2, "their change") in caplog.text
     assert "  - device 1, round 2: no reply with its change came in time" in caplog.text
     assert [f"Round 2: device {device} is left out" in caplog.text for device in range(6)] == [0, 1, 1, 1, 0, 0]
-    assert said.format(3, "the shares that open it; nothing of") in caplog.text or said.format(3, "the") in caplog.text
+    assert said.format(3, "the shares that open it") in caplog.text
     with pytest.raises(RoundError, match="3 answered with their change"):
         run("FedAvg", secure=True, rounds=2, tamper=gone)
 
@@ -378,7 +377,6 @@ def test_a_device_whose_change_should_go_into_a_sum_never_tells_it_in_the_clear(
     said = "this device's change goes into a secure sum or nowhere, and the server asks for it in the clear"
     assert said in str(error.value)
     assert recorder.trained == {}
-    assert math.isfinite(len(recorder.log))
 
 
 class Killed(BaseException):

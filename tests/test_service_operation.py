@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -174,8 +175,18 @@ def test_tls(run, tmp_path):
         assert httpx.get(f"{service.url}/health", verify=context).json()["status"] == "ready"
 
 
-@pytest.mark.parametrize("name", ["missing", "without a proxy", "damaged", "taken port", "bad alpha", "key of nothing"])
-def test_what_cannot_be_served_is_refused_by_a_sentence(run, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "nothing is not a run in"),
+        ("without a proxy", "has no model"),
+        ("damaged", "cannot be loaded .*not a valid JSON file"),
+        ("taken port", "cannot listen at .*choose another --port"),
+        ("bad alpha", "alpha must be a finite number, got nan"),
+        ("key of nothing", "an API key must be ASCII text and not empty"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_a_sentence(run, tmp_path, name, words):
     copy = tmp_path / run.name
     subprocess.run(["cp", "-a", run, copy], check=True)
     options = ["--port", "0"]
@@ -201,5 +212,5 @@ def test_what_cannot_be_served_is_refused_by_a_sentence(run, tmp_path, name):
     )
     taken.close()
     assert ended.returncode == 1
-    assert "fedpt: " in ended.stderr
+    assert re.search(f"fedpt: .*{words}", ended.stderr)
     assert "Traceback" not in ended.stderr

@@ -23,7 +23,7 @@ from fedpt_flwr.sources import (
     scored_shape,
 )
 
-# One token a turn's border, as ChatML has: `<` opens and `;` closes are letters of the tiny tokenizer's alphabet.
+# One token a turn's border, as ChatML has: `>` opens and `</s>` closes.
 CHATML = (
     "{% for message in messages %}>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}>assistant\n{% endif %}"

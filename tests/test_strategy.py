@@ -582,8 +582,10 @@ def test_bytes_are_those_of_the_records_sent():
     run(fedpt(after_aggregate=outcomes.append), grid, rounds=1)
     sent = next(message for message in grid.sent if message.metadata.message_type == "train")
     arrays = sum(len(array.data) + len(name) for name, array in sent.content["arrays"].items())
-    assert all(part.bytes_down >= arrays for part in outcomes[0].devices)
-    assert all(part.bytes_up > 0 for part in outcomes[0].devices)
+    assert len(outcomes[0].devices) == 2
+    for part in outcomes[0].devices:  # beside arrays of the same sizes, either way a few short values
+        assert arrays < part.bytes_down < arrays + 150
+        assert arrays < part.bytes_up < arrays + 150
 
 
 @pytest.mark.parametrize(
@@ -889,7 +891,6 @@ def test_a_strategy_that_remembers_anything_else_would_be_noticed(name):
     changed_fields = {field for field in after if after[field] != before.get(field)}
     saved = {key.split("/")[0] for key in inner_state(strategy.inner)}
     assert changed_fields - {"current_arrays"} == saved  # current_arrays is what the round sends
-    assert name in INNER_STRATEGIES
 
 
 def test_a_strategy_has_no_state_before_its_first_round():
