@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
@@ -28,7 +28,13 @@ from fedpt_flwr.config import ModelConfig, RunConfig, TuningConfig, parse_run_co
 from fedpt_flwr.data import TokenizedExample, tokenize_examples
 from fedpt_flwr.errors import ConfigError, DataError, DeviceError, FedPTError, ModelError, RunError
 from fedpt_flwr.limits import DeviceLimits, parse_limits
-from fedpt_flwr.memory import UNTOLD_BASE_BYTES, check_fits, give_freed_memory_back, is_out_of_memory
+from fedpt_flwr.memory import (
+    UNTOLD_BASE_BYTES,
+    check_fits,
+    give_freed_memory_back,
+    is_out_of_memory,
+    keeping_freed_memory,
+)
 from fedpt_flwr.models import (
     cpu_threads,
     cut_adapter,
@@ -263,7 +269,8 @@ def train(message: Message, context: Context) -> Message:
             limit_mb=limits.memory_limit_mb,
             place=place,
         )
-    with cpu_threads(limits.threads or config.threads.device):
+    reusing = nullcontext() if limits.memory_limit_mb is not None else keeping_freed_memory()
+    with reusing, cpu_threads(limits.threads or config.threads.device):
         model, stored, frozen = load_small_model(config.model, config.tuning, config.seed, limits.dtype, rank)
         _check_fingerprint(str(told.get("small-fingerprint", "")), stored, config)
         _check_frozen(str(told.get("frozen-fingerprint", "")), frozen)

@@ -21,7 +21,7 @@ from fedpt_flwr.config import RunConfig, parse_run_config
 from fedpt_flwr.distiller import IN_ROUNDS
 from fedpt_flwr.errors import FedPTError
 from fedpt_flwr.inner import make_inner_strategy
-from fedpt_flwr.memory import give_freed_memory_back
+from fedpt_flwr.memory import give_freed_memory_back, keeping_freed_memory
 from fedpt_flwr.records import code_hash
 from fedpt_flwr.runs import RunFolder, find_run_to_resume, runs_root
 from fedpt_flwr.secure_sum.session import Rules
@@ -94,7 +94,8 @@ def _federate(
     def after_aggregate(outcome: RoundOutcome) -> ArrayRecord | None:
         arrays.clear()  # what the first round began with: nobody needs it any more, and its memory is given back
         server.write_shards(list(strategy.roster.devices.values()))
-        return server.after_aggregate(outcome)
+        with keeping_freed_memory():
+            return server.after_aggregate(outcome)
 
     strategy = FedPT(
         server.private or inner,
@@ -133,4 +134,5 @@ def _federate(
     )
     if config.distillation.mode not in IN_ROUNDS:
         server.wake(result.arrays)
-    server.finish(started=started)
+    with keeping_freed_memory():
+        server.finish(started=started)
