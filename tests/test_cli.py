@@ -53,6 +53,10 @@ def test_every_command_explains_itself(command, fedpt):
     assert len(text.splitlines()) > 10
 
 
+def test_help_tells_what_an_argument_is(fedpt):
+    assert "Or use --example" in " ".join(fedpt("generate", "--help").replace("│", " ").split())
+
+
 def test_help_lists_every_command(fedpt):
     assert set(typer.main.get_command(cli.app).commands) == set(COMMANDS)
     text = fedpt("--help")
