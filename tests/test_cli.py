@@ -159,8 +159,8 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
         (["score", "nope"], "nope is not a run"),
         (["score", "--large", "/nope"], "must be a folder that exists"),
         (["check-config", "--app", "/"], "pyproject.toml: cannot be read"),
-        (["check-config", "--app", str(APP), "--num-devices", "9"], "dirichlet"),
-        (["check-config", "--app", str(APP), "--num-devices", "1"], "min-devices: a run would wait in vain .*, got 2"),
+        (["check-config", "--app", str(APP), "--devices", "9"], "dirichlet"),
+        (["check-config", "--app", str(APP), "--devices", "1"], "min-devices: a run would wait in vain .*, got 2"),
         (["check-config", "--app", str(APP), "-c", "nope"], "must be key=value pairs"),
         (
             ["check-config", "--app", str(APP), "-c", "privacy.dp='server-fixed' privacy.max-epsilon=1.0"],
@@ -171,7 +171,7 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
             "privacy.delta: delta must be below one over the number of devices, of which there are 4",
         ),
         (
-            ["check-config", "--app", str(APP), "--num-devices", "8", "-c", "privacy.dp='server-adaptive'"],
+            ["check-config", "--app", str(APP), "--devices", "8", "-c", "privacy.dp='server-adaptive'"],
             "privacy.noise-multiplier: with 8 devices a round Flower refuses this",
         ),
         (

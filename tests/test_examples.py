@@ -117,7 +117,7 @@ def test_on_look_alikes_everything_fits_together_before_a_run(example, tmp_path)
     flat = keys_of(example) | lookalike_paths(example, tmp_path)
     config = tmp_path / "run-config.toml"
     config.write_text("".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in flat.items()))
-    result = CliRunner().invoke(app, ["check-config", "--run-config", str(config), "--num-devices", "8"])
+    result = CliRunner().invoke(app, ["check-config", "--run-config", str(config), "--devices", "8"])
     assert result.exit_code == 0, result.output
 
 

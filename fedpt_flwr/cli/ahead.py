@@ -28,7 +28,9 @@ def check_config(
     app_dir: App = Path(),
     num_devices: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of devices that the training data is dealt out to; by default min-devices."),
+        typer.Option(
+            "--devices", min=1, help="Number of devices that the training data is dealt out to; by default min-devices."
+        ),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of all keys instead, for docs/run-config.md.")
@@ -125,7 +127,7 @@ def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedP
             privacy_outlook(config.privacy, config.num_server_rounds)
     num_devices = config.min_devices if num_devices is None else num_devices
     if config.min_devices > num_devices:
-        remedy = "start more devices (--num-devices), or lower min-devices"
+        remedy = "start more devices (--devices), or lower min-devices"
         rule = f"a run would wait in vain for more than the {num_devices} devices that there are"
         problems.append(ConfigError(rule, value=config.min_devices, place="min-devices", remedy=remedy))
     with collecting():
