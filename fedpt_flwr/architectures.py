@@ -73,13 +73,12 @@ def find_architecture(ref: str) -> PretrainedConfig:
     path = expanded(ref)
     if path.is_absolute() and path.suffix == ".json":
         return _from_file(path)
-    source = pretrained_source(ref)
+    source, version = pretrained_source(ref)
     try:
-        return AutoConfig.from_pretrained(**source, local_files_only=True)
+        return AutoConfig.from_pretrained(source, local_files_only=True, **version)
     except _CAUSES as error:
-        folder = Path(source["pretrained_model_name_or_path"])
-        if is_folder(folder):
-            raise _not_a_config(folder / "config.json", error) from error
+        if is_folder(Path(source)):
+            raise _not_a_config(Path(source) / "config.json", error) from error
         raise ModelError(
             "this model is not known here, and nothing is downloaded to plan with it",
             value=ref,

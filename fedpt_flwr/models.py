@@ -100,10 +100,10 @@ def hub_revision(source: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def pretrained_source(ref: str) -> dict[str, Any]:
-    """The arguments by which ``from_pretrained`` finds what a reference means; errors as :func:`resolve_model`."""
+def pretrained_source(ref: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for a reference, and by which arguments; errors as of :func:`resolve_model`."""
     name, revision = hub_revision(resolve_model(ref))
-    return {"pretrained_model_name_or_path": name} | ({} if revision is None else {"revision": revision})
+    return name, {} if revision is None else {"revision": revision}
 
 
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
@@ -112,9 +112,9 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: It cannot be loaded, or has no end-of-text token.
     """
-    source = pretrained_source(ref)
+    source, version = pretrained_source(ref)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **version)
     except Exception as error:  # a damaged file fails in any way: AttributeError, TypeError, plain Exception
         raise _cannot_load("tokenizer", ref, error) from error
     if tokenizer.eos_token_id is None:
@@ -142,14 +142,14 @@ def load_causal_lm(
     Raises:
         ModelError: It cannot be loaded, or not placed so.
     """
-    source = pretrained_source(ref)
+    source, version = pretrained_source(ref)
     placement = Placement() if placement is None else placement
     arguments = placement.arguments()
     if isinstance(arguments.get("device_map"), dict):
         arguments["device_map"] = _whole_device_map(arguments["device_map"], ref)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **arguments
+            source, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **version, **arguments
         )
     except ImportError as error:
         raise placement.lacks_package(_first_line(error)) from error
@@ -183,9 +183,9 @@ def model_without_weights(ref: str) -> PreTrainedModel:
     Raises:
         ModelError: Its config cannot be loaded.
     """
-    source = pretrained_source(ref)
+    source, version = pretrained_source(ref)
     try:
-        config = AutoConfig.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(source, **version)
     except Exception as error:  # a damaged file fails in any way
         raise _cannot_load("model", ref, error) from error
     return shapes_of(config, ref)
