@@ -773,7 +773,7 @@ def test_a_federation_that_fails_says_why_and_the_others_go_on(done, tmp_path):
     bench.run(jobs=1)
     assert len(bench.done) == 1
     ((name, error),) = bench.failed.items()
-    assert "min_devices" in name
+    assert "min-devices" in name
     assert "99" in error
     assert bench.write_summary(command="x")["errors"] == bench.failed
     bench.close()
