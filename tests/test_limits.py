@@ -273,24 +273,25 @@ import ctypes, json, resource
 import torch
 from fedpt_flwr.memory import give_freed_memory_back, keeping_freed_memory
 
-def faults():
-    \"\"\"Pages that the system has to clear for a tensor of 8 MB that comes and goes fifty times, in tensors.\"\"\"
+def faults(megabytes):
+    \"\"\"Pages that the system has to clear for a tensor that comes and goes fifty times, in tensors.\"\"\"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
-        torch.ones(2 << 20)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (8 << 20)
+        torch.ones(megabytes << 18)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (megabytes << 20)
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, where the system would give them by itself
-faults()
-found = [faults()]
+# Larger every time: what is given back must not find room that smaller ones have left.
+faults(4)
+found = [faults(4)]
 with keeping_freed_memory():
-    found.append(faults())
+    found.append(faults(4))
 give_freed_memory_back()
-found.append(faults())
+found.append(faults(8))
 with keeping_freed_memory():
-    faults()
-    found.append(faults())
-found.append(faults())
+    faults(12)
+    found.append(faults(12))
+found.append(faults(16))
 print(json.dumps(found))
 """
 
