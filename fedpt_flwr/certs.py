@@ -320,7 +320,8 @@ def _check_pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, 
 
 def _check_signed(path: Path, ca_certificate: x509.Certificate, ca_path: Path, remedy: str) -> None:
     """Behind a server's certificate may follow intermediate ones; the CA has signed the last."""
-    last = x509.load_pem_x509_certificates(path.read_bytes())[-1]
+    with _parsing(path, "certificates"):
+        last = x509.load_pem_x509_certificates(path.read_bytes())[-1]
     try:
         last.verify_directly_issued_by(ca_certificate)
     except (ValueError, TypeError, InvalidSignature) as error:

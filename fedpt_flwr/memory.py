@@ -38,6 +38,7 @@ UNTOLD_BASE_BYTES = 600_000_000
 _MEGABYTE = 1e6
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _FLOAT_BYTES = 4
+_is_given_back = threading.Event()  # by this process, since give_freed_memory_back
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one weight, by type."""
 
@@ -290,9 +291,6 @@ def keeping_freed_memory() -> Iterator[None]:
         _tell_glibc(keep_up_to=1 << 18)
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-_is_given_back = threading.Event()
 
 
 def _tell_glibc(*, keep_up_to: int) -> None:

@@ -200,6 +200,14 @@ def test_a_server_certificate_that_another_ca_signed_is_refused(tmp_path):
     assert make_certs(folder).created == [folder / "server.pem"]
 
 
+def test_a_damaged_certificate_behind_the_servers_own_is_named(tmp_path):
+    folder = make_certs(tmp_path / "certs").folder
+    with (folder / "server.pem").open("a") as file:
+        file.write("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    with pytest.raises(CertificateError, match=r"server\.pem: must be certificates"):
+        make_certs(folder)
+
+
 def test_a_server_certificate_without_the_cas_key_is_refused(tmp_path):
     folder = make_certs(tmp_path / "certs").folder
     (folder / "ca.key").unlink()

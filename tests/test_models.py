@@ -56,8 +56,9 @@ def downloaded(tmp_path, monkeypatch):
     """A model of the hub in two revisions, as `hf download` keeps them; the hub itself is out of reach."""
     repo = tmp_path / "models--owner--name"
     for seed, (revision, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
-        tiny_llama(seed).save_pretrained(repo / "snapshots" / commit)
-        tiny_tokenizer().save_pretrained(repo / "snapshots" / commit)
+        tiny_llama(seed, max_position_embeddings=64 + seed).save_pretrained(repo / "snapshots" / commit)
+        padding = ("<pad>", "<s>")[seed]
+        tiny_tokenizer(eos_token="</s>", pad_token=padding).save_pretrained(repo / "snapshots" / commit)
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / revision).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -72,8 +73,9 @@ def test_a_hub_id_names_a_revision_behind_an_at_sign(downloaded):
     newest, tagged = (fingerprint(tiny_llama(seed)) for seed in (0, 1))
     assert newest != tagged
     assert list(prints.values()) == [newest, newest, tagged, tagged]
-    assert load_tokenizer("owner/name@v1").vocab_size == tiny_tokenizer().vocab_size
-    assert model_without_weights("owner/name@v1").config.hidden_size == tiny_llama().config.hidden_size
+    assert [load_tokenizer(ref).pad_token for ref in ("owner/name", "owner/name@v1")] == ["<pad>", "<s>"]
+    lengths = [max_positions(model_without_weights(ref)) for ref in ("owner/name", "owner/name@v1")]
+    assert lengths == [64, 65]
 
 
 def test_a_revision_that_is_not_here_cannot_be_loaded_without_the_hub(downloaded):
