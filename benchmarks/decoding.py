@@ -6,8 +6,9 @@ Makes its own models (trio.py tells how, and how often their drafter is right), 
 turns, and prints a table of each setting and the ratios that matter beside their goals. Only ratios inside one turn are
 results; each is the median over the turns. Times include the prompt's forward pass. The methods:
 
-- ``stock``: ``generate()`` of the large model, as transformers has it; ``stock, prepared`` on packed weights; and
-  ``own plain``, a bare loop over the step function of the prepared large model. The fastest is "our best plain".
+- ``stock``: ``generate()`` of the large model, as transformers has it; ``stock, prepared`` on packed weights, or on a
+  GPU ``stock, compiled``, with transformers' static cache and compiled passes; and ``own plain``, a bare loop over the
+  step function of the prepared large model. The fastest is "our best plain".
 - ``reference``: the formula, written as a loop over three models of transformers. All tokens are compared with its.
 - ``three-forward``: ``ProxyModel.generate()`` that drafts nothing;
 - ``draft 1`` to ``draft 6``, ``adaptive``: the same with drafts, of a fixed and of the adapting length.
@@ -43,6 +44,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedpt_flwr import packing
+from fedpt_flwr.graphs import graphed
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.runs import write_json
@@ -89,7 +91,7 @@ class Comparison(NamedTuple):
 
 
 BEST = {
-    "best plain": ("stock", "stock, prepared", "own plain"),
+    "best plain": ("stock", "stock, prepared", "stock, compiled", "own plain"),
     "best fixed": tuple(f"draft {length}" for length in DRAFTS),
 }
 """Sets of methods of which the one with the best median counts."""
@@ -287,12 +289,15 @@ class Models:
             found.append(Method("three-forward, ragged", proxy(0), three, is_ragged=True))
             found.append(Method("adaptive, ragged", proxy("auto"), is_ragged=True))
         if setting.against_plain:
-            step = step_function(self.prepared)
-            found += [
-                Method("stock", lambda *given: stock(self.large, *given), large, is_proxy=False),
-                Method("stock, prepared", lambda *given: stock(self.prepared, *given), large, is_proxy=False),
-                Method("own plain", lambda *given: plain_loop(step, *given), large, is_proxy=False),
-            ]
+            step = graphed(step_function(self.prepared))
+
+            plain = {"stock": lambda *given: stock(self.large, *given)}
+            if self._device == "cpu":
+                plain["stock, prepared"] = lambda *given: stock(self.prepared, *given)
+            elif setting.batch == 1:  # it takes a minute to compile
+                plain["stock, compiled"] = lambda *given: stock(self.large, *given, cache_implementation="static")
+            plain["own plain"] = lambda *given: plain_loop(step, *given)
+            found += [Method(name, decode, large, is_proxy=False) for name, decode in plain.items()]
         return found
 
     def _load(self, name: str) -> PreTrainedModel:
@@ -326,10 +331,12 @@ def measure(models: Models, setting: Setting, args: argparse.Namespace) -> dict[
     reference = Method("reference", lambda *_: torch.empty(0), sum(models.bytes_read), is_proxy=False)
     methods = models.methods(setting)
     bandwidths, right = [], []
-    warm_up = make_prompts(0, setting.batch, 8, models.large)
+    # On a GPU passes are compiled or recorded for their sizes, when these are first met.
+    lengths = (8, 8) if args.device == "cpu" else (args.prompt_tokens, num_new)
+    warm_up = make_prompts(0, setting.batch, lengths[0], models.large)
     for method in methods:
-        method.decode(warm_up, 8)
-    reference_loop(models.stock, warm_up, 8)
+        method.decode(warm_up, lengths[1])
+    reference_loop(models.stock, warm_up, lengths[1])
     for turn in range(args.repeats):
         bandwidths.append(read_bandwidth(args.device, args.bandwidth_bytes))
         prompts = make_prompts(turn, setting.batch, args.prompt_tokens, models.large)
@@ -591,7 +598,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.bandwidth_bytes = 1 << 29
+    args.bandwidth_bytes = 1 << (29 if args.device == "cpu" else 32)
     if args.quick:
         args.size, args.repeats, args.prompt_tokens, args.new_tokens = "tiny", 1, 16, 16
         args.bandwidth_bytes = 1 << 24

@@ -25,7 +25,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from fedpt_flwr.packing import PackedLinear
-from fedpt_flwr.ragged import RaggedCache, Stepper
+from fedpt_flwr.ragged import RaggedCache, Stepper, agree
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,9 +45,6 @@ _FOLD_UP_TO = 16
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
-
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""How far the scores may be from transformers', as a share of the largest one."""
 
 
 class LeanStepper(Stepper):
@@ -72,13 +69,13 @@ class LeanStepper(Stepper):
         """See :meth:`fedpt_flwr.ragged.Stepper.__call__`."""
         device = self.device
         num_rows, num_new = ids.shape
-        body = self._base.model
+        body = self.base.model
         starts = list(cache.lengths)
         positions = cache.begin(num_new, device)
-        config = self._base.config
+        config = self.base.config
         groups = config.num_attention_heads // config.num_key_value_heads
         folded = groups if num_new <= _FOLD_UP_TO else 1
-        with self._context():
+        with self.context():
             x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
             few_tokens = _few_tokens()
             if few_tokens is not None and few_tokens.takes(body, len(x), max(starts) + num_new):
@@ -111,7 +108,7 @@ class LeanStepper(Stepper):
     def _kept(self, x: Tensor, keep: int | Tensor) -> Tensor:
         """Scores of the wanted positions, from what the last layer gave."""
         x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
-        return _scores(self._base.lm_head, _normed(self._base.model.norm, x))
+        return _scores(self.base.lm_head, _normed(self.base.model.norm, x))
 
 
 @functools.cache
@@ -144,7 +141,7 @@ def step_function(
     stepper = Stepper(model, context)
     if is_llama_type(model):
         lean = LeanStepper(model, context)
-        if _agree(lean, stepper):
+        if agree(lean, stepper):
             return lean
     return stepper
 
@@ -271,24 +268,4 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, 
     mixed = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=queries.shape[1] != shared
     )
-    return mixed.view(rows, heads, new, size).transpose(1, 2).reshape(rows * new, heads * size)
-
-
-def _agree(lean: LeanStepper, stepper: Stepper) -> bool:
-    """Whether two step functions score a few tokens alike, in rows of one length and of several."""
-    vocab_size: int = lean._base.config.vocab_size
-    ids = torch.arange(10).view(2, 5) * 7919 % vocab_size
-    caches = [one.new_cache() for one in (stepper, lean)]
-    for cache in caches:
-        cache.add_rows(2)
-    pieces, lengths = ids.split([2, 2, 1], dim=1), ([1, 2], [2, 4], [3, 5])
-    with torch.no_grad():
-        for piece, kept in zip(pieces, lengths, strict=True):
-            expected, found = (one(cache, piece, keep=0) for one, cache in zip((stepper, lean), caches, strict=True))
-            largest = _TOLERANCES.get(expected.dtype, 0.0) * expected.abs().max()
-            # Written so that a NaN counts as disagreement.
-            if expected.shape != found.shape or not bool((expected - found).abs().max() <= largest):
-                return False
-            for cache in caches:
-                cache.cut(kept)
-    return True
+    return mixed.reshape(rows, heads, new, size).transpose(1, 2).reshape(rows * new, heads * size)

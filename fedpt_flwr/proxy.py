@@ -42,6 +42,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from fedpt_flwr import packing
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
+from fedpt_flwr.graphs import graphed
 from fedpt_flwr.lean import is_llama_type, step_function
 from fedpt_flwr.logits import (
     check_alpha,
@@ -216,6 +217,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         # and makes the adapter trainable again.
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if is_adapter(part)]
         self._speculation: Speculation | None = None
+        self._is_prepared = False
         self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
         switches = [longrope_switch(base_model(model)) for model in models]
         self._longrope_switches = [switch for switch in switches if switch is not None]
@@ -414,12 +416,12 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         models = {"large": self.large, "tuned": self.tuned, "untuned": self.untuned}
         steppers: dict[str, Stepper] = {}
         for name, model in models.items():
-            if model is None:  # one copy of the small weights, with the adapter and without
-                steppers[name] = step_function(self.tuned, self.without_adapter)
-            elif known is not None and known[name].model is model:
+            if known is not None and model is not None and known[name].model is model:
                 steppers[name] = known[name]
-            else:
-                steppers[name] = step_function(model)
+                continue
+            # Without an untuned model, one copy of the small weights is both, with the adapter and without.
+            step = step_function(self.tuned, self.without_adapter) if model is None else step_function(model)
+            steppers[name] = graphed(step) if self._is_prepared else step
         return steppers
 
     def prepare(self) -> ProxyModel:
@@ -427,7 +429,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         Large and untuned, which judge several tokens in a pass, always; tuned, which drafts one after the other, where
         that makes a pass over one token no slower. Until :meth:`restore` the weights cannot be saved, changed, moved or
-        converted. See ``packing.py``.
+        converted. See ``packing.py``. On a GPU weights stay as they are, and passes over few tokens are recorded as
+        CUDA graphs when they are first needed; see ``graphs.py``.
 
         Returns:
             This proxy.
@@ -438,6 +441,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             for_loops = is_llama_type(model) and not hasattr(model, "peft_config")
             if name != "tuned" or packing.suits_single_rows(model.dtype, for_loops=for_loops):
                 packing.prepare(model, for_loops=for_loops)
+        self._is_prepared, self._speculation = True, None
         return self
 
     def restore(self) -> ProxyModel:
@@ -447,6 +451,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             This proxy.
         """
         packing.restore(self)
+        self._is_prepared, self._speculation = False, None
         return self
 
     @contextmanager

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _COLUMNS_AT_ONCE = 64
 """Columns by which a cache grows: copying it every so many tokens costs next to nothing."""
 
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""How far scores of one model may lie apart, as a share of the largest one."""
+
 
 class _Place:
     """Where the tokens of the current forward pass go; shared by all layers of a cache."""
@@ -269,6 +272,11 @@ class Stepper:
         model: The model, plain or with an adapter.
         context: Makes the context in which it must be called.
 
+    Attributes:
+        model: This one.
+        base: The model without its adapter; the same one if it has none.
+        context: This one.
+
     Raises:
         ModelError: The model cannot be called this way.
     """
@@ -279,9 +287,9 @@ class Stepper:
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
-        self._context = context
+        self.context = context
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._base = base
+        self.base = base
         accepted = inspect.signature(base.forward).parameters
         if "position_ids" not in accepted:
             raise ModelError(
@@ -299,12 +307,26 @@ class Stepper:
 
     def new_cache(self) -> RaggedCache:
         """A cache without rows."""
-        return RaggedCache(self._base)
+        return RaggedCache(self.base)
 
     @property
     def is_remote(self) -> bool:
         """Whether every position that is looked at costs something."""
-        return is_remote(self._base)
+        return is_remote(self.base)
+
+    def launch(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Callable[[], Tensor]:
+        """Begin what a call does, perhaps beside passes of other models.
+
+        Args:
+            cache: The rows; extended in place.
+            ids: As in a call.
+            keep: As in a call.
+
+        Returns:
+            Waits for the scores; to be called once, before the next pass begins.
+        """
+        scores = self(cache, ids, keep=keep)
+        return lambda: scores
 
     def read(self, cache: RaggedCache, ids: Tensor) -> None:
         """Append tokens to every row of a cache, whatever comes next."""
@@ -327,12 +349,12 @@ class Stepper:
         """
         device = self.device
         positions = cache.begin(ids.shape[1], device)
-        dtype = self._base.dtype if self._base.config._attn_implementation == "eager" else None
+        dtype = self.base.dtype if self.base.config._attn_implementation == "eager" else None
         keep = keep.to(device) if isinstance(keep, Tensor) else keep
         settings: dict[str, Any] = {"logits_to_keep": keep} if self._slices_itself else {}
         if self.is_remote:
             settings["num_wanted"] = num_wanted
-        with self._context():
+        with self.context():
             logits: Tensor = self.model(
                 input_ids=ids.to(device),
                 position_ids=positions,
@@ -345,6 +367,26 @@ class Stepper:
         if self._slices_itself:
             return logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def agree(one: Stepper, other: Stepper) -> bool:
+    """Whether two step functions of a model score a few tokens alike, in rows of one length and of several."""
+    vocab_size: int = one.base.config.vocab_size
+    ids = torch.arange(10).view(2, 5) * 7919 % vocab_size
+    caches = [step.new_cache() for step in (one, other)]
+    for cache in caches:
+        cache.add_rows(2)
+    pieces, lengths = ids.split([2, 2, 1], dim=1), ([1, 2], [2, 4], [3, 5])
+    with torch.no_grad():
+        for piece, kept in zip(pieces, lengths, strict=True):
+            found, expected = (step(cache, piece, keep=0) for step, cache in zip((one, other), caches, strict=True))
+            largest = _TOLERANCES.get(expected.dtype, 0.0) * expected.abs().max()
+            # Written so that a NaN counts as disagreement.
+            if expected.shape != found.shape or not bool((expected - found).abs().max() <= largest):
+                return False
+            for cache in caches:
+                cache.cut(kept)
+    return True
 
 
 def _enlarged(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:

@@ -30,6 +30,9 @@ PARTS = ("large", "tuned", "untuned")
 _WASTE = 0.75
 """Prompts are read together if the shortest has at least this share of the longest's tokens: the rest is padding."""
 
+_FREE_TOKENS = 1024
+"""A GPU takes as long for a pass over a few tokens as for one over so many, so up to here padding costs nothing."""
+
 
 class Round(NamedTuple):
     """What the models say about the tokens that follow those given to them."""
@@ -119,6 +122,9 @@ def ask(
         num_drafts: Tokens to draft for each row; may be 0.
         draft: Guesses tokens.
     """
+    if not num_drafts:
+        begun = [steps[name].launch(caches[name], last_ids, keep=0) for name in PARTS]
+        return Round(torch.empty((len(last_ids), 0), dtype=torch.int64), *(wait() for wait in begun))
     tuned = [steps["tuned"](caches["tuned"], last_ids)[:, -1]]
     drafts = torch.empty((len(last_ids), 0), dtype=torch.int64, device=tuned[0].device)
     for _ in range(num_drafts):
@@ -126,7 +132,8 @@ def ask(
         drafts = torch.cat([drafts, guess], 1)
         tuned.append(steps["tuned"](caches["tuned"], guess)[:, -1])
     ids = torch.cat([last_ids.to(drafts.device), drafts], 1)
-    large, untuned = (steps[name](caches[name], ids, keep=0) for name in ("large", "untuned"))
+    begun = [steps[name].launch(caches[name], ids, keep=0) for name in ("large", "untuned")]
+    large, untuned = (wait() for wait in begun)
     return Round(drafts.cpu(), large, torch.stack(tuned, 1), untuned)
 
 
@@ -220,17 +227,31 @@ def _remove(values: list[Any], index: int) -> None:
 
 def _read(steps: Mapping[str, Stepper], prompts: Sequence[Sequence[int]]) -> tuple[list[int], dict[str, RaggedCache]]:
     """Read all prompts but for their last tokens; the rows in the order of the caches, and the caches."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and len(prompts[groups[-1][0]]) >= _WASTE * len(prompts[row]):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    on_gpu = all(step.device.type == "cuda" for step in steps.values())
+    groups = _groups([len(prompt) for prompt in prompts], _FREE_TOKENS if on_gpu else 0)
     caches = {
         name: [_read_group(step, [prompts[row] for row in group]) for group in groups] for name, step in steps.items()
     }
+    order = [row for group in groups for row in group]
     return order, {name: _joined(steps[name], parts) for name, parts in caches.items()}
+
+
+def _groups(lengths: Sequence[int], free_tokens: int) -> list[list[int]]:
+    """Which prompts are read together; those of a group follow each other by length.
+
+    Args:
+        lengths: Of the prompts.
+        free_tokens: A pass over so many, with padding, takes no longer than a shorter one.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups:
+            is_free = (len(groups[-1]) + 1) * lengths[row] <= free_tokens
+            if is_free or lengths[groups[-1][0]] >= _WASTE * lengths[row]:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
 
 
 def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:

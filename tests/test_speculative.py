@@ -101,6 +101,17 @@ def test_texts_are_those_of_three_passes_a_token(make, draft_tokens):
         assert 0.1 < statistics.num_accepted / statistics.num_drafted < 0.95  # both are tried
 
 
+def test_prompts_are_read_together_where_little_of_it_is_padding_or_padding_is_free(monkeypatch):
+    lengths = [1, 9, 4, 100, 17, 90]
+    assert speculative._groups(lengths, 0) == [[0], [2], [1], [4], [5, 3]]
+    assert speculative._groups(lengths, 60) == [[0, 2, 1], [4], [5, 3]]
+    assert speculative._groups(lengths, 600) == [[0, 2, 1, 4, 5, 3]]
+    models, given = relatives(tiny_llama), prompts([1, 9, 4, 1, 17])
+    expected = [reference_greedy(*models, torch.tensor(ids), max_new_tokens=NEW) for ids in given]
+    monkeypatch.setattr(speculative, "_WASTE", 0.0)
+    assert write(models, given, 3)[0] == expected
+
+
 @pytest.mark.parametrize(
     "settings",
     [

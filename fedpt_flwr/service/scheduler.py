@@ -245,18 +245,19 @@ class _Runner:
             self.choices[row] = last
             last.rows[self.name] = row
 
-    def step(self, num_drafts: int) -> Tensor:
-        """Scores after every row's last token and after its drafts, ``(rows, 1 + num_drafts, width)``."""
+    def launch(self, num_drafts: int) -> Callable[[], Tensor]:
+        """Begin a pass; waits for scores after each last token and its drafts, ``(rows, 1 + num_drafts, width)``."""
         # A row without drafts gets its own last token for them, which every model can read that has the row: what is
         # said about them is not looked at.
         ids = [[text.last_id, *text.drafts, *[text.last_id] * (num_drafts - len(text.drafts))] for text in self.choices]
         if self.stepper.is_remote:  # nor is it paid for
             num_wanted = [1 + len(text.drafts) for text in self.choices]
-            return self.stepper(self.cache, torch.tensor(ids), keep=0, num_wanted=num_wanted)
-        return self.stepper(self.cache, torch.tensor(ids), keep=0)
+            scores = self.stepper(self.cache, torch.tensor(ids), keep=0, num_wanted=num_wanted)
+            return lambda: scores
+        return self.stepper.launch(self.cache, torch.tensor(ids), keep=0)
 
     def draft(self, num_drafts: int) -> Tensor:
-        """The same of the tuned model, which makes the drafts one by one."""
+        """Such scores of the tuned model, which makes the drafts one by one."""
         for text in self.choices:
             text.drafts = []
         scores = [self.stepper(self.cache, torch.tensor([[text.last_id] for text in self.choices]))]
@@ -585,8 +586,7 @@ class Scheduler:
         runners = list(self._runners.values())
         lengths = [list(runner.cache.lengths) for runner in runners]
         try:
-            scored = {runner: runner.draft(num_drafts) for runner in runners if runner.name == "tuned"}
-            scored |= {runner: runner.step(num_drafts) for runner in runners if runner.name != "tuned"}
+            scored = self._ask(runners, num_drafts)
         except RemoteError as error:
             for runner, before in zip(runners, lengths, strict=True):
                 runner.cache.cut(before)
@@ -614,6 +614,14 @@ class Scheduler:
             for runner in scored:
                 runner.take_back(1 + num_drafts)
         self._finish(ended)
+
+    def _ask(self, runners: Sequence[_Runner], num_drafts: int) -> dict[_Runner, Tensor]:
+        """Scores of every model; the judges wait for drafts, if there are to be any."""
+        judges = [runner for runner in runners if runner.name != "tuned"]
+        begun = {} if num_drafts else {runner: runner.launch(0) for runner in judges}
+        scored = {runner: runner.draft(num_drafts) for runner in runners if runner.name == "tuned"}
+        begun = begun or {runner: runner.launch(num_drafts) for runner in judges}
+        return scored | {runner: wait() for runner, wait in begun.items()}
 
     def _num_drafts(self, texts: Sequence[_Choice]) -> int:
         """Tokens to draft in this step: more than one text can get are of no use."""
