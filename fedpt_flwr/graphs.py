@@ -156,12 +156,16 @@ class GraphedStepper(Stepper):
     Args:
         step: Its model must be on one device as a whole.
         record: Makes a graph of a pass.
+
+    Attributes:
+        failure: Why no pass is recorded any more; empty while they are.
     """
 
     def __init__(self, step: Stepper, record: Recorder | None = None) -> None:
         super().__init__(step.model, step.context)
         self._step = step
         self._record = _Graphs() if record is None else record
+        self.failure = ""
         self._longest = max_positions(self.base)
         self._weights = list(self.model.parameters())
         self._known = self._state()
@@ -191,10 +195,10 @@ class GraphedStepper(Stepper):
         fits = is_short and (self._longest is None or width <= self._longest)
         # Tensors that are made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            memory = self._memory_of(cache, rows, width) if fits else None
-            if memory is None:
-                return self._step.launch(cache, ids, keep=keep)
-            scores = self._pass(memory, rows, new, width).begin(ids, cache.lengths, self._record)
+            memory = self._memory_of(cache, rows, width) if fits and not self.failure else None
+            scores = None if memory is None else self._begin(memory, rows, new, width, ids, cache.lengths)
+        if scores is None:
+            return self._step.launch(cache, ids, keep=keep)
         cache.lengths = [length + num_new for length in cache.lengths]
 
         def result() -> Tensor:
@@ -203,11 +207,20 @@ class GraphedStepper(Stepper):
 
         return result
 
-    def _pass(self, memory: _Memory, num_rows: int, num_new: int, width: int) -> _Pass:
+    def _begin(
+        self, memory: _Memory, num_rows: int, num_new: int, width: int, ids: Tensor, lengths: Sequence[int]
+    ) -> Tensor | None:
+        """Launch a pass, recorded now if need be; None where that fails."""
         key = (num_rows, num_new, min(_rounded_columns(width), memory.num_columns))
         if key not in self._passes:
             self._passes[key] = _Pass(self._step, memory, *key)
-        return self._passes[key]
+        try:
+            return self._passes[key].begin(ids, lengths, self._record)
+        except RuntimeError as error:  # what a graph cannot hold, such as waiting for a result, shows only here
+            self.failure = str(error).partition("\n")[0]
+            _log.info("%s decodes without CUDA graphs: %s", type(self.base).__name__, self.failure)
+            self._passes.clear()
+            return None
 
     def _memory_of(self, cache: RaggedCache, num_rows: int, width: int) -> _Memory | None:
         """The memory with this cache in it; None where it cannot be there."""
@@ -253,15 +266,11 @@ def graphed(step: Stepper) -> Stepper:
     devices = {weight.device for weight in step.model.parameters()}
     if step.is_remote or len(devices) != 1 or next(iter(devices)).type != "cuda" or hasattr(step.base, "hf_device_map"):
         return step
-    try:
-        graphs = GraphedStepper(step)
-        if agree(graphs, step):
-            return graphs
-        reason = "recorded passes score otherwise"
-    except RuntimeError as error:  # what a graph cannot hold, such as waiting for a result, shows only here
-        reason = str(error).partition("\n")[0]
-    _log.info("%s decodes without CUDA graphs: %s", type(step.base).__name__, reason)
-    return step
+    graphs = GraphedStepper(step)
+    if not agree(graphs, step):
+        _log.info("%s decodes without CUDA graphs: they score otherwise", type(step.base).__name__)
+        return step
+    return step if graphs.failure else graphs
 
 
 class _Graphs:

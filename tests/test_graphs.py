@@ -49,6 +49,16 @@ class Again:
         pass
 
 
+class Fails(Again):
+    """A recorder that finds no memory."""
+
+    num_calls = 0
+
+    def __call__(self, run, device):
+        self.num_calls += 1
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+
 def recorded(model, device, *args):
     """A step function with recorded passes, and its recorder."""
     record = Again() if device == "cpu" else graphs._Graphs()
@@ -227,14 +237,33 @@ def test_one_copy_of_the_small_weights_serves_with_the_adapter_and_without(devic
 
 def test_memory_made_in_inference_mode_can_be_used_outside_of_it():
     model = make("llama")
-    step, _ = recorded(model, "cpu")
+    step, record = recorded(model, "cpu")
+    text = random_ids(20)
     with torch.inference_mode():
         cache = step.new_cache()
         cache.add_rows(1)
-        step(cache, torch.tensor([[5]]))
+        step(cache, text[None, :12])  # not recorded
+        close(step(cache, text[None, 12:14])[0], alone(model, text[:14]))
+        step(cache, text[None, 14:])
     cache = step.new_cache()
     cache.add_rows(1)
-    close(step(cache, torch.tensor([[5]]))[0], alone(model, torch.tensor([5])))
+    close(step(cache, text[None, :5])[0], alone(model, text[:5]))
+    assert record.num_replays == 3
+
+
+def test_where_recording_fails_the_text_goes_on_without():
+    model = make("llama")
+    step, record = recorded(model, "cpu")
+    cache = step.new_cache()
+    cache.add_rows(1)
+    text = random_ids(9)
+    step(cache, text[None, :1])
+    step._record = fails = Fails()
+    step(cache, text[None, 1:4])
+    assert step.failure == "no memory"
+    close(step(cache, text[None, 4:], keep=0)[0], alone(model, text, 5))
+    assert fails.num_calls == 1
+    assert record.num_replays == 1
 
 
 def test_nothing_is_recorded_on_a_cpu():
