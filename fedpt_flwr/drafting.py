@@ -157,6 +157,7 @@ def _time_pass(step: Stepper, num_tokens: int) -> float:
     """Seconds of a pass over so many tokens in one row, or in eight."""
     num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
     ids = torch.full((num_rows, num_tokens // num_rows), any_id(step.model), dtype=torch.int64)
+    step = step.twin()
     cache = step.new_cache()
     cache.add_rows(num_rows)
     timings: list[float] = []
@@ -174,4 +175,4 @@ def _time_pass(step: Stepper, num_tokens: int) -> float:
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()  # of the thread's own work: others may be recording graphs

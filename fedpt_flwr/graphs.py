@@ -14,6 +14,7 @@ only if graphs of it score as it does by itself.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -32,6 +33,9 @@ _MOST_NEW = 8
 _MOST_TOKENS = 256
 """Tokens of all rows up to which it is: more keep a GPU busy by themselves."""
 
+_REST = 1000
+"""Passes that are not recorded after there was no memory for one: asking for it takes time, too."""
+
 _COLUMNS = 256
 """Columns are rounded up to a power of two from here, and beyond four times as many to a multiple of that."""
 
@@ -45,6 +49,10 @@ class Recorder(Protocol):
 
     def wait(self) -> None:
         """Let what comes next find the scores of the pass that was begun last."""
+        ...
+
+    def anew(self) -> Recorder:
+        """One that has recorded nothing."""
         ...
 
 
@@ -70,21 +78,26 @@ class _Memory:
 
     @property
     def user(self) -> RaggedCache | None:
-        """The cache that lies in it; None once that is gone, has no rows or lies elsewhere."""
+        """The cache that lies in it, if only with some layers; None once that is gone or lies elsewhere."""
         cache = None if self._user is None else self._user()
-        return cache if cache is not None and self.holds(cache) else None
+        return cache if cache is not None and any(self._held(cache)) else None
 
     def holds(self, cache: RaggedCache) -> bool:
-        """Whether a cache lies in it."""
-        return all(
+        """Whether a cache lies in it with all layers."""
+        return all(self._held(cache))
+
+    def _held(self, cache: RaggedCache) -> list[bool]:
+        return [
             layer.is_initialized and layer.keys is keys and layer.values is values
             for layer, (keys, values) in zip(cache.layers, self.layers, strict=True)
-        )
+        ]
 
     def take(self, cache: RaggedCache) -> None:
         """Put a cache into it, with what it holds; there must be room."""
         width = max(cache.lengths)
-        for layer, stored in zip(cache.layers, self.layers, strict=True):
+        for layer, stored, is_there in zip(cache.layers, self.layers, self._held(cache), strict=True):
+            if is_there:
+                continue
             former = (layer.keys, layer.values) if layer.is_initialized and layer.keys.numel() else None
             for number, target in enumerate(stored):
                 target.zero_()  # what is masked has no weight, but 0 * NaN would be NaN
@@ -150,8 +163,9 @@ class _Pass:
 class GraphedStepper(Stepper):
     """A step function whose passes over few tokens are CUDA graphs.
 
-    It is called and answers like the one that it is made of. Weights may change in place, and adapters may be
-    exchanged, but no module may get another parameter.
+    It is called and answers like the one that it is made of, by several threads, too: the first one's cache lies in the
+    memory, and the others' passes are launched kernel by kernel. Weights may change in place and adapters be switched;
+    who exchanges parameters or an adapter, merges it or changes its scale makes another stepper.
 
     Args:
         step: Its model must be on one device as a whole.
@@ -167,17 +181,28 @@ class GraphedStepper(Stepper):
         self._record = _Graphs() if record is None else record
         self.failure = ""
         self._longest = max_positions(self.base)
-        self._weights = list(self.model.parameters())
+        self._weights = [*self.model.parameters(), *self.model.buffers()]
+        self._kind = step.device.type
+        self._lock = threading.Lock()
+        self._rest = 0
+        self._look()
+
+    def _look(self) -> None:
+        """Find out, now and when weights lie elsewhere, what keys and values are like; nothing is recorded yet."""
         self._known = self._state()
         self._passes: dict[tuple[int, int, int], _Pass] = {}
         self._memory: _Memory | None = None
-        probe = step.new_cache()
+        probe = self._step.new_cache()
         probe.add_rows(1)
-        step(probe, torch.zeros((1, 1), dtype=torch.int64))
+        self._step(probe, torch.zeros((1, 1), dtype=torch.int64))
         self._like = [layer.keys.new_empty(0) for layer in probe.layers]
         self._shapes = [
             tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values)) for layer in probe.layers
         ]
+
+    def twin(self) -> Stepper:
+        """One with memory of its own, where passes are recorded."""
+        return self if self.failure or self._rest else GraphedStepper(self._step, self._record.anew())
 
     def __call__(
         self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1, num_wanted: Sequence[int] | None = None
@@ -194,8 +219,8 @@ class GraphedStepper(Stepper):
         is_short = new <= _MOST_NEW and rows * new <= _MOST_TOKENS
         fits = is_short and (self._longest is None or width <= self._longest)
         # Tensors that are made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            memory = self._memory_of(cache, rows, width) if fits and not self.failure else None
+        with torch.inference_mode(False), torch.no_grad(), self._lock:
+            memory = self._memory_of(cache, rows, width) if fits and self._may_record() else None
             scores = None if memory is None else self._begin(memory, rows, new, width, ids, cache.lengths)
         if scores is None:
             return self._step.launch(cache, ids, keep=keep)
@@ -216,19 +241,33 @@ class GraphedStepper(Stepper):
             self._passes[key] = _Pass(self._step, memory, *key)
         try:
             return self._passes[key].begin(ids, lengths, self._record)
+        except torch.OutOfMemoryError:
+            self._rest_a_while(num_rows, width)
         except RuntimeError as error:  # what a graph cannot hold, such as waiting for a result, shows only here
             self.failure = str(error).partition("\n")[0]
             _log.info("%s decodes without CUDA graphs: %s", type(self.base).__name__, self.failure)
             self._passes.clear()
-            return None
+            self._memory = None
+        return None
+
+    def _may_record(self) -> bool:
+        self._rest = max(0, self._rest - 1)
+        return not self.failure and not self._rest
+
+    def _rest_a_while(self, num_rows: int, width: int) -> None:
+        _log.warning("no memory for CUDA graphs of %d rows with %d tokens: going on without", num_rows, width)
+        self._passes.clear()
+        self._memory = None
+        self._rest = _REST
 
     def _memory_of(self, cache: RaggedCache, num_rows: int, width: int) -> _Memory | None:
         """The memory with this cache in it; None where it cannot be there."""
-        if self._known != (state := self._state()):
-            self._passes.clear()
-            self._known = state
+        if self.device.type != self._kind:
+            return None
+        if self._known != self._state():
+            self._look()
         user = None if self._memory is None else self._memory.user
-        if self.device != self._like[0].device or (user is not None and user is not cache):
+        if user is not None and user is not cache:
             return None
         if self._memory is None or num_rows > self._memory.num_rows or width > self._memory.num_columns:
             self._enlarge(num_rows, width)
@@ -239,17 +278,20 @@ class GraphedStepper(Stepper):
     def _enlarge(self, num_rows: int, width: int) -> None:
         """Make memory for at least so many rows and columns; what is recorded so far is bound to the former."""
         num_columns = _rounded_columns(width)
-        if self._memory is not None:
-            num_rows, num_columns = max(num_rows, self._memory.num_rows), max(num_columns, self._memory.num_columns)
+        if (former := self._memory) is not None:
+            rows, columns = max(num_rows, former.num_rows), max(num_columns, former.num_columns)
+            needed = max(num_rows * num_columns, former.num_rows * former.num_columns)
+            if rows * columns <= 2 * needed:  # many rows once and many columns at another time need no room for both
+                num_rows, num_columns = rows, columns
         self._passes.clear()
-        self._memory = None  # first, for there may be no room for both; a cache that lies in it keeps what it needs
+        self._memory = former = None  # first, or there may be no room; a cache that lies in it keeps what it needs
         try:
             self._memory = _Memory(self._shapes, num_rows, num_columns, self._like)
         except torch.OutOfMemoryError:
-            _log.warning("decoding without CUDA graphs: no memory for %d rows of %d tokens", num_rows, num_columns)
+            self._rest_a_while(num_rows, num_columns)
 
     def _state(self) -> tuple[object, ...]:
-        """What a recorded pass takes for granted: where the weights lie, and which adapters are switched on."""
+        """What a recorded pass takes for granted: where weights and buffers lie, and which adapters are switched on."""
         adapters = getattr(self.model, "active_adapters", ()) if hasattr(self.model, "peft_config") else ()
         return tuple(adapters), [weight.data_ptr() for weight in self._weights]
 
@@ -281,19 +323,20 @@ class _Graphs:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _one_at_a_time:
             stream = self._stream = torch.cuda.Stream() if self._stream is None else self._stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # what is made at a first call must be there before
                     run()
-            graph = torch.cuda.CUDAGraph()
-            # cuBLAS's scratch memory must be the graph's own: whoever compiles models gives the common one back.
-            torch._C._cuda_clearCublasWorkspaces()
-            # Other threads may load models meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                scores = run()
-            torch._C._cuda_clearCublasWorkspaces()
+                graph = torch.cuda.CUDAGraph()
+                # cuBLAS's scratch memory must be the graph's own: whoever compiles models gives the common one back.
+                torch._C._cuda_clearCublasWorkspaces()
+                # Other threads may load models meanwhile. (Where this fails, the outer block puts the stream back.)
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    scores = run()
+                torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.current_stream().wait_stream(stream)
             self._pool = graph.pool()
 
         def replay() -> Tensor:
@@ -307,6 +350,13 @@ class _Graphs:
     def wait(self) -> None:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def anew(self) -> _Graphs:
+        return _Graphs()
+
+
+_one_at_a_time = threading.Lock()
+"""A graph is recorded while no other is: to begin one waits for all that the GPU does."""
 
 
 def _rounded(number: int) -> int:

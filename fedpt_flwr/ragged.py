@@ -314,6 +314,10 @@ class Stepper:
         """Whether every position that is looked at costs something."""
         return is_remote(self.base)
 
+    def twin(self) -> Stepper:
+        """One that shares nothing but the model, for passes beside those that are under way."""
+        return self
+
     def launch(self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1) -> Callable[[], Tensor]:
         """Begin what a call does, perhaps beside passes of other models.
 

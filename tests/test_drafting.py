@@ -95,6 +95,9 @@ def test_passes_are_timed_once_and_interpolated():
         model, device, is_remote = step.model, step.device, False
         new_cache = staticmethod(step.new_cache)
 
+        def twin(self):
+            return self
+
         def __call__(self, cache, ids, keep=1):
             passes.append(ids.numel())
             return step(cache, ids, keep=keep)

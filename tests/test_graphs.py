@@ -1,11 +1,16 @@
 """Recorded passes: on a GPU as graphs, and everywhere with a recorder that only runs the same pass again."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_packing import adapted
 from test_ragged import FAMILIES, alone, make, random_ids, read
 
 from fedpt_flwr import graphs
+from fedpt_flwr.drafting import StepCosts
 from fedpt_flwr.graphs import GraphedStepper, graphed
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.proxy import ProxyModel
@@ -48,15 +53,21 @@ class Again:
     def wait(self):
         pass
 
+    def anew(self):
+        return self
+
 
 class Fails(Again):
-    """A recorder that finds no memory."""
+    """A recorder that cannot."""
 
-    num_calls = 0
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+        self.num_calls = 0
 
     def __call__(self, run, device):
         self.num_calls += 1
-        raise torch.OutOfMemoryError("no memory\nat all")
+        raise self.error
 
 
 def recorded(model, device, *args):
@@ -258,12 +269,86 @@ def test_where_recording_fails_the_text_goes_on_without():
     cache.add_rows(1)
     text = random_ids(9)
     step(cache, text[None, :1])
-    step._record = fails = Fails()
+    step._record = fails = Fails(RuntimeError("must not wait\nwhile it records"))
     step(cache, text[None, 1:4])
-    assert step.failure == "no memory"
+    assert step.failure == "must not wait"
     close(step(cache, text[None, 4:], keep=0)[0], alone(model, text, 5))
     assert fails.num_calls == 1
     assert record.num_replays == 1
+    assert step.twin() is step
+
+
+def test_without_memory_it_rests_and_then_tries_again(monkeypatch):
+    monkeypatch.setattr(graphs, "_REST", 3)
+    model = make("llama")
+    step, record = recorded(model, "cpu")
+    cache = step.new_cache()
+    cache.add_rows(1)
+    text = random_ids(9)
+    step._record = fails = Fails(torch.OutOfMemoryError("none"))
+    for place in range(3):
+        step(cache, text[None, place : place + 1])
+    assert fails.num_calls == 1
+    step._record = record
+    close(step(cache, text[None, 3:], keep=0)[0], alone(model, text, 6))
+    assert record.num_replays == 1
+
+
+def test_threads_do_not_get_into_each_others_texts():
+    model = make("llama")
+    step, _ = recorded(model, "cpu")
+    texts = [random_ids(40, seed=seed) for seed in range(8)]
+    expected = [alone(model, text, 40) for text in texts]
+    together = threading.Barrier(2)
+
+    def read_slowly(text):
+        cache = step.new_cache()
+        cache.add_rows(1)
+        together.wait(timeout=60)
+        return torch.cat([step(cache, text[None, place : place + 1])[0] for place in range(40)])
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(read_slowly, texts))
+    finally:
+        sys.setswitchinterval(switching)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+
+
+def test_passes_are_timed_as_recorded_ones_also_beside_a_text():
+    step, record = recorded(make("llama"), "cpu")
+    cache = step.new_cache()
+    cache.add_rows(3)
+    step(cache, random_ids(3, 1))
+    before = record.num_replays
+    StepCosts({"large": step}).seconds("large", 2)
+    assert record.num_replays == before + 3
+    assert step._memory.user is cache
+
+
+def test_memory_for_many_rows_and_for_many_columns_is_not_the_product():
+    step, _ = recorded(make("llama", max_position_embeddings=4096), "cpu")
+    for num_rows, length in ((32, 1), (1, 3000), (2, 3000)):
+        cache = step.new_cache()
+        cache.add_rows(num_rows)
+        step(cache, torch.zeros((num_rows, length), dtype=torch.int64))
+        step(cache, torch.zeros((num_rows, 1), dtype=torch.int64))
+        assert step._memory.user is cache
+    assert (step._memory.num_rows, step._memory.num_columns) == (2, 3072)
+
+
+def test_a_model_that_is_converted_is_looked_at_again():
+    model = make("llama")
+    step, record = recorded(model, "cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        cache = step.new_cache()
+        cache.add_rows(1)
+        assert step(cache, torch.tensor([[5]])).dtype == dtype
+    assert record.num_replays == 2
 
 
 def test_nothing_is_recorded_on_a_cpu():
