@@ -4,17 +4,22 @@ Judging drafts multiplies two to eight rows by weights that are far larger than 
 than to read the weights once. torch's libraries take up to three times as long for that (``benchmarks/products.py``).
 The loops below read each weight once for all rows of the input. What they do with a block of weights is written as
 instructions of LLVM, because a compiler that is left to find them finds half of the speed; numba compiles them, once
-for a machine. :func:`multiply` is for tensors, whoever asks; :func:`into` is for arrays that are laid out as the loops
-want them, which ``few_tokens.py`` has.
+for a machine. :func:`multiply` is for tensors, whoever asks; :func:`loop_for` is for arrays that are laid out as the
+loops want them, which ``few_tokens.py`` has.
+
+There are two ways. Few rows are multiplied number by number along a row of the weight, in lanes whose sums are added up
+at the end. From :data:`MANY_ROWS` on, lanes are rows of the input: nothing is left to add up, but lanes that no row
+fills are wasted.
 
 A weight of bfloat16 is read as it is, and becomes float32 in a register: sums are of float32, and the result is
-rounded once. Every sum is added up in an order that depends on nothing but its length and the processor, so results
-depend neither on the number of threads nor on the other rows.
+rounded once. Every sum is added up in an order that depends on nothing but its length, the processor and the way, so
+results depend neither on the number of threads nor on what the other rows are.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,8 +36,11 @@ from torch import Tensor
 
 Array = npt.NDArray[np.float32]
 
-MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
+MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
 """More rows are left to torch, whose libraries are made for that."""
+
+MANY_ROWS = 16
+"""From so many on, each lane is a row."""
 
 _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
@@ -41,6 +49,15 @@ _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infin
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
+
+_TILE = 2, 12 if _HAS_AVX512 else 6
+"""Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
+
+_STEPS = 16
+"""Numbers of a row of the weight that are multiplied without looking whether there are more: 64 bytes, a cache line."""
+
+_AT_MOST = 512
+"""Numbers after which the sums of many rows are put aside, since long sums of float32 lose digits."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,26 +78,44 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_rows = x.numel() // num_in if num_in else 0
     if not 1 <= num_rows <= MOST_ROWS.get(x.dtype, 0) or x.shape[-1] != num_in or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    rows = x.reshape(num_rows, num_in).float().contiguous()
-    product = torch.empty(num_rows, num_out, dtype=torch.float32, device=x.device)
-    into(product.numpy(), rows.numpy(), bits_of(weight), None)
+    rows = x.reshape(num_rows, num_in).float()
+    product = _lane_by_row(rows, weight) if num_rows >= MANY_ROWS else _row_by_row(rows.contiguous(), weight)
     if bias is not None:
         product += bias
     return product.to(x.dtype).view(*x.shape[:-1], num_out)
 
 
-def into(product: Array, x: Array, weight: npt.NDArray[Any], bias: Array | None) -> None:
-    """Write a product where it belongs.
+def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
+    product = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+    loop_for(weight.dtype, len(x))(bits_of(weight), x.numpy(), product.numpy())
+    return product
+
+
+def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
+    num_rows, num_in = x.shape
+    num_lanes = -(-num_rows // _LANES) * _LANES
+    turned = torch.zeros(num_in, num_lanes, dtype=torch.float32, device=x.device)
+    turned[:, :num_rows] = x.t()
+    product = torch.zeros(len(weight), num_lanes, dtype=torch.float32, device=x.device)
+    _many_rows(torch.get_num_threads() > 1)(bits_of(weight), turned.numpy(), product.numpy())
+    return product[:, :num_rows].t().contiguous()
+
+
+def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], Array, Array], None]:
+    """The loop for few rows.
 
     Args:
-        product: ``(rows, out_features)``.
-        x: ``(rows, in_features)``.
-        weight: ``(out_features, in_features)``, float32, or int16 that are the bits of bfloat16.
-        bias: ``(out_features,)`` or None.
+        dtype: Of the weights.
+        num_rows: Of the input, fewer than :data:`MANY_ROWS`.
+
+    Returns:
+        A function of a weight ``(out_features, in_features)``, float32 or the bits of bfloat16 (:func:`bits_of`); the
+        input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
     """
-    _kernel(weight.dtype.name, len(x) % _GROUP, torch.get_num_threads() > 1)(weight, x, product)
-    if bias is not None:
-        product += bias
+    kernel: Callable[[npt.NDArray[Any], Array, Array], None] = _kernel(
+        "int16" if dtype == torch.bfloat16 else "float32", num_rows % _GROUP, torch.get_num_threads() > 1
+    )
+    return kernel
 
 
 def bits_of(held: Tensor) -> npt.NDArray[Any]:
@@ -101,9 +136,20 @@ def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
 @cache
 def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
     """The compiled loop for groups of rows and so many more, and weights of a dtype; in as many threads as torch."""
+    return _in_threads(_loop(num_rest), dtype, np.zeros((num_rest, 1), np.float32), in_threads)
+
+
+@cache
+def _many_rows(in_threads: bool) -> Any:
+    """The compiled loop for many rows and weights of float32; in as many threads as torch."""
+    return _in_threads(_loop_of_tiles, "float32", np.zeros((1, _LANES), np.float32), in_threads)
+
+
+def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
+    """A loop compiled for weights of a dtype, if wanted and possible for several threads; an input to try it with."""
     weights, matrix = (types.Array(kind, 2, "C", readonly=True) for kind in (getattr(types, dtype), types.float32))
     signature = types.void(weights, matrix, types.float32[:, ::1])
-    kernel = compiled(_loop(num_rest), [signature], parallel=in_threads)
+    kernel = compiled(loop, [signature], parallel=in_threads)
     if not in_threads:
         return kernel
 
@@ -113,10 +159,9 @@ def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
 
     numba.config.THREADING_LAYER = "threadsafe"  # the one that is left otherwise ends the process if two threads ask
     try:
-        one = np.zeros((num_rest, 1), np.float32)
-        with_threads(np.zeros((1, 1), dtype), one, one.copy())
+        with_threads(np.zeros((1, 1), dtype), example, example.copy())
     except ValueError:  # there is none here
-        return _kernel(dtype, num_rest, in_threads=False)
+        return _in_threads(loop, dtype, example, in_threads=False)
     return with_threads
 
 
@@ -170,10 +215,19 @@ def widened(builder: Any, bits: Any) -> Any:
     return builder.bitcast(upper, number)
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for what lies there, if anything does."""
+    byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, into_second_cache, data = whole(0), whole(2), whole(1)
+    builder.call(prefetch, [builder.bitcast(address, byte), to_read, into_second_cache, data])
+
+
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
     number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
-    short, whole = ir.IntType(16), ir.IntType(32)
+    short = ir.IntType(16)
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
@@ -212,16 +266,13 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
             builder.store(ir.Constant(kind, None), held)
         return made
 
-    byte = ir.IntType(8).as_pointer()
-    prefetch = function("llvm.prefetch.p0", ir.VoidType(), byte, whole, whole, whole)
     add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
     in_lanes, behind = zeros(lanes), zeros(number)
     end = builder.and_(length, size(-_LANES))
     block = builder.mul(length, size(num_weights))  # the next one is asked for: the processor guesses within a row only
     with cgutils.for_range_slice(builder, size(0), end, size(_LANES), size) as (k, _):
         for begin in weights:
-            ahead = builder.bitcast(builder.gep(begin, [builder.add(k, block)]), byte)
-            builder.call(prefetch, [ahead, whole(0), whole(2), whole(1)])  # to read, into the second cache, data
+            _prefetch(builder, builder.gep(begin, [builder.add(k, block)]))
         add(in_lanes, k, lanes)
     with cgutils.for_range_slice(builder, end, length, size(1), size) as (k, _):
         add(behind, k, number)
@@ -229,4 +280,89 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
         for held, rest, place in zip(sums, rests, places, strict=True):
             total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
             builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
+    return context.get_dummy_value()
+
+
+# --- many rows -------------------------------------------------------------------------------------------------------
+
+
+def _loop_of_tiles(weight: Any, x: Any, product: Any) -> None:
+    """Adds to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
+    num_out, num_columns = weight.shape[0], x.shape[1]
+    num_tiles = num_columns // _TILE_ROWS
+    begin = num_tiles * _TILE_ROWS
+    num_blocks = num_out // _TILE[1]
+    for block in prange(num_blocks):
+        i = block * _TILE[1]
+        for tile in range(num_tiles):
+            _sums(weight, i, x, tile * _TILE_ROWS, product, _TILE[0], _TILE[1])
+        if begin < num_columns:
+            _sums(weight, i, x, begin, product, 1, _TILE[1])
+    for i in range(num_blocks * _TILE[1], num_out):
+        for column in range(0, num_columns, _LANES):
+            _sums(weight, i, x, column, product, 1, 1)
+
+
+_TILE_ROWS = _TILE[0] * _LANES
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _sums(
+    _context: Any, weight: Any, i: Any, x: Any, column: Any, product: Any, num_vectors: Any, num_weights: Any
+) -> Any:
+    """Machine code for so many vectors of rows of x times so many rows of a weight, each from a given one on."""
+    emit = functools.partial(_emit_sums, num_vectors=num_vectors.literal_value, num_weights=num_weights.literal_value)
+    return types.void(weight, i, x, column, product, num_vectors, num_weights), emit
+
+
+def _emit_sums(
+    context: Any, builder: Any, signature: Any, arguments: Any, *, num_vectors: int, num_weights: int
+) -> Any:
+    """The instructions of :func:`_sums`: one number of the weight in all lanes times a row's number in each."""
+    whole, lanes = ir.IntType(32), ir.VectorType(ir.FloatType(), _LANES)
+    weight, x, product = (
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
+    )
+    i, column = arguments[1], arguments[3]
+    _, length = cgutils.unpack_tuple(builder, weight.shape)
+    _, width = cgutils.unpack_tuple(builder, x.shape)
+    size = length.type
+    places = [builder.add(i, size(place)) for place in range(num_weights)]
+    weights = [builder.gep(weight.data, [builder.mul(length, place)]) for place in places]
+    first = builder.gep(x.data, [column])
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{_LANES}f32")
+    undefined, everywhere = ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(whole, _LANES), None)
+    sums = [[cgutils.alloca_once(builder, lanes) for _ in range(num_vectors)] for _ in places]
+
+    def vector(begin: Any, number: int) -> Any:
+        return builder.bitcast(builder.gep(begin, [size(number * _LANES)]), lanes.as_pointer())
+
+    def step(k: Any) -> None:
+        begin = builder.gep(first, [builder.mul(k, width)])
+        values = [builder.load(vector(begin, number), align=4) for number in range(num_vectors)]
+        for row, held in zip(weights, sums, strict=True):
+            alone = builder.insert_element(undefined, builder.load(builder.gep(row, [k])), whole(0))
+            factor = builder.shuffle_vector(alone, undefined, everywhere)
+            for value, total in zip(values, held, strict=True):
+                builder.store(builder.call(fma, [factor, value, builder.load(total)]), total)
+
+    block = builder.mul(length, size(num_weights))  # the next one is asked for, as for few rows
+    with cgutils.for_range_slice(builder, size(0), length, size(_AT_MOST), size) as (start, _):
+        for total in (total for held in sums for total in held):
+            builder.store(ir.Constant(lanes, None), total)
+        behind = builder.add(start, size(_AT_MOST))
+        stop = builder.select(builder.icmp_signed("<", behind, length), behind, length)
+        end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_STEPS - 1)))
+        with cgutils.for_range_slice(builder, start, end, size(_STEPS), size) as (k, _):
+            for row in weights:
+                _prefetch(builder, builder.gep(row, [builder.add(k, block)]))
+            for number in range(_STEPS):
+                step(builder.add(k, size(number)))
+        with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
+            step(k)
+        for place, held in zip(places, sums, strict=True):
+            begin = builder.gep(product.data, [builder.add(builder.mul(width, place), column)])
+            for number, total in enumerate(held):
+                address = vector(begin, number)
+                builder.store(builder.fadd(builder.load(address, align=4), builder.load(total)), address, align=4)
     return context.get_dummy_value()

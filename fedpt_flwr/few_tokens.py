@@ -1,28 +1,30 @@
-"""A few tokens through the layers of a Llama-type model, in loops that numba compiles.
+"""A few tokens through the layers of a model, in loops that numba compiles.
 
 A decoding step reads every weight once, and between two weights there is next to nothing to compute. torch takes some
 twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights. Here
 they are four loops beside the products.
 
-Only on a processor where weights stay plain (``packing.py``), and only models that ``lean.py`` takes. Which tokens and
-which rows, and what comes before and after the layers, is decided there. A model of bfloat16 has its weights, keys and
-values in that type; what is computed of them is float32, and rounded where it is stored.
+Only on a processor where weights stay plain (``packing.py``), and only models of a build that is known (``builds.py``).
+Which tokens and which rows, and what comes before and after the layers, is decided in ``lean.py``. A model of bfloat16
+has its weights, keys and values in that type; what is computed of them is float32, and rounded where it is stored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from fedpt_flwr.few_rows import Array, bits_of, compiled, into, widened
+from fedpt_flwr.builds import Block
+from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -35,103 +37,228 @@ _MOST_PAIRS = 1600
 _NONE = np.empty(0, np.float32)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""Where nothing is gated: one call each, which is short enough."""
 
-def takes(body: Any, num_tokens: int, width: int) -> bool:
-    """Whether tokens are to go through the loops.
+
+class _Norm(NamedTuple):
+    weight: Array
+    bias: Array | None
+    """None: root mean square, without a mean."""
+    eps: np.float32
+
+    def __call__(self, x: Array, out: Array) -> None:
+        if self.bias is None:
+            _normed(x, self.weight, self.eps, out)
+        else:
+            _centred(x, self.weight, self.bias, self.eps, out)
+
+
+class _Product(NamedTuple):
+    weight: Any
+    bias: Array | None
+    num_out: int
+
+
+class _Layer(NamedTuple):
+    """What :class:`~fedpt_flwr.builds.Block` names, as arrays."""
+
+    block: Block
+    attention_norm: _Norm
+    projections: tuple[_Product, ...]
+    query_norm: Array
+    key_norm: Array
+    head_eps: np.float32
+    attention_out: _Product
+    mlp_norm: _Norm
+    gate: _Product | None
+    up: _Product
+    down: _Product
+    scaling: np.float32
+
+
+class Layers:
+    """All layers of a model, ready to be run. They show the model's own weights, and hold no copies.
 
     Args:
-        body: The layers of a model of Llama's build; all weights must lie as the loops want them.
-        num_tokens: Tokens of all rows together.
-        width: Columns of the cache, the tokens' own among them.
+        blocks: The model's layers, for which :func:`takes` said yes.
+
+    Attributes:
+        blocks: These.
     """
-    return (
-        num_tokens <= MOST_TOKENS
-        and num_tokens * width <= _MOST_PAIRS
-        and body.config.hidden_act == "silu"
-        and all(
-            _is_plain(part)
-            for layer in body.layers
-            for half in (layer, layer.self_attn, layer.mlp)
-            for part in half._modules.values()
-        )
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self._dtype = _dtype(blocks[0].down)
+        self._layers = [_layer(block) for block in blocks]
+
+    def takes(self, num_tokens: int, width: int) -> bool:
+        """Whether it pays to put tokens through the loops.
+
+        Args:
+            num_tokens: Tokens of all rows together.
+            width: Columns of the cache, the tokens' own among them.
+        """
+        return num_tokens <= MOST_TOKENS and num_tokens * width <= _MOST_PAIRS
+
+    def run(
+        self, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor] | None, starts: Sequence[int]
+    ) -> Tensor:
+        """Put tokens through all layers.
+
+        Args:
+            cache: Begun for these tokens; gets their keys and values.
+            x: The tokens' embeddings, ``(rows * new, hidden)``, float32 or bfloat16 on the CPU.
+            rotation: Cosines and sines of their positions, ``(rows * new, angles)``; None where nothing is turned.
+            starts: Tokens that each row had before.
+
+        Returns:
+            What comes out of the last layer, ``(rows * new, hidden)``, of the dtype of ``x``.
+        """
+        num_tokens = len(x)
+        multiply = loop_for(self._dtype, num_tokens)
+        first = np.asarray(starts, dtype=np.int64)
+        num_new = num_tokens // len(starts)
+        if rotation is None:
+            cos = sin = np.empty((num_tokens, 0), np.float32)
+        else:
+            cos, sin = (part.float().contiguous().numpy() for part in rotation)
+        stream = np.array(x.float().numpy())
+        states, change = np.empty_like(stream), np.empty_like(stream)
+
+        def product(part: _Product, given: Array, out: Array | None = None) -> Array:
+            found = np.empty((num_tokens, part.num_out), np.float32) if out is None else out
+            multiply(part.weight, given, found)
+            if part.bias is not None:
+                found += part.bias
+            return found
+
+        for number, layer in enumerate(self._layers):
+            block = layer.block
+            layer.attention_norm(stream, states)
+            queries, keys, values = _split(block, [product(part, states) for part in layer.projections])
+            stored = cache.layers[number]
+            stored.hold(block.num_key_heads, block.head_dim, x)
+            _attended(
+                queries,
+                keys,
+                values,
+                layer.query_norm,
+                layer.key_norm,
+                layer.head_eps,
+                cos,
+                sin,
+                bits_of(stored.keys),
+                bits_of(stored.values),
+                first,
+                num_new,
+                cache.windows[number] or 2**62,
+                layer.scaling,
+            )
+            product(layer.attention_out, queries, change)
+            if block.is_parallel:
+                layer.mlp_norm(stream, states)
+                stream += change
+            else:
+                stream += change
+                layer.mlp_norm(stream, states)
+            inner = product(layer.up, states)
+            if layer.gate is None:
+                inner = _ACTIVATIONS[block.activation](torch.from_numpy(inner)).numpy()
+            else:
+                gate = product(layer.gate, states)
+                _gated(gate, inner)
+                inner = gate
+            product(layer.down, inner, change)
+            stream += change
+        return torch.from_numpy(stream).to(x.dtype)
+
+
+def layers_of(blocks: Sequence[Block]) -> Layers | None:
+    """A model's layers, ready to be run; None if they are not prepared, or are of a kind that the loops do not know."""
+    return Layers(blocks) if _are_known(blocks) else None
+
+
+def _are_known(blocks: Sequence[Block]) -> bool:
+    dtypes = set()
+    for block in blocks:
+        parts = (*block.projections, block.attention_out, block.gate, block.up, block.down)
+        for part in parts:
+            if part is None:
+                continue
+            if type(part) is not PackedLinear or not part.is_plain:  # not prepared, or with an adapter
+                return False
+            dtypes.add(part.weight.dtype)
+        if block.activation not in (("silu",) if block.gate is not None else _ACTIVATIONS):
+            return False
+        norms = (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm)
+        if not all(norm is None or _is_known_norm(norm) for norm in norms):
+            return False
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
+
+
+def _is_known_norm(norm: nn.Module) -> bool:
+    weights = [
+        weight for weight in (norm._parameters.get("weight"), norm._parameters.get("bias")) if weight is not None
+    ]
+    needed = 2 if type(norm) is nn.LayerNorm else 1
+    return len(weights) == needed and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+
+
+def _layer(block: Block) -> _Layer:
+    head_norm = block.query_norm
+    return _Layer(
+        block=block,
+        attention_norm=_norm(block.attention_norm),
+        projections=tuple(_product(part) for part in block.projections),
+        query_norm=_NONE if head_norm is None else _norm(head_norm).weight,
+        key_norm=_NONE if block.key_norm is None else _norm(block.key_norm).weight,
+        head_eps=_ZERO if head_norm is None else _norm(head_norm).eps,
+        attention_out=_product(block.attention_out),
+        mlp_norm=_norm(block.mlp_norm),
+        gate=None if block.gate is None else _product(block.gate),
+        up=_product(block.up),
+        down=_product(block.down),
+        scaling=np.float32(block.scaling),
     )
 
 
-def _is_plain(part: nn.Module) -> bool:
-    if type(part) is PackedLinear:
-        return part.is_plain
-    if type(part) is nn.Linear or "base_layer" in part._modules:  # not prepared, or with an adapter
-        return False
-    weight = part._parameters.get("weight")  # a norm's
-    return weight is None or weight.dtype in (torch.float32, torch.bfloat16)
+def _norm(norm: Any) -> _Norm:
+    if type(norm) is nn.LayerNorm:
+        return _Norm(_array(norm.weight), _array(norm.bias), np.float32(norm.eps))
+    return _Norm(_array(norm.weight), None, np.float32(norm.variance_epsilon))
 
 
-def run(body: Any, cache: RaggedCache, x: Tensor, rotation: tuple[Tensor, Tensor], starts: Sequence[int]) -> Tensor:
-    """Put the tokens through all layers.
+def _product(part: Any) -> _Product:
+    return _Product(bits_of(part.plain_weight()), None if part.bias is None else _array(part.bias), part.out_features)
 
-    Args:
-        body: As in :func:`takes`, which said yes.
-        cache: Begun for these tokens; gets their keys and values.
-        x: The tokens' embeddings, ``(rows * new, hidden)``, float32 or bfloat16 on the CPU.
-        rotation: Cosines and sines of their positions, ``(rows, new, head_dim)``.
-        starts: Tokens that each row had before.
 
-    Returns:
-        What comes out of the last layer, ``(rows * new, hidden)``, of the dtype of ``x``.
-    """
-    num_tokens = len(x)
-    first = np.asarray(starts, dtype=np.int64)
-    cos, sin = (part.reshape(num_tokens, -1).float().contiguous().numpy() for part in rotation)
-    stream = np.array(x.float().numpy())
-    states, change = np.empty_like(stream), np.empty_like(stream)
-    num_key_heads, eps = body.config.num_key_value_heads, np.float32(body.config.rms_norm_eps)
-    for number, layer in enumerate(body.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        _normed(stream, _array(layer.input_layernorm.weight), eps, states)
-        queries, keys, values = (
-            _product(part, states) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        stored = cache.layers[number]
-        stored.hold(num_key_heads, attention.head_dim, x)
-        has_norms = "q_norm" in attention._modules
-        _attended(
-            queries,
-            keys,
-            values,
-            _array(attention.q_norm.weight) if has_norms else _NONE,
-            _array(attention.k_norm.weight) if has_norms else _NONE,
-            eps,
-            cos,
-            sin,
-            bits_of(stored.keys),
-            bits_of(stored.values),
-            first,
-            num_tokens // len(starts),
-            cache.windows[number] or 2**62,
-            np.float32(attention.scaling),
-        )
-        _into(attention.o_proj, queries, change)
-        stream += change
-        _normed(stream, _array(layer.post_attention_layernorm.weight), eps, states)
-        gate = _product(mlp.gate_proj, states)
-        _gated(gate, _product(mlp.up_proj, states))
-        _into(mlp.down_proj, gate, change)
-        stream += change
-    return torch.from_numpy(stream).to(x.dtype)
+def _dtype(part: Any) -> torch.dtype:
+    dtype: torch.dtype = part.weight.dtype
+    return dtype
 
 
 def _array(weight: Tensor) -> Array:
     return weight.detach().float().numpy()
 
 
-def _product(layer: PackedLinear, x: Array) -> Array:
-    product = np.empty((len(x), layer.out_features), np.float32)
-    _into(layer, x, product)
-    return product
-
-
-def _into(layer: PackedLinear, x: Array, product: Array) -> None:
-    into(product, x, bits_of(layer.plain_weight()), None if layer.bias is None else _array(layer.bias))
+def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
+    """Queries, keys and values, each with all heads side by side."""
+    if len(products) == 3:
+        return products
+    (together,) = products
+    num_tokens = len(together)
+    if not block.is_by_head:
+        return [np.ascontiguousarray(part) for part in np.split(together, 3, axis=1)]
+    by_head = together.reshape(num_tokens, -1, 3, block.head_dim)
+    return [by_head[:, :, place].reshape(num_tokens, -1) for place in range(3)]
 
 
 # --- the loops -------------------------------------------------------------------------------------------------------
@@ -181,6 +308,22 @@ def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
             out[row, k] = x[row, k] * factor * weight[k]
 
 
+def _centred(x: Any, weight: Any, bias: Any, eps: Any, out: Any) -> None:
+    """Layer norm of every row: less its mean, over its deviation."""
+    num_rows, size = x.shape
+    for row in range(num_rows):
+        total = _ZERO
+        for k in range(size):
+            total += x[row, k]
+        mean = total / np.float32(size)
+        total = _ZERO
+        for k in range(size):
+            total += (x[row, k] - mean) * (x[row, k] - mean)
+        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
+        for k in range(size):
+            out[row, k] = (x[row, k] - mean) * factor * weight[k] + bias[k]
+
+
 def _gated(gate: Any, up: Any) -> None:
     """The gate's SiLU times what it lets through, in place."""
     num_rows, size = gate.shape
@@ -191,8 +334,8 @@ def _gated(gate: Any, up: Any) -> None:
 
 
 def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
-    """One head of one token normed, if there is a weight for that, and rotated, in place."""
-    begin, half = head * size, size // 2
+    """One head of one token normed, if there is a weight, and rotated as far as there are angles, in place."""
+    begin, half = head * size, cos.shape[1]
     if weight.shape[0]:
         total = _ZERO
         for k in range(size):
@@ -203,7 +346,7 @@ def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos
     for k in range(half):
         low, high = x[token, begin + k], x[token, begin + half + k]
         x[token, begin + k] = low * cos[token, k] - high * sin[token, k]
-        x[token, begin + half + k] = high * cos[token, half + k] + low * sin[token, half + k]
+        x[token, begin + half + k] = high * cos[token, k] + low * sin[token, k]
 
 
 def _attended(
@@ -286,6 +429,7 @@ def _attended(
 
 _turned = compiled(_turned)
 _normed = compiled(_normed, [numba.void(_rows, _read, numba.float32, _rows)])
+_centred = compiled(_centred, [numba.void(_rows, _read, _read, numba.float32, _rows)])
 _gated = compiled(_gated, [numba.void(_rows, _rows)])
 _attended = compiled(
     _attended,

@@ -1,12 +1,13 @@
-"""A forward pass of our own for models of Llama's build: what transformers computes, with fewer steps in between.
+"""Forward passes of our own: what transformers computes, with fewer steps in between.
 
 A decoding step of a small model is short: much of it is not arithmetic but what surrounds it, and each layer of
-transformers' models does much of that. :class:`LeanStepper` asks the same modules for the same weights, packed or not
-(``packing.py``), and does the rest in a few calls per layer, straight into a :class:`~fedpt_flwr.ragged.RaggedCache`.
+transformers' models does much of that. :class:`FewTokensStepper` puts a few tokens through layers that are compiled
+(``few_tokens.py``), where that is possible; :class:`LeanStepper`, for models of Llama's build, does the same with any
+number of tokens by asking the same modules for the same weights, packed or not (``packing.py``), and doing the rest in
+a few calls per layer. Both write straight into a :class:`~fedpt_flwr.ragged.RaggedCache`.
 
-Whether a model is of that build is not guessed: every module must be of a class that is known here and have the
-children that it is known to have, and the scores must then agree with transformers' own on a few tokens.
-:func:`step_function` takes the ordinary :class:`~fedpt_flwr.ragged.Stepper` where either is not so.
+Whether a model is of a build that is known says ``builds.py``, and its scores must then agree with transformers' own on
+a few tokens. :func:`step_function` takes the ordinary :class:`~fedpt_flwr.ragged.Stepper` where either is not so.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
+from fedpt_flwr.builds import Block, Build, build_of, is_llama_type
+from fedpt_flwr.errors import ModelError
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache, Stepper, agree
 
@@ -31,31 +30,40 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_FAMILIES = {
-    "Llama": modeling_llama,
-    "Mistral": modeling_mistral,
-    "Qwen2": modeling_qwen2,
-    "Qwen3": modeling_qwen3,
-}
-_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding that turn a position by the same angle however long the text is."""
-
 _FOLD_UP_TO = 16
 """New tokens per row up to which the heads that share keys are put side by side as if they were tokens."""
+
+_FEW_TOKENS = 8
+"""Tokens beyond which it need not be asked whether there are compiled layers."""
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
 
 
-class LeanStepper(Stepper):
-    """A model of Llama's build, asked about the next tokens of rows that have different lengths.
+class FewTokensStepper(Stepper):
+    """A model of a build that is known, whose passes over few tokens go through compiled layers if it is prepared.
 
     It is called and answers like the class that it derives from, which it is made of.
 
     Args:
-        model: A model that :func:`step_function` found fit, plain or with a LoRA adapter.
+        model: A model that has a build.
         context: Makes the context in which it must be called.
+
+    Raises:
+        ModelError: The model cannot be called this way.
     """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        super().__init__(model, context)
+        build = build_of(model)
+        if build is None:
+            raise ModelError("a forward pass of our own needs a build that it knows", value=type(self.base).__name__)
+        self.build: Build = build
+        self._known: tuple[list[Block], Any] = ([], None)
 
     @torch.no_grad()
     def __call__(
@@ -64,23 +72,63 @@ class LeanStepper(Stepper):
         ids: Tensor,
         *,
         keep: int | Tensor = 1,
-        num_wanted: Sequence[int] | None = None,  # noqa: ARG002
+        num_wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """See :meth:`fedpt_flwr.ragged.Stepper.__call__`."""
+        num_rows, num_new = ids.shape
+        layers = self._layers() if ids.numel() <= _FEW_TOKENS and self.device.type == "cpu" else None
+        if layers is None or not layers.takes(ids.numel(), max(cache.lengths) + num_new):
+            return self._long_pass(cache, ids, keep, num_wanted)
+        device, starts = self.device, list(cache.lengths)
+        positions = cache.begin(num_new, device)
+        with self.context():
+            x = self.build.embed(ids.to(device), positions).view(num_rows * num_new, -1)
+            x = layers.run(cache, x, _angles(self.build.rotary, positions, x.dtype), starts)
+            return self._kept(x.view(num_rows, num_new, -1), keep)
+
+    def _long_pass(
+        self, cache: RaggedCache, ids: Tensor, keep: int | Tensor, num_wanted: Sequence[int] | None
+    ) -> Tensor:
+        """A pass over any number of tokens."""
+        return super().__call__(cache, ids, keep=keep, num_wanted=num_wanted)
+
+    def _layers(self) -> Any:
+        """The compiled layers of the model as it is now; None if there are none."""
+        few_tokens = _few_tokens()
+        if few_tokens is None:
+            return None
+        blocks, layers = self._known
+        now = self.build.blocks()
+        if now != blocks:  # prepared or restored meanwhile
+            layers = few_tokens.layers_of(now)
+            self._known = now, layers
+        return layers
+
+    def _kept(self, x: Tensor, keep: int | Tensor) -> Tensor:
+        """Scores of the wanted positions, from what the last layer gave."""
+        x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
+        return _scores(self.build.head(), _normed(self.build.norm, x))
+
+
+class LeanStepper(FewTokensStepper):
+    """A model of Llama's build: passes over many tokens, too, are this project's own."""
+
+    def _long_pass(
+        self,
+        cache: RaggedCache,
+        ids: Tensor,
+        keep: int | Tensor,
+        num_wanted: Sequence[int] | None,  # noqa: ARG002
+    ) -> Tensor:
         device = self.device
         num_rows, num_new = ids.shape
         body = self.base.model
-        starts = list(cache.lengths)
         positions = cache.begin(num_new, device)
         config = self.base.config
         groups = config.num_attention_heads // config.num_key_value_heads
         folded = groups if num_new <= _FOLD_UP_TO else 1
         with self.context():
             x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
-            few_tokens = _few_tokens()
-            if few_tokens is not None and few_tokens.takes(body, len(x), max(starts) + num_new):
-                x = few_tokens.run(body, cache, x, body.rotary_emb(x, positions), starts)
-                return self._kept(x.view(num_rows, num_new, -1), keep)
             masks = {
                 window: None if mask is None else mask.repeat(1, 1, folded, 1)
                 for window, mask in cache.score_masks(positions, x.dtype).items()
@@ -105,11 +153,6 @@ class LeanStepper(Stepper):
                 x = x + _linear(mlp.down_proj, gate * _linear(mlp.up_proj, states))
             return self._kept(x.view(num_rows, num_new, -1), keep)
 
-    def _kept(self, x: Tensor, keep: int | Tensor) -> Tensor:
-        """Scores of the wanted positions, from what the last layer gave."""
-        x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
-        return _scores(self.base.lm_head, _normed(self.base.model.norm, x))
-
 
 @functools.cache
 def _few_tokens() -> Any:
@@ -132,7 +175,8 @@ def step_function(
         context: Makes the context in which it must be called.
 
     Returns:
-        A :class:`LeanStepper` where the model is of Llama's build and scores as transformers says; else a
+        A :class:`LeanStepper` where the model is of Llama's build, a :class:`FewTokensStepper` where it is of another
+        one that is known and there is numba, if that scores as transformers says; else a
         :class:`~fedpt_flwr.ragged.Stepper`.
 
     Raises:
@@ -140,70 +184,12 @@ def step_function(
     """
     stepper = Stepper(model, context)
     if is_llama_type(model):
-        lean = LeanStepper(model, context)
-        if agree(lean, stepper):
-            return lean
-    return stepper
-
-
-def is_llama_type(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a model consists of exactly the modules that the lean forward pass knows."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    family = type(base).__name__.removesuffix("ForCausalLM")
-    source = _FAMILIES.get(family)
-    if source is None or base.training or base.config._attn_implementation not in ("sdpa", "eager"):
-        return False
-
-    def is_a(part: Any, name: str, children: str) -> bool:
-        return (
-            type(part) is getattr(source, family + name)
-            and part._modules.keys() == set(children.split())
-            and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
-        )
-
-    def is_layer(layer: Any) -> bool:
-        if not is_a(layer, "DecoderLayer", "self_attn mlp input_layernorm post_attention_layernorm"):
-            return False
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        head_norms = "q_norm k_norm" if family == "Qwen3" else ""
-        if not is_a(attention, "Attention", f"q_proj k_proj v_proj o_proj {head_norms}"):
-            return False
-        norms += [getattr(attention, name) for name in head_norms.split()]
-        linear = [part for name, part in attention._modules.items() if name not in head_norms.split()]
-        linear += (
-            [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if is_a(mlp, "MLP", "gate_proj up_proj down_proj act_fn")
-            else [None]
-        )
-        return all(is_a(norm, "RMSNorm", "") for norm in norms) and all(map(_is_linear, linear))
-
-    return (
-        is_a(base, "ForCausalLM", "model lm_head")
-        and is_a(base.model, "Model", "embed_tokens layers norm rotary_emb")
-        and is_a(base.model.rotary_emb, "RotaryEmbedding", "")
-        and base.model.rotary_emb.rope_type in _FIXED_ROPES
-        and is_a(base.model.norm, "RMSNorm", "")
-        and type(base.model.embed_tokens) is nn.Embedding
-        and len(base.model.layers) == base.config.num_hidden_layers
-        and all(map(is_layer, base.model.layers))
-        and _is_linear(base.lm_head)
-    )
-
-
-def _is_linear(part: Any) -> bool:
-    if part is None or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-        return False
-    if type(part) in (nn.Linear, PackedLinear):
-        return True
-    return _is_plain_lora(part) and _is_linear(part.base_layer)
-
-
-def _is_plain_lora(part: nn.Module) -> bool:
-    """Whether a layer adds nothing but two small matrices, one after the other."""
-    from peft.tuners.lora.layer import Linear
-
-    return type(part) is Linear and not part.lora_variant and not part.merged_adapters
+        lean: Stepper = LeanStepper(model, context)
+    elif _few_tokens() is not None and build_of(model) is not None:
+        lean = FewTokensStepper(model, context)
+    else:
+        return stepper
+    return lean if agree(lean, stepper) else stepper
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
@@ -238,7 +224,18 @@ def _scores(head: Any, x: Tensor) -> Tensor:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
+    if type(norm) is nn.LayerNorm:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _angles(rotary: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of the angles at some positions, ``(rows * new, angles)``: each once, not for both halves."""
+    if rotary is None:
+        return None
+    angles = positions.reshape(-1, 1).float() * rotary.inv_freq.to(torch.float32)
+    scaling = rotary.attention_scaling
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,10 +40,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
 from fedpt_flwr import packing
+from fedpt_flwr.builds import build_of
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
 from fedpt_flwr.graphs import graphed
-from fedpt_flwr.lean import is_llama_type, step_function
+from fedpt_flwr.lean import step_function
 from fedpt_flwr.logits import (
     check_alpha,
     check_plausibility,
@@ -438,7 +439,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         for name, model in (("large", self.large), ("untuned", self.untuned), ("tuned", self.tuned)):
             if model is None:
                 continue
-            for_loops = is_llama_type(model) and not hasattr(model, "peft_config")
+            for_loops = build_of(model) is not None and not hasattr(model, "peft_config")
             if name != "tuned" or packing.suits_single_rows(model.dtype, for_loops=for_loops):
                 packing.prepare(model, for_loops=for_loops)
         self._is_prepared, self._speculation = True, None

@@ -16,7 +16,7 @@ def case(num_rows, size, seed=0):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("num_rows", [*range(1, 11), 16, 27, 32, 33])
+@pytest.mark.parametrize("num_rows", [*range(1, 11), 15, 16, 27, 32, 33, 48, 63, 64, 65])
 def test_products_are_those_of_torch(num_rows, size):
     x, weight, bias = case(num_rows, size)
     for added in (bias, None):
@@ -35,7 +35,7 @@ def test_products_of_bfloat16_are_rounded_once(num_rows, size):
         torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=2**-7)
 
 
-@pytest.mark.parametrize("num_rows", [2, 4, 8, 20])
+@pytest.mark.parametrize("num_rows", [2, 4, 8, 12, 20, 40])
 def test_the_number_of_threads_changes_no_bit(num_rows):
     x, weight, bias = case(num_rows, (130, 257))
     alone = few_rows.multiply(x, weight, bias)
@@ -47,20 +47,22 @@ def test_the_number_of_threads_changes_no_bit(num_rows):
 
 
 @pytest.mark.parametrize("size", [(130, 257), (5, 2050)])
-def test_a_row_gives_the_same_bits_whatever_stands_beside_it(size):
-    x, weight, bias = case(few_rows.MOST_ROWS[torch.float32], size)
+@pytest.mark.parametrize(("fewest", "most"), [(1, few_rows.MANY_ROWS - 1), (few_rows.MANY_ROWS, 64)])
+def test_a_row_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size):
+    x, weight, bias = case(most, size)
     together = few_rows.multiply(x, weight, bias)
-    for number in range(1, few_rows.MOST_ROWS[torch.float32]):
+    for number in range(fewest, most):
         assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
         assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
 
 
+@pytest.mark.parametrize("num_rows", [3, 17])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(value):
-    x, weight, _ = case(3, (24, 16))
+def test_what_is_not_finite_stays_so(value, num_rows):
+    x, weight, _ = case(num_rows, (24, 16))
     x[1, 5] = value
     found = few_rows.multiply(x, weight, None).isfinite().all(-1)
-    assert found.tolist() == [True, False, True]
+    assert found.tolist() == [row != 1 for row in range(num_rows)]
 
 
 def test_weights_that_nobody_may_write_to_are_read():

@@ -10,12 +10,26 @@ from test_packing import adapted
 from test_ragged import make, random_ids
 
 from fedpt_flwr import lean, packing
+from fedpt_flwr.builds import build_of
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
 
 few_tokens = pytest.importorskip("fedpt_flwr.few_tokens", reason="compiled loops need the extra fast")
-COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
+COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name} | {
+    "gpt2": ("gpt2", {}),
+    "gpt2, no scaling, another activation": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt2, scaled by layer, tied": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": True, "n_inner": 40},
+    ),
+    "neox": ("gpt-neox", {}),
+    "neox, one half after the other, all turned": (
+        "gpt-neox",
+        {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "neox, no biases": ("gpt-neox", {"attention_bias": False}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +43,13 @@ def _few_rows_without_gradients(monkeypatch):
 def calls(monkeypatch):
     """How many tokens went through the compiled layers, call by call."""
     seen = []
-    run = few_tokens.run
+    run = few_tokens.Layers.run
 
-    def watched(body, cache, x, *rest):
+    def watched(layers, cache, x, *rest):
         seen.append(len(x))
-        return run(body, cache, x, *rest)
+        return run(layers, cache, x, *rest)
 
-    monkeypatch.setattr(few_tokens, "run", watched)
+    monkeypatch.setattr(few_tokens.Layers, "run", watched)
     return seen
 
 
@@ -74,7 +88,7 @@ def test_the_scores_are_those_of_torch(name, shapes, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt-neox"])
 def test_bfloat16_is_rounded_no_more_than_by_torch(family, shapes, calls, monkeypatch):
     model = make(family).bfloat16()
     exact = copy.deepcopy(model).float()
@@ -172,9 +186,9 @@ def test_a_long_text_goes_through_torch_when_its_attention_takes_longer_than_its
 def test_norms_of_another_dtype_go_through_torch():
     model = make("llama")
     prepare(model)
-    assert few_tokens.takes(model.model, 1, 1)
+    assert few_tokens.layers_of(build_of(model).blocks()) is not None
     model.model.layers[1].input_layernorm.double()
-    assert not few_tokens.takes(model.model, 1, 1)
+    assert few_tokens.layers_of(build_of(model).blocks()) is None
 
 
 def test_another_gate_goes_through_torch(calls):

@@ -8,7 +8,7 @@ from test_ragged import FAMILIES, alone, make, random_ids, read
 from torch import nn
 
 from fedpt_flwr import lean
-from fedpt_flwr.lean import LeanStepper, step_function
+from fedpt_flwr.lean import FewTokensStepper, LeanStepper, step_function
 from fedpt_flwr.models import set_arrays
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
@@ -184,9 +184,28 @@ def _with_other_positions(model):
     return model
 
 
+def _with_other_positions_of_neox(model):
+    model.gpt_neox.rotary_emb.rope_type = "dynamic"
+    return model
+
+
+def _neox_with_a_child_more(model):
+    model.gpt_neox.layers[0].attention.extra = nn.Identity()
+    return model
+
+
+def _hooked_gpt2(model):
+    model.transformer.h[1].attn.c_attn.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _with_another_norm(model):
+    model.transformer.h[1].ln_2 = nn.RMSNorm(32)
+    return model
+
+
 REFUSED = {
-    **{name: (name, {}, None) for name in FAMILIES if name.split(",")[0] in ("gpt2", "gpt-neox", "opt", "phi3")},
-    **{name: (name, {}, None) for name in FAMILIES if name.startswith(("mixtral", "gemma"))},
+    **{name: (name, {}, None) for name in FAMILIES if name.startswith(("opt", "phi3", "mixtral", "gemma"))},
     "positions of another kind": ("llama", {}, _with_other_positions),
     "DoRA": ("llama", {}, _dora),
     "an embedding of the adapter's": ("llama", {}, _with_a_new_embedding),
@@ -194,6 +213,10 @@ REFUSED = {
     "another layer": ("llama", {}, _with_another_layer),
     "a child more": ("llama", {}, _with_a_child_more),
     "training": ("llama", {}, nn.Module.train),
+    "gpt2, a hook": ("gpt2", {}, _hooked_gpt2),
+    "gpt2, another norm": ("gpt2", {}, _with_another_norm),
+    "gpt-neox, positions of another kind": ("gpt-neox", {}, _with_other_positions_of_neox),
+    "gpt-neox, a child more": ("gpt-neox", {}, _neox_with_a_child_more),
 }
 
 
@@ -203,6 +226,15 @@ def test_a_model_of_another_build_takes_the_ordinary_way(name):
     model = make(family, **settings)
     stepper = step_function(change(model) if change else model)
     assert type(stepper) is Stepper
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
+def test_the_other_builds_that_are_known_have_compiled_layers_if_there_is_numba(family, monkeypatch):
+    model = make(family)
+    has_numba = lean._few_tokens() is not None
+    assert type(step_function(model)) is (FewTokensStepper if has_numba else Stepper)
+    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
+    assert type(step_function(model)) is Stepper
 
 
 def test_a_model_that_scores_otherwise_takes_the_ordinary_way(monkeypatch):
