@@ -13,6 +13,7 @@ a few tokens. :func:`step_function` takes the ordinary :class:`~fedpt_flwr.ragge
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from fedpt_flwr.ragged import RaggedCache, Stepper, agree
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 _FOLD_UP_TO = 16
 """New tokens per row up to which the heads that share keys are put side by side as if they were tokens."""
@@ -111,7 +114,13 @@ class FewTokensStepper(Stepper):
 
 
 class LeanStepper(FewTokensStepper):
-    """A model of Llama's build: passes over many tokens, too, are this project's own."""
+    """A model of Llama's build: passes over many tokens, too, are this project's own.
+
+    Attributes:
+        fuses: Whether a few tokens on a GPU may go through kernels of our own.
+    """
+
+    fuses = True
 
     def _long_pass(
         self,
@@ -129,6 +138,10 @@ class LeanStepper(FewTokensStepper):
         folded = groups if num_new <= _FOLD_UP_TO else 1
         with self.context():
             x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
+            fused = _fused(device.type) if self.fuses else None
+            if fused is not None and fused.takes(body, num_new, x):
+                x = fused.run(body, cache, x, body.rotary_emb(x, positions), positions, _linear)
+                return self._kept(x.view(num_rows, num_new, -1), keep)
             masks = {
                 window: None if mask is None else mask.repeat(1, 1, folded, 1)
                 for window, mask in cache.score_masks(positions, x.dtype).items()
@@ -164,6 +177,18 @@ def _few_tokens() -> Any:
     return few_tokens
 
 
+@functools.cache
+def _fused(kind: str) -> Any:
+    """The module with kernels for a GPU, if the device is one and there is what compiles them."""
+    if kind != "cuda":
+        return None
+    try:
+        from fedpt_flwr import fused
+    except ImportError:
+        return None
+    return fused if fused.is_available() else None
+
+
 def step_function(
     model: PreTrainedModel | PeftModel,
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -184,12 +209,22 @@ def step_function(
     """
     stepper = Stepper(model, context)
     if is_llama_type(model):
-        lean: Stepper = LeanStepper(model, context)
-    elif _few_tokens() is not None and build_of(model) is not None:
-        lean = FewTokensStepper(model, context)
-    else:
-        return stepper
-    return lean if agree(lean, stepper) else stepper
+        lean = LeanStepper(model, context)
+        lean.fuses = _fused(lean.device.type) is not None and _may_fuse(lean, stepper)
+        return lean if lean.fuses or agree(lean, stepper) else stepper
+    if _few_tokens() is not None and build_of(model) is not None:
+        few = FewTokensStepper(model, context)
+        return few if agree(few, stepper) else stepper
+    return stepper
+
+
+def _may_fuse(lean: LeanStepper, stepper: Stepper) -> bool:
+    """Whether the kernels work for a model, and score as transformers says."""
+    try:
+        return agree(lean, stepper)
+    except Exception as error:  # a compiler's, or a driver's: there is the other way
+        _log.info("%s decodes without Triton's kernels: %s", type(lean.base).__name__, str(error).partition("\n")[0])
+        return False
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
