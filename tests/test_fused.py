@@ -351,6 +351,55 @@ def test_recorded_passes_read_lengths_when_they_are_run(passes):
     alike(found, expected)
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "llama, one key per head, biases", "qwen2"])
+def test_weights_that_lie_side_by_side_are_one_product(name, passes, monkeypatch):
+    family, settings = MODELS[name]
+    model, plain = (make(family, **settings).to(DEVICE) for _ in range(2))
+    num_memories = len({weight.untyped_storage().data_ptr() for weight in model.parameters()})
+    num_linear = []
+
+    def counted(*args):
+        num_linear.append(args)
+        return product(*args)
+
+    product = F.linear
+    monkeypatch.setattr(F, "linear", counted)
+    step = step_function(model)
+    counts = []
+    for change in (lambda model: None, fused.fuse_projections, fused.fuse_projections, fused.restore):
+        changed = change(model)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, other)
+        del num_linear[:], passes[:]
+        cache = step.new_cache()
+        cache.add_rows(3)
+        found = [step(cache, random_ids(3, 3, seed=1), keep=0)]
+        counts.append((changed, len(num_linear)))
+        cache = step.new_cache()
+        cache.add_rows(3)
+        alike(found, [without_kernels(plain)(cache, random_ids(3, 3, seed=1), keep=0)])
+    assert counts == [(None, 15), (6, 9), (0, 9), (None, 15)]
+    assert passes
+    assert num_memories == len({weight.untyped_storage().data_ptr() for weight in model.parameters()})
+
+
+@needs_kernels
+def test_weights_that_were_side_by_side_and_moved_are_several_products_again(passes):
+    model, plain = make("llama").to(DEVICE), make("llama").to(DEVICE, torch.float16)
+    assert fused.fuse_projections(model) == 6
+    assert len({weight.untyped_storage().data_ptr() for weight in model.parameters()}) == 15
+    model.to(torch.float16)
+    assert fused._joined(next(fused._sets(model))) is None
+    alike(scores_of(step_function(model)), scores_of(without_kernels(plain)))
+
+
+@needs_kernels
+def test_layers_with_an_adapter_stay_apart(passes):
+    tuned = adapted(make("llama")).to(DEVICE)
+    assert fused.fuse_projections(tuned) == 0
+
+
 @needs_gpu
 def test_they_work_here():
     assert fused.is_available()
