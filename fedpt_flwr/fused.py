@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedpt_flwr.packing import joined_weights
 from fedpt_flwr.ragged import RaggedCache
 
 _log = logging.getLogger(__name__)
@@ -139,80 +140,12 @@ def run(
     return x if change is None else x + change
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def fuse_projections(model: nn.Module) -> int:
-    """Lay weights that multiply the same input one after the other, in place, so that :func:`run` takes them as one.
-
-    The modules' weights become views of that, with the same numbers: there is no second copy, and all else works as
-    before, but for what counts memories, such as saving. Layers with an adapter stay as they are. Weights that are
-    moved or converted lie apart again, which does no harm.
-
-    Args:
-        model: One of Llama's build, plain or with an adapter.
-
-    Returns:
-        How many products there are less.
-    """
-    num_saved = 0
-    for parts in _sets(model):
-        kinds = {(type(part), part.bias is None, part.weight.dtype, part.weight.device) for part in parts}
-        if len(kinds) > 1 or type(parts[0]) is not nn.Linear or _joined(parts) is not None:
-            continue
-        for tensors in zip(*(part.parameters() for part in parts), strict=True):  # the weights, and the biases
-            pieces = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
-            for tensor, piece in zip(tensors, pieces, strict=True):
-                tensor.data = piece
-        num_saved += len(parts) - 1
-    return num_saved
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def restore(model: nn.Module) -> None:
-    """Undo :func:`fuse_projections`, in place: every weight has a memory of its own again."""
-    for parts in _sets(model):
-        if _joined(parts) is not None:
-            for part in parts:
-                for parameter in part.parameters():
-                    parameter.data = parameter.data.clone()
-
-
-def _sets(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    for layer in model.modules():
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            if set(names) <= layer._modules.keys():
-                yield tuple(layer._modules[name] for name in names)
-
-
 def _products(parts: tuple[Any, ...], x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> list[Tensor]:
     """What several layers make of an input, by one product where their weights lie so."""
-    joined = _joined(parts)
+    joined = joined_weights(parts)
     if joined is None:
         return [linear(part, x) for part in parts]
     return list(F.linear(x, *joined).split([part.out_features for part in parts], 1))
-
-
-def _joined(parts: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of several plain layers as one; None where they do not lie one after the other."""
-    if any(type(part) is not nn.Linear for part in parts):
-        return None
-    weight = _side_by_side([part.weight for part in parts])
-    biases = [part.bias for part in parts if part.bias is not None]
-    bias = _side_by_side(biases) if len(biases) == len(parts) else None
-    return None if weight is None or (biases and bias is None) else (weight, bias)
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One view of several tensors that lie one after the other in one memory; None where they do not."""
-    first = tensors[0]
-    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
-    for tensor in tensors:
-        lies_there = tensor.untyped_storage().data_ptr() == memory and tensor.storage_offset() == end
-        if not (lies_there and tensor.is_contiguous() and tensor.dtype == first.dtype):
-            return None
-        end += tensor.numel()
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def add_rms_norm(x: Tensor, change: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

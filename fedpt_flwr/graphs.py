@@ -152,8 +152,11 @@ class _Pass:
     def begin(self, ids: Tensor, lengths: Sequence[int], record: Recorder) -> Tensor:
         """Launch it; what will be the scores of all tokens, ``(rows, new, width)``, until the next pass."""
         num_rows, num_new = ids.shape
-        self._ids[:num_rows, :num_new] = ids
-        self._starts.copy_(torch.tensor([*lengths, *[0] * (len(self._starts) - num_rows)])[:, None])
+        # Not waiting for what the GPU does: Python prepares the next pass meanwhile. (CUDA takes what lies in ordinary
+        # memory away at once, so that may go.)
+        self._ids[:num_rows, :num_new].copy_(ids, non_blocking=True)
+        starts = torch.tensor([*lengths, *[0] * (len(self._starts) - num_rows)])
+        self._starts.copy_(starts[:, None], non_blocking=True)
         if self._run is None:
             # The same tokens to the same places, so it does no harm that recording runs the pass more than once.
             self._run = record(lambda: self._step(self._cache, self._ids, keep=0), self._ids.device)

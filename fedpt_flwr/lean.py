@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block, Build, build_of, is_llama_type
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.models import input_device
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache, Stepper, agree
 
@@ -216,6 +217,11 @@ def step_function(
         few = FewTokensStepper(model, context)
         return few if agree(few, stepper) else stepper
     return stepper
+
+
+def has_kernels(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a few tokens of a model may go through kernels of our own, on the GPU where it is."""
+    return is_llama_type(model) and _fused(input_device(model).type) is not None
 
 
 def _may_fuse(lean: LeanStepper, stepper: Stepper) -> bool:

@@ -9,9 +9,9 @@ forward passes go on as ever; :func:`restore` brings the very layers back, bit f
 at any time, packed or not; also where the plain one was a file, seen as memory.
 
 What is packed: ``nn.Linear`` and transformers' ``Conv1D`` on a CPU that has a kernel for the weight's dtype.
-Everything else stays as it is, and a model on CUDA as a whole. So does a head that is tied to the embedding where the
-layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be memory that the
-model did not take.
+Everything else stays as it is, and a model on CUDA as a whole, but for what :func:`join` does. So does a head that is
+tied to the embedding where the layout is oneDNN's: lookups need the plain one, and a packed copy beside it would be
+memory that the model did not take.
 
 (``train.packing`` is another thing: short examples in one row, ``training.py``.)
 
@@ -272,10 +272,81 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+def join(model: nn.Module) -> int:
+    """Lay weights that multiply the same input one after the other, in place, so that one product can do for all.
+
+    That is queries, keys and values, and a gate and what it lets through, of layers that have no adapter. The modules'
+    weights become views of that, with the same numbers, so there is no second copy; but what lies in one memory cannot
+    be saved, so the model counts as prepared, until :func:`restore`.
+
+    Args:
+        model: One of Llama's build, on any device.
+
+    Returns:
+        How many products there are less.
+    """
+    num_saved = 0
+    for parent, parts in _shared_inputs(model):
+        kinds = {(type(part), part.bias is None, part.weight.dtype, part.weight.device) for part in parts}
+        if len(kinds) > 1 or type(parts[0]) is not nn.Linear or joined_weights(parts) is not None:
+            continue
+        for tensors in zip(*(part.parameters() for part in parts), strict=True):  # the weights, and the biases
+            pieces = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])
+            for tensor, piece in zip(tensors, pieces, strict=True):
+                tensor.data = piece
+        parent.__dict__["prepared_for_decoding"] = True
+        num_saved += len(parts) - 1
+    return num_saved
+
+
+def joined_weights(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of several plain layers as one.
+
+    Args:
+        parts: Layers that take the same input.
+
+    Returns:
+        ``(sum of out_features, in_features)`` and ``(sum of out_features,)`` or None; or None for both where they do
+        not lie one after the other, as after :func:`join`.
+    """
+    if any(type(part) is not nn.Linear for part in parts):
+        return None
+    weight = _side_by_side([part.weight for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = _side_by_side(biases) if len(biases) == len(parts) else None
+    return None if weight is None or (biases and bias is None) else (weight, bias)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view of several tensors that lie one after the other in one memory; None where they do not."""
+    first = tensors[0]
+    memory, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        lies_there = tensor.untyped_storage().data_ptr() == memory and tensor.storage_offset() == end
+        if not (lies_there and tensor.is_contiguous() and tensor.dtype == first.dtype):
+            return None
+        end += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _shared_inputs(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
+    """The layers that multiply the same input, with the module that they are in."""
+    for parent in model.modules():
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if set(names) <= parent._modules.keys():
+                yield parent, tuple(parent._modules[name] for name in names)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def restore(model: nn.Module) -> None:
-    """Undo :func:`prepare`, in place: the layers and the bits of their weights are what they were."""
+    """Undo :func:`prepare` and :func:`join`, in place: the layers and the bits of their weights are what they were."""
     for parent, name, layer in _layers(model, (PackedLinear,)):
         setattr(parent, name, layer.unpack())
+    for parent, parts in _shared_inputs(model):
+        if parent.__dict__.pop("prepared_for_decoding", False):
+            for parameter in (parameter for part in parts for parameter in part.parameters()):
+                parameter.data = parameter.data.clone()
 
 
 def suits_single_rows(dtype: torch.dtype, *, for_loops: bool = False) -> bool:

@@ -44,7 +44,7 @@ from fedpt_flwr.builds import build_of
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.generation import AUTO, Drafts, Generation, is_lossless
 from fedpt_flwr.graphs import graphed
-from fedpt_flwr.lean import step_function
+from fedpt_flwr.lean import has_kernels, step_function
 from fedpt_flwr.logits import (
     check_alpha,
     check_plausibility,
@@ -430,8 +430,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         Large and untuned, which judge several tokens in a pass, always; tuned, which drafts one after the other, where
         that makes a pass over one token no slower. Until :meth:`restore` the weights cannot be saved, changed, moved or
-        converted. See ``packing.py``. On a GPU weights stay as they are, and passes over few tokens are recorded as
-        CUDA graphs when they are first needed; see ``graphs.py``.
+        converted. See ``packing.py``. On a GPU weights stay as they are, or some lie side by side, and passes over few
+        tokens are recorded as CUDA graphs when they are first needed; see ``graphs.py``.
 
         Returns:
             This proxy.
@@ -442,6 +442,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             for_loops = build_of(model) is not None and not hasattr(model, "peft_config")
             if name != "tuned" or packing.suits_single_rows(model.dtype, for_loops=for_loops):
                 packing.prepare(model, for_loops=for_loops)
+            if has_kernels(model):
+                packing.join(model)
         self._is_prepared, self._speculation = True, None
         return self
 

@@ -16,7 +16,7 @@ from test_packing import adapted
 from test_ragged import make, random_ids, read
 from torch import nn
 
-from fedpt_flwr import lean
+from fedpt_flwr import lean, packing
 from fedpt_flwr.graphs import GraphedStepper, graphed
 from fedpt_flwr.lean import LeanStepper, step_function
 from fedpt_flwr.proxy import ProxyModel
@@ -367,7 +367,7 @@ def test_weights_that_lie_side_by_side_are_one_product(name, passes, monkeypatch
     monkeypatch.setattr(F, "linear", counted)
     step = step_function(model)
     counts = []
-    for change in (lambda model: None, fused.fuse_projections, fused.fuse_projections, fused.restore):
+    for change in (lambda model: None, packing.join, packing.join, packing.restore):
         changed = change(model)
         for one, other in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.equal(one, other)
@@ -387,17 +387,18 @@ def test_weights_that_lie_side_by_side_are_one_product(name, passes, monkeypatch
 @needs_kernels
 def test_weights_that_were_side_by_side_and_moved_are_several_products_again(passes):
     model, plain = make("llama").to(DEVICE), make("llama").to(DEVICE, torch.float16)
-    assert fused.fuse_projections(model) == 6
+    assert packing.join(model) == 6
     assert len({weight.untyped_storage().data_ptr() for weight in model.parameters()}) == 15
     model.to(torch.float16)
-    assert fused._joined(next(fused._sets(model))) is None
+    attention = model.model.layers[0].self_attn
+    assert packing.joined_weights([attention.q_proj, attention.k_proj, attention.v_proj]) is None
     alike(scores_of(step_function(model)), scores_of(without_kernels(plain)))
 
 
 @needs_kernels
 def test_layers_with_an_adapter_stay_apart(passes):
     tuned = adapted(make("llama")).to(DEVICE)
-    assert fused.fuse_projections(tuned) == 0
+    assert packing.join(tuned) == 0
 
 
 @needs_gpu

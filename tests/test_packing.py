@@ -16,7 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from fedpt_flwr import packing
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.errors import ModelError
-from fedpt_flwr.models import fingerprint, load_adapter, load_causal_lm, make_tunable, set_arrays, tunable_arrays
+from fedpt_flwr.models import (
+    check_plain,
+    fingerprint,
+    load_adapter,
+    load_causal_lm,
+    make_tunable,
+    set_arrays,
+    tunable_arrays,
+)
 from fedpt_flwr.packing import PackedLinear, is_prepared, prepare, restore, suits_single_rows
 from fedpt_flwr.proxy import ProxyModel
 
@@ -338,3 +346,38 @@ def test_processor_and_dtype_decide_how_weights_lie(processor, dtype, for_loops,
         assert type(packing._product(dtype, for_loops)) is expected
     finally:
         packing._product.cache_clear()
+
+
+def joined(layer):
+    attention, mlp = layer.self_attn, layer.mlp
+    sets = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    return [packing.joined_weights(parts) for parts in sets]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_weights_with_the_same_input_lie_side_by_side_and_apart_again(biases, tmp_path):
+    settings = {"attention_bias": biases, "mlp_bias": biases}
+    model, plain = make("llama", **settings), make("llama", **settings)
+    ids = random_ids(2, 9)
+    expected = model(ids).logits
+    assert joined(model.model.layers[1]) == [None, None]
+    assert [packing.join(model), packing.join(model)] == [6, 0]
+    (weight, bias), _ = joined(model.model.layers[1])
+    attention = plain.model.layers[1].self_attn
+    assert torch.equal(weight, torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
+    assert (bias is not None) == biases
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ModelError, match="not prepared for decoding"):
+        check_plain(model)
+    packing.restore(model)
+    check_plain(model)
+    assert joined(model.model.layers[1]) == [None, None]
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for one, other in zip(again.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_layers_with_an_adapter_stay_apart():
+    assert packing.join(adapted(make("llama"))) == 0
