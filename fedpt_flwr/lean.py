@@ -123,6 +123,10 @@ class LeanStepper(FewTokensStepper):
 
     fuses = True
 
+    def read(self, cache: RaggedCache, ids: Tensor) -> None:
+        """See :meth:`fedpt_flwr.ragged.Stepper.read`."""
+        self(cache, ids, keep=torch.empty(0, dtype=torch.int64))
+
     def _long_pass(
         self,
         cache: RaggedCache,
@@ -160,6 +164,8 @@ class LeanStepper(FewTokensStepper):
                     queries, keys = _normed(attention.q_norm, queries), _normed(attention.k_norm, keys)
                 queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
                 all_keys, all_values = cache.layers[number].update(keys.transpose(1, 2), values.transpose(1, 2))
+                if number == len(body.layers) - 1 and isinstance(keep, Tensor) and not keep.numel():
+                    break  # nobody looks at what would come out
                 mixed = _attend(queries, all_keys, all_values, mask, attention.scaling, folded)
                 x = x + _linear(attention.o_proj, mixed)
                 states = _normed(layer.post_attention_layernorm, x)

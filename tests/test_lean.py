@@ -237,6 +237,24 @@ def test_the_other_builds_that_are_known_have_compiled_layers_if_there_is_numba(
     assert type(step_function(model)) is Stepper
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_that_is_only_read_is_remembered_like_one_that_is_scored(packed, num_tokens):
+    model = make("qwen3")
+    if packed:
+        prepare(model)
+    stepper = step_function(model)
+    ids = random_ids(2, num_tokens)
+    caches = [stepper.new_cache(), stepper.new_cache()]
+    for cache in caches:
+        cache.add_rows(2)
+    stepper.read(caches[0], ids)
+    stepper(caches[1], ids)
+    assert caches[0].lengths == caches[1].lengths == [num_tokens] * 2
+    scores = [stepper(cache, random_ids(2, 1, seed=1)) for cache in caches]
+    assert torch.equal(*scores)
+
+
 def test_a_model_that_scores_otherwise_takes_the_ordinary_way(monkeypatch):
     monkeypatch.setattr(lean, "_normed", lambda norm, x: x * 1.001)
     assert type(step_function(make("llama"))) is Stepper
