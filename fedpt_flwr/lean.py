@@ -267,7 +267,8 @@ def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _scores(head: Any, x: Tensor) -> Tensor:
     """The head, ``(rows, kept, hidden)`` to ``(rows, kept, vocab)``."""
-    return _linear(head, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    scores = _linear(head, x.reshape(-1, x.shape[-1]))
+    return scores.view(*x.shape[:-1], scores.shape[-1])
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
