@@ -50,11 +50,14 @@ class Block(NamedTuple):
     mlp_norm: nn.Module
     gate: nn.Module | None
     up: nn.Module
-    activation: str
-    """Of the gate, or what goes up if there is none; a name of transformers'."""
+    activation: nn.Module
+    """Of the gate, or what goes up if there is none."""
+    activation_name: str
+    """As transformers calls it."""
     down: nn.Module
     is_parallel: bool
     """Whether the second half starts from what the first one starts from."""
+    num_heads: int
     num_key_heads: int
     head_dim: int
     scaling: float
@@ -74,6 +77,8 @@ class Build(NamedTuple):
     """The last one."""
     head: Callable[[], nn.Module]
     """What gives scores, as it is now."""
+    is_llama: bool = False
+    """Whether it is the build of Llama, Mistral, Qwen2 and Qwen3."""
 
 
 def build_of(model: PreTrainedModel | PeftModel) -> Build | None:
@@ -95,12 +100,6 @@ def build_of(model: PreTrainedModel | PeftModel) -> Build | None:
     if type(base) is modeling_gpt_neox.GPTNeoXForCausalLM and _is_neox(base):
         return _neox(base)
     return None
-
-
-def is_llama_type(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a model has a build, and it is the one of Llama, Mistral, Qwen2 and Qwen3."""
-    build = build_of(model)
-    return build is not None and _is_llama(_base(model))
 
 
 def _base(model: Any) -> Any:
@@ -162,9 +161,11 @@ def _llama(base: Any) -> Build:
             mlp_norm=layer._modules["post_attention_layernorm"],
             gate=of_mlp["gate_proj"],
             up=of_mlp["up_proj"],
-            activation=config.hidden_act,
+            activation=of_mlp["act_fn"],
+            activation_name=config.hidden_act,
             down=of_mlp["down_proj"],
             is_parallel=False,
+            num_heads=config.num_attention_heads,
             num_key_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
@@ -176,6 +177,7 @@ def _llama(base: Any) -> Build:
         blocks=lambda: [block(layer) for layer in body.layers],
         norm=body.norm,
         head=lambda: base.lm_head,
+        is_llama=True,
     )
 
 
@@ -217,9 +219,11 @@ def _gpt2(base: Any) -> Build:
             mlp_norm=parts["ln_2"],
             gate=None,
             up=mlp._modules["c_fc"],
-            activation=base.config.activation_function,
+            activation=mlp._modules["act"],
+            activation_name=base.config.activation_function,
             down=mlp._modules["c_proj"],
             is_parallel=False,
+            num_heads=attention.num_heads,
             num_key_heads=attention.num_heads,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
@@ -280,9 +284,11 @@ def _neox(base: Any) -> Build:
             mlp_norm=parts["post_attention_layernorm"],
             gate=None,
             up=mlp._modules["dense_h_to_4h"],
-            activation=config.hidden_act,
+            activation=mlp._modules["act"],
+            activation_name=config.hidden_act,
             down=mlp._modules["dense_4h_to_h"],
             is_parallel=layer.use_parallel_residual,
+            num_heads=config.num_attention_heads,
             num_key_heads=config.num_attention_heads,
             head_dim=attention.head_size,
             scaling=attention.scaling,

@@ -171,7 +171,7 @@ class Layers:
                 layer.mlp_norm(stream, states)
             inner = product(layer.up, states)
             if layer.gate is None:
-                inner = _ACTIVATIONS[block.activation](torch.from_numpy(inner)).numpy()
+                inner = _ACTIVATIONS[block.activation_name](torch.from_numpy(inner)).numpy()
             else:
                 gate = product(layer.gate, states)
                 _gated(gate, inner)
@@ -196,7 +196,7 @@ def _are_known(blocks: Sequence[Block]) -> bool:
             if type(part) is not PackedLinear or not part.is_plain:  # not prepared, or with an adapter
                 return False
             dtypes.add(part.weight.dtype)
-        if block.activation not in (("silu",) if block.gate is not None else _ACTIVATIONS):
+        if block.activation_name not in (("silu",) if block.gate is not None else _ACTIVATIONS):
             return False
         norms = (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm)
         if not all(norm is None or _is_known_norm(norm) for norm in norms):

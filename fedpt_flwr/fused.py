@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedpt_flwr.builds import Block
 from fedpt_flwr.packing import joined_weights
 from fedpt_flwr.ragged import RaggedCache
 
@@ -77,43 +78,42 @@ def is_available() -> bool:
         return False
 
 
-def takes(body: Any, num_new: int, x: Tensor) -> bool:
+def takes(blocks: Sequence[Block], num_new: int, x: Tensor) -> bool:
     """Whether tokens are to go through the kernels.
 
     Args:
-        body: The layers of a model of Llama's build.
+        blocks: The layers of a model of Llama's build.
         num_new: Tokens per row.
         x: Their embeddings, ``(rows * new, hidden)``.
     """
-    config = body.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_queries = _block(num_new * (config.num_attention_heads // config.num_key_value_heads))
+    block = blocks[0]
+    num_queries = _block(num_new * (block.num_heads // block.num_key_heads))
     return (
         num_new <= MOST_NEW
         and len(x) <= MOST_TOKENS
         and x.dtype in _DTYPES
         and x.shape[1] <= _WIDEST
-        and config.hidden_act == "silu"
-        and head_dim <= _WIDEST_HEAD
-        and num_queries * _block(head_dim) * x.element_size() <= _BLOCK_BYTES
+        and block.activation_name == "silu"
+        and block.head_dim <= _WIDEST_HEAD
+        and num_queries * _block(block.head_dim) * x.element_size() <= _BLOCK_BYTES
     )
 
 
 def run(
-    body: Any,
+    blocks: Sequence[Block],
     cache: RaggedCache,
     x: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
     positions: Tensor,
     linear: Callable[[Any, Tensor], Tensor],
 ) -> Tensor:
     """Put the tokens through all layers.
 
     Args:
-        body: As in :func:`takes`, which said yes.
+        blocks: As in :func:`takes`, which said yes.
         cache: Begun for these tokens; gets their keys and values.
         x: The tokens' embeddings, ``(rows * new, hidden)``.
-        rotation: Cosines and sines of their positions, ``(rows, new, head_dim)``.
+        angles: Cosines and sines of their positions, ``(rows * new, head_dim / 2)``.
         positions: What the cache's ``begin`` returned.
         linear: Multiplies by a layer, whatever kind it is of.
 
@@ -121,22 +121,21 @@ def run(
         What comes out of the last layer, ``(rows * new, hidden)``.
     """
     positions = positions.contiguous()
-    cos, sin = (part.contiguous() for part in rotation)
+    cos, sin = (torch.cat((part, part), -1) for part in angles)
     change = None
     with torch.cuda.device_of(x):  # kernels are launched on the current device, wherever their tensors lie
-        for number, layer in enumerate(body.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            x, states = add_rms_norm(x, change, layer.input_layernorm)
-            queries, keys, values = _products((attention.q_proj, attention.k_proj, attention.v_proj), states, linear)
+        for number, block in enumerate(blocks):
+            x, states = add_rms_norm(x, change, block.attention_norm)
+            queries, keys, values = _products(block.projections, states, linear)
             stored = cache.layers[number]
-            stored.hold(keys.shape[1] // attention.head_dim, attention.head_dim, keys)
+            stored.hold(block.num_key_heads, block.head_dim, keys)
             all_keys, all_values = stored.in_use()
-            norms = (attention.q_norm, attention.k_norm) if "q_norm" in attention._modules else None
+            norms = None if block.query_norm is None else (block.query_norm, block.key_norm)
             queries = rotate_and_store(queries, keys, values, all_keys, all_values, positions, (cos, sin), norms)
-            mixed = attend(queries, all_keys, all_values, positions, cache.windows[number], attention.scaling)
-            x, states = add_rms_norm(x, linear(attention.o_proj, mixed), layer.post_attention_layernorm)
-            gate, up = _products((mlp.gate_proj, mlp.up_proj), states, linear)
-            change = linear(mlp.down_proj, silu_and_mul(gate, up))
+            mixed = attend(queries, all_keys, all_values, positions, cache.windows[number], block.scaling)
+            x, states = add_rms_norm(x, linear(block.attention_out, mixed), block.mlp_norm)
+            gate, up = _products((block.gate, block.up), states, linear)
+            change = linear(block.down, silu_and_mul(gate, up))
     return x if change is None else x + change
 
 
@@ -197,7 +196,7 @@ def rotate_and_store(
         all_keys: Keys of the cache, ``(rows, key heads, columns, head_dim)``; written to in place.
         all_values: Its values, laid out like its keys.
         positions: Where in its row each token goes, ``(rows, new)``, int64.
-        rotation: Cosines and sines, ``(rows, new, head_dim)``.
+        rotation: Cosines and sines, ``(tokens, head_dim)``.
         norms: Modules with which each head of the queries and of the keys is normed before.
 
     Returns:

@@ -1,10 +1,9 @@
-"""Forward passes of our own: what transformers computes, with fewer steps in between.
+"""A forward pass of our own: what transformers computes, with fewer steps in between.
 
 A decoding step of a small model is short: much of it is not arithmetic but what surrounds it, and each layer of
-transformers' models does much of that. :class:`FewTokensStepper` puts a few tokens through layers that are compiled
-(``few_tokens.py``), where that is possible; :class:`LeanStepper`, for models of Llama's build, does the same with any
-number of tokens by asking the same modules for the same weights, packed or not (``packing.py``), and doing the rest in
-a few calls per layer. Both write straight into a :class:`~fedpt_flwr.ragged.RaggedCache`.
+transformers' models does much of that. :class:`LeanStepper` asks the same modules for the same weights, packed or not
+(``packing.py``), and does the rest in a few calls per layer, straight into a :class:`~fedpt_flwr.ragged.RaggedCache`. A
+few tokens go through compiled layers (``few_tokens.py``) or a GPU's own kernels (``fused.py``), where that is possible.
 
 Whether a model is of a build that is known says ``builds.py``, and its scores must then agree with transformers' own on
 a few tokens. :func:`step_function` takes the ordinary :class:`~fedpt_flwr.ragged.Stepper` where either is not so.
@@ -16,14 +15,14 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from fedpt_flwr.builds import Block, Build, build_of, is_llama_type
-from fedpt_flwr.errors import ModelError
+from fedpt_flwr.builds import Block, Build, build_of
 from fedpt_flwr.models import input_device
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache, Stepper, agree
@@ -44,14 +43,19 @@ _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
 
 
-class FewTokensStepper(Stepper):
-    """A model of a build that is known, whose passes over few tokens go through compiled layers if it is prepared.
+class LeanStepper(Stepper):
+    """A model of a build that is known, asked about the next tokens of rows that have different lengths.
 
     It is called and answers like the class that it derives from, which it is made of.
 
     Args:
-        model: A model that has a build.
+        model: The model, plain or with an adapter.
+        build: What it consists of.
         context: Makes the context in which it must be called.
+
+    Attributes:
+        build: This one.
+        fuses: Whether a few tokens on a GPU may go through kernels of our own.
 
     Raises:
         ModelError: The model cannot be called this way.
@@ -60,13 +64,12 @@ class FewTokensStepper(Stepper):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
+        build: Build,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__(model, context)
-        build = build_of(model)
-        if build is None:
-            raise ModelError("a forward pass of our own needs a build that it knows", value=type(self.base).__name__)
-        self.build: Build = build
+        self.build = build
+        self.fuses = True
         self._known: tuple[list[Block], Any] = ([], None)
 
     @torch.no_grad()
@@ -76,102 +79,178 @@ class FewTokensStepper(Stepper):
         ids: Tensor,
         *,
         keep: int | Tensor = 1,
-        num_wanted: Sequence[int] | None = None,
+        num_wanted: Sequence[int] | None = None,  # noqa: ARG002
     ) -> Tensor:
         """See :meth:`fedpt_flwr.ragged.Stepper.__call__`."""
+        device = self.device
         num_rows, num_new = ids.shape
-        layers = self._layers() if ids.numel() <= _FEW_TOKENS and self.device.type == "cpu" else None
-        if layers is None or not layers.takes(ids.numel(), max(cache.lengths) + num_new):
-            return self._long_pass(cache, ids, keep, num_wanted)
-        device, starts = self.device, list(cache.lengths)
+        blocks = self.build.blocks()
+        layers = self._compiled(blocks) if ids.numel() <= _FEW_TOKENS and device.type == "cpu" else None
+        fused = _fused(device.type) if self.fuses and self.build.is_llama else None
+        starts = list(cache.lengths)
         positions = cache.begin(num_new, device)
         with self.context():
             x = self.build.embed(ids.to(device), positions).view(num_rows * num_new, -1)
-            x = layers.run(cache, x, _angles(self.build.rotary, positions, x.dtype), starts)
-            return self._kept(x.view(num_rows, num_new, -1), keep)
-
-    def _long_pass(
-        self, cache: RaggedCache, ids: Tensor, keep: int | Tensor, num_wanted: Sequence[int] | None
-    ) -> Tensor:
-        """A pass over any number of tokens."""
-        return super().__call__(cache, ids, keep=keep, num_wanted=num_wanted)
-
-    def _layers(self) -> Any:
-        """The compiled layers of the model as it is now; None if there are none."""
-        few_tokens = _few_tokens()
-        if few_tokens is None:
-            return None
-        blocks, layers = self._known
-        now = self.build.blocks()
-        if now != blocks:  # prepared or restored meanwhile
-            layers = few_tokens.layers_of(now)
-            self._known = now, layers
-        return layers
-
-    def _kept(self, x: Tensor, keep: int | Tensor) -> Tensor:
-        """Scores of the wanted positions, from what the last layer gave."""
-        x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
-        return _scores(self.build.head(), _normed(self.build.norm, x))
-
-
-class LeanStepper(FewTokensStepper):
-    """A model of Llama's build: passes over many tokens, too, are this project's own.
-
-    Attributes:
-        fuses: Whether a few tokens on a GPU may go through kernels of our own.
-    """
-
-    fuses = True
+            angles = _angles(self.build.rotary, positions, x.dtype)
+            if layers is not None and layers.takes(len(x), max(starts) + num_new):
+                x = layers.run(cache, x, angles, starts)
+            elif fused is not None and fused.takes(blocks, num_new, x):
+                x = fused.run(blocks, cache, x, angles, positions, _linear)
+            else:
+                is_only_read = isinstance(keep, Tensor) and not keep.numel()
+                attention = _Appended(blocks, cache, positions, x.dtype, is_only_read)
+                x = _through(blocks, x, angles, (num_rows, num_new), attention)
+            x = x.view(num_rows, num_new, -1)
+            x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
+            return _scores(self.build.head(), _normed(self.build.norm, x))
 
     def read(self, cache: RaggedCache, ids: Tensor) -> None:
         """See :meth:`fedpt_flwr.ragged.Stepper.read`."""
         self(cache, ids, keep=torch.empty(0, dtype=torch.int64))
 
-    def _long_pass(
-        self,
-        cache: RaggedCache,
-        ids: Tensor,
-        keep: int | Tensor,
-        num_wanted: Sequence[int] | None,  # noqa: ARG002
-    ) -> Tensor:
-        device = self.device
-        num_rows, num_new = ids.shape
-        body = self.base.model
-        positions = cache.begin(num_new, device)
-        config = self.base.config
-        groups = config.num_attention_heads // config.num_key_value_heads
-        folded = groups if num_new <= _FOLD_UP_TO else 1
+    @torch.no_grad()
+    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+        """See :meth:`fedpt_flwr.ragged.Stepper.read_prompts`.
+
+        On a CPU prompts of unequal lengths go through the products side by side, without padding; only attention is
+        each one's own. (A GPU reads padding faster than it begins a kernel for each.)
+        """
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        if self.device.type != "cpu" or min(lengths) == max(lengths):
+            return super().read_prompts(prompts)
+        cache = self.new_cache()
+        cache.add_rows(len(prompts))
+        cache.begin(max(lengths), self.device)
+        blocks = self.build.blocks()
         with self.context():
-            x = F.embedding(ids.to(device), body.embed_tokens.weight).view(num_rows * num_new, -1)
-            fused = _fused(device.type) if self.fuses else None
-            if fused is not None and fused.takes(body, num_new, x):
-                x = fused.run(body, cache, x, body.rotary_emb(x, positions), positions, _linear)
-                return self._kept(x.view(num_rows, num_new, -1), keep)
-            masks = {
-                window: None if mask is None else mask.repeat(1, 1, folded, 1)
-                for window, mask in cache.score_masks(positions, x.dtype).items()
-            }
-            rotation = _rotation(*body.rotary_emb(x, positions))
-            for number, layer in enumerate(body.layers):
-                attention, mlp = layer.self_attn, layer.mlp
-                mask = masks[cache.windows[number]]
-                states = _normed(layer.input_layernorm, x)
-                shape = (num_rows, num_new, -1, attention.head_dim)
-                queries = _linear(attention.q_proj, states).view(shape)
-                keys = _linear(attention.k_proj, states).view(shape)
-                values = _linear(attention.v_proj, states).view(shape)
-                if "q_norm" in attention._modules:
-                    queries, keys = _normed(attention.q_norm, queries), _normed(attention.k_norm, keys)
-                queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
-                all_keys, all_values = cache.layers[number].update(keys.transpose(1, 2), values.transpose(1, 2))
-                if number == len(body.layers) - 1 and isinstance(keep, Tensor) and not keep.numel():
-                    break  # nobody looks at what would come out
-                mixed = _attend(queries, all_keys, all_values, mask, attention.scaling, folded)
-                x = x + _linear(attention.o_proj, mixed)
-                states = _normed(layer.post_attention_layernorm, x)
-                gate = mlp.act_fn(_linear(mlp.gate_proj, states))
-                x = x + _linear(mlp.down_proj, gate * _linear(mlp.up_proj, states))
-            return self._kept(x.view(num_rows, num_new, -1), keep)
+            ids = torch.tensor([[token for prompt in prompts for token in prompt[:-1]]])
+            positions = torch.cat([torch.arange(length) for length in lengths])[None]
+            x = self.build.embed(ids, positions)[0]
+            angles = _angles(self.build.rotary, positions, x.dtype)
+            _through(blocks, x, angles, (1, len(x)), _SideBySide(blocks, cache, lengths))
+        cache.cut(lengths)
+        return cache
+
+    def _compiled(self, blocks: list[Block]) -> Any:
+        """The compiled layers of the model as it is now; None if there are none."""
+        few_tokens = _few_tokens()
+        if few_tokens is None:
+            return None
+        known, layers = self._known
+        if blocks != known:  # prepared or restored meanwhile
+            layers = few_tokens.layers_of(blocks)
+            self._known = blocks, layers
+        return layers
+
+
+class _Attention(Protocol):
+    """Stores keys and values of new tokens, and attends to what is stored."""
+
+    def __call__(self, number: int, block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        """One layer's, from ``(rows, new, heads, head_dim)`` each.
+
+        Returns:
+            ``(rows * new, heads * head_dim)``; None where nobody looks at what comes out of the layer.
+        """
+        ...
+
+
+class _Appended:
+    """New tokens behind those that a cache has."""
+
+    def __init__(
+        self, blocks: Sequence[Block], cache: RaggedCache, positions: Tensor, dtype: torch.dtype, is_only_read: bool
+    ) -> None:
+        groups = blocks[0].num_heads // blocks[0].num_key_heads
+        self._folded = groups if positions.shape[1] <= _FOLD_UP_TO else 1
+        self._masks = {
+            window: None if mask is None else mask.repeat(1, 1, self._folded, 1)
+            for window, mask in cache.score_masks(positions, dtype).items()
+        }
+        self._cache = cache
+        self._last = len(blocks) - 1 if is_only_read else len(blocks)
+
+    def __call__(self, number: int, block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        all_keys, all_values = self._cache.layers[number].update(keys.transpose(1, 2), values.transpose(1, 2))
+        if number == self._last:
+            return None
+        mask = self._masks[self._cache.windows[number]]
+        return _attend(queries, all_keys, all_values, mask, block.scaling, self._folded)
+
+
+class _SideBySide:
+    """Texts one behind the other in what looks like one row, each of which begins a row of a cache."""
+
+    def __init__(self, blocks: Sequence[Block], cache: RaggedCache, lengths: Sequence[int]) -> None:
+        self._cache = cache
+        self._lengths = lengths
+        self._last = len(blocks) - 1
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def __call__(self, number: int, block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        layer, window = self._cache.layers[number], self._cache.windows[number]
+        layer.hold(block.num_key_heads, block.head_dim, keys)
+        mixed = []
+        texts = (part.split(self._lengths, dim=1) for part in (queries, keys, values))
+        for row, (asking, *stored) in enumerate(zip(*texts, strict=True)):
+            length = self._lengths[row]
+            own_keys, own_values = (part.transpose(1, 2) for part in stored)
+            layer.keys[row, :, :length], layer.values[row, :, :length] = own_keys[0], own_values[0]
+            if number < self._last and length:
+                mask = self._mask(length, window, queries)
+                mixed.append(_attend(asking, own_keys, own_values, mask, block.scaling, 1))
+        return torch.cat(mixed) if mixed else None
+
+    def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor:
+        if (length, window) not in self._masks:
+            place = torch.arange(length)
+            back = place[:, None] - place
+            seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+            mask = like.new_zeros((length, length)).masked_fill_(~seen, torch.finfo(like.dtype).min)
+            self._masks[length, window] = mask
+        return self._masks[length, window]
+
+
+def _through(
+    blocks: Sequence[Block],
+    x: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    shape: tuple[int, int],
+    attention: _Attention,
+) -> Tensor:
+    """Any number of tokens through all layers, ``(rows * new, hidden)``; ``shape`` is rows and new ones."""
+    rotation = None if angles is None else _rotation(*angles, shape[0])
+    for number, block in enumerate(blocks):
+        states = _normed(block.attention_norm, x)
+        queries, keys, values = _heads(block, states, *shape)
+        if block.query_norm is not None and block.key_norm is not None:
+            queries, keys = _normed(block.query_norm, queries), _normed(block.key_norm, keys)
+        if rotation is not None:
+            queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
+        mixed = attention(number, block, queries, keys, values)
+        if mixed is None:
+            break
+        change = _linear(block.attention_out, mixed)
+        if block.is_parallel:
+            states, x = _normed(block.mlp_norm, x), x + change
+        else:
+            x = x + change
+            states = _normed(block.mlp_norm, x)
+        up = _linear(block.up, states)
+        gated = block.activation(up) if block.gate is None else block.activation(_linear(block.gate, states)) * up
+        x = x + _linear(block.down, gated)
+    return x
+
+
+def _heads(block: Block, states: Tensor, num_rows: int, num_new: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, ``(rows, new, heads, head_dim)``."""
+    products = [_linear(part, states) for part in block.projections]
+    shape = (num_rows, num_new, -1, block.head_dim)
+    if len(products) == 1 and block.is_by_head:
+        return products[0].view(num_rows, num_new, -1, 3, block.head_dim).unbind(3)
+    if len(products) == 1:
+        products = list(products[0].chunk(3, -1))
+    return tuple(product.view(shape) for product in products)
 
 
 @functools.cache
@@ -207,27 +286,25 @@ def step_function(
         context: Makes the context in which it must be called.
 
     Returns:
-        A :class:`LeanStepper` where the model is of Llama's build, a :class:`FewTokensStepper` where it is of another
-        one that is known and there is numba, if that scores as transformers says; else a
+        A :class:`LeanStepper` where the model is of a build that is known and scores as transformers says; else a
         :class:`~fedpt_flwr.ragged.Stepper`.
 
     Raises:
         ModelError: The model cannot take rows of different lengths.
     """
     stepper = Stepper(model, context)
-    if is_llama_type(model):
-        lean = LeanStepper(model, context)
-        lean.fuses = _fused(lean.device.type) is not None and _may_fuse(lean, stepper)
-        return lean if lean.fuses or agree(lean, stepper) else stepper
-    if _few_tokens() is not None and build_of(model) is not None:
-        few = FewTokensStepper(model, context)
-        return few if agree(few, stepper) else stepper
-    return stepper
+    build = build_of(model)
+    if build is None:
+        return stepper
+    lean = LeanStepper(model, build, context)
+    lean.fuses = build.is_llama and _fused(lean.device.type) is not None and _may_fuse(lean, stepper)
+    return lean if lean.fuses or agree(lean, stepper) else stepper
 
 
 def has_kernels(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a few tokens of a model may go through kernels of our own, on the GPU where it is."""
-    return is_llama_type(model) and _fused(input_device(model).type) is not None
+    build = build_of(model)
+    return build is not None and build.is_llama and _fused(input_device(model).type) is not None
 
 
 def _may_fuse(lean: LeanStepper, stepper: Stepper) -> bool:
@@ -245,6 +322,8 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
         return layer.forward(x)
     if type(layer) is nn.Linear:
         return _plain(layer, x)
+    if type(layer) is Conv1D:
+        return torch.addmm(layer.bias, x, layer.weight)
     product = _linear(layer.base_layer, x)
     if layer.disable_adapters:
         return product
@@ -286,17 +365,20 @@ def _angles(rotary: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
-def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as ``(rows, new, 1, head_dim)``, the sine with the signs that rotation gives to the two halves."""
-    half = sin.shape[-1] // 2
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-    return cos.unsqueeze(2), signed.unsqueeze(2)
+def _rotation(cos: Tensor, sin: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """For both halves, ``(rows, new, 1, 2 * angles)``, the sine with the signs that rotation gives to them."""
+    whole = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    shape = (num_rows, -1, 1, 2 * cos.shape[-1])
+    return whole[0].view(shape), whole[1].view(shape)
 
 
 def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys turned by their positions, ``(rows, new, heads, head_dim)``."""
+    """Queries or keys turned by their positions as far as there are angles, ``(rows, new, heads, head_dim)``."""
     cos, signed_sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((_rotated(x[..., :size], rotation), x[..., size:]), -1)
+    return torch.addcmul(x * cos, x.roll(size // 2, -1), signed_sin)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, folded: int) -> Tensor:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 _COLUMNS_AT_ONCE = 64
 """Columns by which a cache grows: copying it every so many tokens costs next to nothing."""
 
+_WASTE = 0.75
+"""Prompts are read together if the shortest has at least this share of the longest's tokens: the rest is padding."""
+
+_FREE_TOKENS = 1024
+"""A GPU takes as long for a pass over a few tokens as for one over so many, so up to here padding costs nothing."""
+
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far scores of one model may lie apart, as a share of the largest one."""
 
@@ -336,6 +342,40 @@ class Stepper:
         """Append tokens to every row of a cache, whatever comes next."""
         self(cache, ids, keep=torch.empty(0, dtype=torch.int64) if self.is_remote else 1)
 
+    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+        """Read prompts of any lengths but for their last tokens, which are asked about with what comes next.
+
+        Args:
+            prompts: Token ids, at least one each.
+
+        Returns:
+            A cache with a row for each, in their order.
+        """
+        groups = _groups([len(prompt) for prompt in prompts], _FREE_TOKENS if self.device.type == "cuda" else 0)
+        caches = [self._read_group([prompts[row] for row in group]) for group in groups]
+        if groups == [list(range(len(prompts)))]:
+            return caches[0]
+        places = {row: (cache, at) for group, cache in zip(groups, caches, strict=True) for at, row in enumerate(group)}
+        whole = self.new_cache()
+        for row, prompt in enumerate(prompts):
+            if len(prompt) > 1:
+                whole.append(*places[row])
+            else:
+                whole.add_rows(1)
+        return whole
+
+    def _read_group(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+        """Prompts of similar lengths in one pass, filled up on the right."""
+        width = max(map(len, prompts)) - 1
+        cache = self.new_cache()
+        cache.add_rows(len(prompts))
+        if width:
+            # With a token of the row itself, because a translated model need not read any other.
+            padded = [[*prompt[:-1], *[prompt[0]] * (width + 1 - len(prompt))] for prompt in prompts]
+            self.read(cache, torch.tensor(padded))
+            cache.cut([len(prompt) - 1 for prompt in prompts])
+        return cache
+
     def __call__(
         self, cache: RaggedCache, ids: Tensor, *, keep: int | Tensor = 1, num_wanted: Sequence[int] | None = None
     ) -> Tensor:
@@ -371,6 +411,24 @@ class Stepper:
         if self._slices_itself:
             return logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def _groups(lengths: Sequence[int], free_tokens: int) -> list[list[int]]:
+    """Which prompts are read together; those of a group follow each other by length.
+
+    Args:
+        lengths: Of the prompts.
+        free_tokens: A pass over so many, with padding, takes no longer than a shorter one.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups:
+            is_free = (len(groups[-1]) + 1) * lengths[row] <= free_tokens
+            if is_free or lengths[groups[-1][0]] >= _WASTE * lengths[row]:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
 
 
 def agree(one: Stepper, other: Stepper) -> bool:

@@ -27,12 +27,6 @@ from fedpt_flwr.ragged import RaggedCache, Stepper
 PARTS = ("large", "tuned", "untuned")
 """The three models of a proxy, in the order of its formula."""
 
-_WASTE = 0.75
-"""Prompts are read together if the shortest has at least this share of the longest's tokens: the rest is padding."""
-
-_FREE_TOKENS = 1024
-"""A GPU takes as long for a pass over a few tokens as for one over so many, so up to here padding costs nothing."""
-
 
 class Round(NamedTuple):
     """What the models say about the tokens that follow those given to them."""
@@ -177,7 +171,8 @@ class Speculation:
             rules: How.
             draft_tokens: Tokens to draft in every round; ``auto`` drafts as many as pay.
         """
-        rows, caches = _read(self.steps, prompts)
+        rows = list(range(len(prompts)))
+        caches = {name: step.read_prompts(prompts) for name, step in self.steps.items()}
         last_ids = [prompts[row][-1] for row in rows]
         texts = [Acceptance(self.length.prior) for _ in rows]
         while rows:
@@ -223,57 +218,3 @@ def _remove(values: list[Any], index: int) -> None:
     last = values.pop()
     if index < len(values):
         values[index] = last
-
-
-def _read(steps: Mapping[str, Stepper], prompts: Sequence[Sequence[int]]) -> tuple[list[int], dict[str, RaggedCache]]:
-    """Read all prompts but for their last tokens; the rows in the order of the caches, and the caches."""
-    on_gpu = all(step.device.type == "cuda" for step in steps.values())
-    groups = _groups([len(prompt) for prompt in prompts], _FREE_TOKENS if on_gpu else 0)
-    caches = {
-        name: [_read_group(step, [prompts[row] for row in group]) for group in groups] for name, step in steps.items()
-    }
-    order = [row for group in groups for row in group]
-    return order, {name: _joined(steps[name], parts) for name, parts in caches.items()}
-
-
-def _groups(lengths: Sequence[int], free_tokens: int) -> list[list[int]]:
-    """Which prompts are read together; those of a group follow each other by length.
-
-    Args:
-        lengths: Of the prompts.
-        free_tokens: A pass over so many, with padding, takes no longer than a shorter one.
-    """
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups:
-            is_free = (len(groups[-1]) + 1) * lengths[row] <= free_tokens
-            if is_free or lengths[groups[-1][0]] >= _WASTE * lengths[row]:
-                groups[-1].append(row)
-                continue
-        groups.append([row])
-    return groups
-
-
-def _read_group(step: Stepper, prompts: Sequence[Sequence[int]]) -> RaggedCache:
-    width = max(map(len, prompts)) - 1
-    cache = step.new_cache()
-    cache.add_rows(len(prompts))
-    if width:
-        # With a token of the row itself, because a translated model need not read any other.
-        padded = [[*prompt[:-1], *[prompt[0]] * (width + 1 - len(prompt))] for prompt in prompts]
-        step.read(cache, torch.tensor(padded))
-        cache.cut([len(prompt) - 1 for prompt in prompts])
-    return cache
-
-
-def _joined(step: Stepper, parts: Sequence[RaggedCache]) -> RaggedCache:
-    if len(parts) == 1:
-        return parts[0]
-    whole = step.new_cache()
-    for part in parts:
-        if not any(part.lengths):  # prompts of one token: nothing was read
-            whole.add_rows(part.num_rows)
-            continue
-        for row in range(part.num_rows):
-            whole.append(part, row)
-    return whole

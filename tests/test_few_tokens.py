@@ -16,20 +16,7 @@ from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
 
 few_tokens = pytest.importorskip("fedpt_flwr.few_tokens", reason="compiled loops need the extra fast")
-COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name} | {
-    "gpt2": ("gpt2", {}),
-    "gpt2, no scaling, another activation": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
-    "gpt2, scaled by layer, tied": (
-        "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": True, "n_inner": 40},
-    ),
-    "neox": ("gpt-neox", {}),
-    "neox, one half after the other, all turned": (
-        "gpt-neox",
-        {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    ),
-    "neox, no biases": ("gpt-neox", {"attention_bias": False}),
-}
+COMPILED = {name: case for name, case in TAKEN.items() if "gelu" not in name}
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from test_ragged import make, random_ids, read
 from torch import nn
 
 from fedpt_flwr import lean, packing
+from fedpt_flwr.builds import build_of
 from fedpt_flwr.graphs import GraphedStepper, graphed
 from fedpt_flwr.lean import LeanStepper, step_function
 from fedpt_flwr.proxy import ProxyModel
@@ -226,9 +227,9 @@ def passes(monkeypatch):
     taken = []
     run = fused.run
 
-    def watched(body, cache, x, *args):
+    def watched(blocks, cache, x, *args):
         taken.append(len(x))
-        return run(body, cache, x, *args)
+        return run(blocks, cache, x, *args)
 
     monkeypatch.setattr(fused, "run", watched)
     monkeypatch.setattr(lean, "_fused", lambda kind: fused)
@@ -236,7 +237,7 @@ def passes(monkeypatch):
 
 
 def without_kernels(model):
-    step = LeanStepper(model)
+    step = LeanStepper(model, build_of(model))
     step.fuses = False
     return step
 
@@ -287,7 +288,10 @@ def test_an_adapter_is_on_or_off_as_the_context_says(passes):
     proxy.to(DEVICE)
     steps = {
         "on": (step_function(proxy.tuned), without_kernels(proxy.tuned)),
-        "off": (step_function(proxy.tuned, proxy.without_adapter), LeanStepper(proxy.tuned, proxy.without_adapter)),
+        "off": (
+            step_function(proxy.tuned, proxy.without_adapter),
+            LeanStepper(proxy.tuned, build_of(proxy.tuned), proxy.without_adapter),
+        ),
     }
     steps["off"][1].fuses = False
     found = {}
@@ -314,7 +318,7 @@ def test_an_adapter_is_on_or_off_as_the_context_says(passes):
 )
 def test_what_is_not_for_the_kernels_goes_the_other_way(settings, dtype, num_rows, num_new, passes):
     model = make("llama", **settings).to(DEVICE, dtype)
-    for step in (LeanStepper(model), without_kernels(model)):
+    for step in (LeanStepper(model, build_of(model)), without_kernels(model)):
         cache = step.new_cache()
         cache.add_rows(num_rows)
         step(cache, random_ids(num_rows, num_new))

@@ -8,7 +8,7 @@ from test_ragged import FAMILIES, alone, make, random_ids, read
 from torch import nn
 
 from fedpt_flwr import lean
-from fedpt_flwr.lean import FewTokensStepper, LeanStepper, step_function
+from fedpt_flwr.lean import LeanStepper, step_function
 from fedpt_flwr.models import set_arrays
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
@@ -38,6 +38,18 @@ TAKEN = {
     "qwen2, windows and not": ("qwen2", _MANY_WINDOWS),
     "qwen3": ("qwen3", {}),
     "qwen3, windows and not": ("qwen3", _MANY_WINDOWS),
+    "gpt2": ("gpt2", {}),
+    "gpt2, no scaling, another activation": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt2, scaled by layer, tied": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": True, "n_inner": 40},
+    ),
+    "neox": ("gpt-neox", {}),
+    "neox, one half after the other, all turned": (
+        "gpt-neox",
+        {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "neox, no biases": ("gpt-neox", {"attention_bias": False}),
 }
 
 
@@ -228,19 +240,11 @@ def test_a_model_of_another_build_takes_the_ordinary_way(name):
     assert type(stepper) is Stepper
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
-def test_the_other_builds_that_are_known_have_compiled_layers_if_there_is_numba(family, monkeypatch):
-    model = make(family)
-    has_numba = lean._few_tokens() is not None
-    assert type(step_function(model)) is (FewTokensStepper if has_numba else Stepper)
-    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
-    assert type(step_function(model)) is Stepper
-
-
 @pytest.mark.parametrize("num_tokens", [3, 20])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt-neox"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_text_that_is_only_read_is_remembered_like_one_that_is_scored(packed, num_tokens):
-    model = make("qwen3")
+def test_a_text_that_is_only_read_is_remembered_like_one_that_is_scored(family, packed, num_tokens):
+    model = make(family)
     if packed:
         prepare(model)
     stepper = step_function(model)
@@ -253,6 +257,34 @@ def test_a_text_that_is_only_read_is_remembered_like_one_that_is_scored(packed, 
     assert caches[0].lengths == caches[1].lengths == [num_tokens] * 2
     scores = [stepper(cache, random_ids(2, 1, seed=1)) for cache in caches]
     assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_prompts_of_unequal_lengths_are_read_side_by_side(name, packed):
+    family, settings = TAKEN[name]
+    model, plain = make(family, **settings), make(family, **settings)
+    if packed:
+        prepare(model)
+    stepper = step_function(model)
+    prompts = [random_ids(length, seed=length) for length in (5, 21, 1, 3, 21, 9)]
+    cache = stepper.read_prompts([prompt.tolist() for prompt in prompts])
+    assert cache.lengths == [len(prompt) - 1 for prompt in prompts]
+    for new in range(2):
+        scores = stepper(cache, torch.stack([prompt[-1:] for prompt in prompts]))[:, 0]
+        for row, prompt in enumerate(prompts):
+            torch.testing.assert_close(scores[row], alone(plain, prompt)[0], atol=1e-4, rtol=1e-4)
+        prompts = [torch.cat([prompt, random_ids(1, seed=new)]) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["opt", "mixtral", "llama"])
+def test_prompts_are_in_the_cache_in_their_order_whoever_reads_them(name):
+    model = make(name)
+    prompts = [random_ids(length, seed=length) for length in (20, 5, 21, 1, 19, 4)]
+    cache = Stepper(model).read_prompts([prompt.tolist() for prompt in prompts])
+    scores = Stepper(model)(cache, torch.stack([prompt[-1:] for prompt in prompts]))[:, 0]
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(scores[row], alone(model, prompt)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_scores_otherwise_takes_the_ordinary_way(monkeypatch):

@@ -9,7 +9,7 @@ from reference import reference_greedy, reference_scores
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import Tensor
 
-from fedpt_flwr import speculative
+from fedpt_flwr import ragged, speculative
 from fedpt_flwr.logits import combine_logits, keyed_gumbel
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.speculative import Speculation, num_accepted
@@ -103,12 +103,12 @@ def test_texts_are_those_of_three_passes_a_token(make, draft_tokens):
 
 def test_prompts_are_read_together_where_little_of_it_is_padding_or_padding_is_free(monkeypatch):
     lengths = [1, 9, 4, 100, 17, 90]
-    assert speculative._groups(lengths, 0) == [[0], [2], [1], [4], [5, 3]]
-    assert speculative._groups(lengths, 60) == [[0, 2, 1], [4], [5, 3]]
-    assert speculative._groups(lengths, 600) == [[0, 2, 1, 4, 5, 3]]
+    assert ragged._groups(lengths, 0) == [[0], [2], [1], [4], [5, 3]]
+    assert ragged._groups(lengths, 60) == [[0, 2, 1], [4], [5, 3]]
+    assert ragged._groups(lengths, 600) == [[0, 2, 1, 4, 5, 3]]
     models, given = relatives(tiny_llama), prompts([1, 9, 4, 1, 17])
     expected = [reference_greedy(*models, torch.tensor(ids), max_new_tokens=NEW) for ids in given]
-    monkeypatch.setattr(speculative, "_WASTE", 0.0)
+    monkeypatch.setattr(ragged, "_WASTE", 0.0)
     assert write(models, given, 3)[0] == expected
 
 
