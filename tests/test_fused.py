@@ -142,7 +142,8 @@ def test_queries_and_keys_are_turned_and_stored(size, num_heads, num_key_heads, 
         shaped[:2] = [
             F.rms_norm(part, (size,), norm.weight, 1e-5) for part, norm in zip(shaped[:2], norms, strict=True)
         ]
-    rotation = lean._rotation(cos, sin)
+    half = size // 2
+    rotation = lean._rotation(cos.view(-1, size)[:, :half], sin.view(-1, size)[:, :half], 3)
     shaped[:2] = [lean._rotated(part, rotation) for part in shaped[:2]]
     for one, part in zip(expected, shaped[1:], strict=True):
         one[torch.arange(3, device=DEVICE)[:, None], :, positions] = part
