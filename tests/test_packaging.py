@@ -1,5 +1,6 @@
 """What is installed, bundled and imported."""
 
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -15,7 +16,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def modules():
+    has_triton = importlib.util.find_spec("triton") is not None  # comes with builds of torch for GPUs
     for path in sorted((ROOT / "fedpt_flwr").rglob("*.py")):
+        if path.stem == "fused" and not has_triton:
+            continue
         yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     yield from ("client_app", "server_app")
 
