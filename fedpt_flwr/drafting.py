@@ -93,7 +93,10 @@ class StepCosts:
         """Seconds of a round that drafts so many tokens for each of so many rows."""
         verified = num_rows * (num_drafts + 1)
         drafting = (num_drafts + 1) * self.seconds("tuned", num_rows)
-        return drafting + self.seconds("large", verified) + self.seconds("untuned", verified)
+        judging = self.seconds("large", verified), self.seconds("untuned", verified)
+        if not all(step.runs_beside for step in self.steps.values()):
+            return drafting + sum(judging)
+        return drafting + max(judging) if num_drafts else max(drafting, *judging)  # as speculative.ask() launches them
 
     def _timing(self, name: str, num_tokens: int) -> float:
         step = self.steps[name]

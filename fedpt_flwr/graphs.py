@@ -203,6 +203,11 @@ class GraphedStepper(Stepper):
             tuple((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values)) for layer in probe.layers
         ]
 
+    @property
+    def runs_beside(self) -> bool:
+        """See :attr:`fedpt_flwr.ragged.Stepper.runs_beside`."""
+        return not self.failure
+
     def twin(self) -> Stepper:
         """One with memory of its own, where passes are recorded."""
         return self if self.failure or self._rest else GraphedStepper(self._step, self._record.anew())

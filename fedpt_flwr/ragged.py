@@ -320,6 +320,11 @@ class Stepper:
         """Whether every position that is looked at costs something."""
         return is_remote(self.base)
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether :meth:`launch` leaves time for passes of other models."""
+        return False
+
     def twin(self) -> Stepper:
         """One that shares nothing but the model, for passes beside those that are under way."""
         return self

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_llama
@@ -9,8 +11,8 @@ from fedpt_flwr.ragged import Stepper
 class Costs(StepCosts):
     """Costs that are given instead of timed: a pass over n tokens costs ``base + slope * n``."""
 
-    def __init__(self, **models):
-        super().__init__({})
+    def __init__(self, *, beside=False, **models):
+        super().__init__({name: SimpleNamespace(runs_beside=beside) for name in models})
         self.models = models
 
     def _timing(self, name, num_tokens):
@@ -50,6 +52,14 @@ def test_good_drafters_are_asked_for_more_and_bad_ones_for_nothing():
     assert chosen[0] == 0
     assert chosen[-1] == LONGEST_DRAFT
     assert DraftLength(BOUND_BY_ARITHMETIC).choose(texts(0.8), 100) == 0
+
+
+def test_passes_beside_each_other_cost_as_much_as_the_longest():
+    models = {"large": (4.0, 0.0), "tuned": (1.0, 0.0), "untuned": (3.0, 0.0)}
+    after, beside = Costs(**models), Costs(**models, beside=True)
+    assert [after.of_round(1, drafts) for drafts in (0, 1, 2)] == [8.0, 9.0, 10.0]
+    assert [beside.of_round(1, drafts) for drafts in (0, 1, 2)] == [4.0, 6.0, 7.0]
+    assert DraftLength(after).choose(texts(0.3), 1) > DraftLength(beside).choose(texts(0.3), 1)
 
 
 def test_no_more_is_drafted_than_makes_sense():
