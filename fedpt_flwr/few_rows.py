@@ -56,8 +56,9 @@ _TILE = 2, 12 if _HAS_AVX512 else 6
 _STEPS = 16
 """Numbers of a row of the weight that are multiplied without looking whether there are more: 64 bytes, a cache line."""
 
-_AT_MOST = 512
-"""Numbers after which the sums of many rows are put aside, since long sums of float32 lose digits."""
+_AT_MOST = 1024
+"""Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
+long sums of float32 would lose digits."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -292,15 +293,16 @@ def _loop_of_tiles(weight: Any, x: Any, product: Any) -> None:
     num_tiles = num_columns // _TILE_ROWS
     begin = num_tiles * _TILE_ROWS
     num_blocks = num_out // _TILE[1]
-    for block in prange(num_blocks):
-        i = block * _TILE[1]
-        for tile in range(num_tiles):
-            _sums(weight, i, x, tile * _TILE_ROWS, product, _TILE[0], _TILE[1])
-        if begin < num_columns:
-            _sums(weight, i, x, begin, product, 1, _TILE[1])
-    for i in range(num_blocks * _TILE[1], num_out):
-        for column in range(0, num_columns, _LANES):
-            _sums(weight, i, x, column, product, 1, 1)
+    for start in range(0, weight.shape[1], _AT_MOST):
+        for block in prange(num_blocks):
+            i = block * _TILE[1]
+            for tile in range(num_tiles):
+                _sums(weight, i, x, tile * _TILE_ROWS, product, start, _TILE[0], _TILE[1])
+            if begin < num_columns:
+                _sums(weight, i, x, begin, product, start, 1, _TILE[1])
+        for i in range(num_blocks * _TILE[1], num_out):
+            for column in range(0, num_columns, _LANES):
+                _sums(weight, i, x, column, product, start, 1, 1)
 
 
 _TILE_ROWS = _TILE[0] * _LANES
@@ -308,11 +310,22 @@ _TILE_ROWS = _TILE[0] * _LANES
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _sums(
-    _context: Any, weight: Any, i: Any, x: Any, column: Any, product: Any, num_vectors: Any, num_weights: Any
+    _context: Any,
+    weight: Any,
+    i: Any,
+    x: Any,
+    column: Any,
+    product: Any,
+    start: Any,
+    num_vectors: Any,
+    num_weights: Any,
 ) -> Any:
-    """Machine code for so many vectors of rows of x times so many rows of a weight, each from a given one on."""
+    """Machine code for so many vectors of rows of x times so many rows of a weight, each from a given one on.
+
+    It adds up :data:`_AT_MOST` numbers of each, or as many as there are, from a given one on.
+    """
     emit = functools.partial(_emit_sums, num_vectors=num_vectors.literal_value, num_weights=num_weights.literal_value)
-    return types.void(weight, i, x, column, product, num_vectors, num_weights), emit
+    return types.void(weight, i, x, column, product, start, num_vectors, num_weights), emit
 
 
 def _emit_sums(
@@ -323,7 +336,7 @@ def _emit_sums(
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
-    i, column = arguments[1], arguments[3]
+    i, column, start = arguments[1], arguments[3], arguments[5]
     _, length = cgutils.unpack_tuple(builder, weight.shape)
     _, width = cgutils.unpack_tuple(builder, x.shape)
     size = length.type
@@ -347,22 +360,21 @@ def _emit_sums(
                 builder.store(builder.call(fma, [factor, value, builder.load(total)]), total)
 
     block = builder.mul(length, size(num_weights))  # the next one is asked for, as for few rows
-    with cgutils.for_range_slice(builder, size(0), length, size(_AT_MOST), size) as (start, _):
-        for total in (total for held in sums for total in held):
-            builder.store(ir.Constant(lanes, None), total)
-        behind = builder.add(start, size(_AT_MOST))
-        stop = builder.select(builder.icmp_signed("<", behind, length), behind, length)
-        end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_STEPS - 1)))
-        with cgutils.for_range_slice(builder, start, end, size(_STEPS), size) as (k, _):
-            for row in weights:
-                _prefetch(builder, builder.gep(row, [builder.add(k, block)]))
-            for number in range(_STEPS):
-                step(builder.add(k, size(number)))
-        with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
-            step(k)
-        for place, held in zip(places, sums, strict=True):
-            begin = builder.gep(product.data, [builder.add(builder.mul(width, place), column)])
-            for number, total in enumerate(held):
-                address = vector(begin, number)
-                builder.store(builder.fadd(builder.load(address, align=4), builder.load(total)), address, align=4)
+    for total in (total for held in sums for total in held):
+        builder.store(ir.Constant(lanes, None), total)
+    behind = builder.add(start, size(_AT_MOST))
+    stop = builder.select(builder.icmp_signed("<", behind, length), behind, length)
+    end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_STEPS - 1)))
+    with cgutils.for_range_slice(builder, start, end, size(_STEPS), size) as (k, _):
+        for row in weights:
+            _prefetch(builder, builder.gep(row, [builder.add(k, block)]))
+        for number in range(_STEPS):
+            step(builder.add(k, size(number)))
+    with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
+        step(k)
+    for place, held in zip(places, sums, strict=True):
+        begin = builder.gep(product.data, [builder.add(builder.mul(width, place), column)])
+        for number, total in enumerate(held):
+            address = vector(begin, number)
+            builder.store(builder.fadd(builder.load(address, align=4), builder.load(total)), address, align=4)
     return context.get_dummy_value()
