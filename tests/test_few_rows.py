@@ -36,8 +36,9 @@ def test_products_of_bfloat16_are_rounded_once(num_rows, size):
 
 
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 12, 20, 40])
-def test_the_number_of_threads_changes_no_bit(num_rows):
-    x, weight, bias = case(num_rows, (130, 257))
+@pytest.mark.parametrize("size", [(130, 257), (31, 2050)])
+def test_the_number_of_threads_changes_no_bit(size, num_rows):
+    x, weight, bias = case(num_rows, size)
     alone = few_rows.multiply(x, weight, bias)
     try:
         torch.set_num_threads(2)
