@@ -2,8 +2,9 @@
 
 A round of speculative decoding drafts ``k`` tokens and gets up to ``k + 1``. With independent acceptance ``a`` of each
 draft it gets ``1 + a + … + a**k`` on average (Leviathan et al. 2023, arXiv:2211.17192), and costs one pass of the large
-and one of the untuned model over ``k + 1`` tokens, and ``k + 1`` passes of the tuned model over one. Drafting nothing
-is one of the choices, so that a drafter which is always wrong costs next to nothing.
+and one of the untuned model over ``k + 1`` tokens, and ``k + 1`` passes of the tuned model over one; or, where weights
+of 8 bits can guess, ``k`` passes of these and one of the tuned model over all. Drafting nothing is one of the choices,
+so that a drafter which is always wrong costs next to nothing.
 
 None of this has a say in which tokens come out, only in how fast.
 """
@@ -28,6 +29,8 @@ _MOST_AT_ONCE = 64
 
 _SLOW_S = 0.05
 """A pass that takes so long is timed twice, and others three times."""
+
+_ROUGH = "rough"  # what the tuned model's rough step function is called beside the three
 
 _FORGETTING = 0.9
 _PRIOR_WEIGHT = 3.0
@@ -92,14 +95,27 @@ class StepCosts:
     def of_round(self, num_rows: int, num_drafts: int) -> float:
         """Seconds of a round that drafts so many tokens for each of so many rows."""
         verified = num_rows * (num_drafts + 1)
-        drafting = (num_drafts + 1) * self.seconds("tuned", num_rows)
+        drafting = min(self._exact_drafting(num_rows, num_drafts), self._rough_drafting(num_rows, num_drafts))
         judging = self.seconds("large", verified), self.seconds("untuned", verified)
         if not all(step.runs_beside for step in self.steps.values()):
             return drafting + sum(judging)
         return drafting + max(judging) if num_drafts else max(drafting, *judging)  # as speculative.ask() launches them
 
+    def drafts_roughly(self, num_rows: int, num_drafts: int) -> bool:
+        """Whether it is cheaper to guess roughly and to read all guesses again (``speculative.draft``)."""
+        return self._rough_drafting(num_rows, num_drafts) < self._exact_drafting(num_rows, num_drafts)
+
+    def _exact_drafting(self, num_rows: int, num_drafts: int) -> float:
+        return (num_drafts + 1) * self.seconds("tuned", num_rows)
+
+    def _rough_drafting(self, num_rows: int, num_drafts: int) -> float:
+        if not num_drafts or self.steps["tuned"].rough is None:
+            return math.inf
+        return num_drafts * self.seconds(_ROUGH, num_rows) + self.seconds("tuned", num_rows * (num_drafts + 1))
+
     def _timing(self, name: str, num_tokens: int) -> float:
-        step = self.steps[name]
+        rough = self.steps["tuned"].rough if name == _ROUGH else None
+        step = rough or self.steps[name]
         if step.is_remote:  # a pass costs money, and what it takes is seen from those that are made anyway
             return float(step.model.seconds(num_tokens))
         if (name, num_tokens) not in self._timed:

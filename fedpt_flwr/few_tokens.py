@@ -11,6 +11,7 @@ has its weights, keys and values in that type; what is computed of them is float
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block
-from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
+from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, rounded, widened
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -63,6 +64,8 @@ class _Norm(NamedTuple):
 
 class _Product(NamedTuple):
     weight: Any
+    scales: Array | None
+    """Of each output, where the weight is in whole numbers."""
     bias: Array | None
     num_out: int
 
@@ -88,16 +91,19 @@ class Layers:
     """All layers of a model, ready to be run. They show the model's own weights, and hold no copies.
 
     Args:
-        blocks: The model's layers, for which :func:`takes` said yes.
+        blocks: The model's layers, of a kind that the loops know.
+        head: What gives scores. With it, all weights are copied in 8 bits, and what comes out is nearly the same.
 
     Attributes:
         blocks: These.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], head: Any = None) -> None:
+        is_rough = head is not None
         self.blocks = blocks
-        self._dtype = _dtype(blocks[0].down)
-        self._layers = [_layer(block) for block in blocks]
+        self._dtype = torch.int8 if is_rough else _dtype(blocks[0].down)
+        self._layers = [_layer(block, is_rough) for block in blocks]
+        self._head = _product(head, is_rough) if is_rough else None
 
     def takes(self, num_tokens: int, width: int) -> bool:
         """Whether it pays to put tokens through the loops.
@@ -123,7 +129,7 @@ class Layers:
             What comes out of the last layer, ``(rows * new, hidden)``, of the dtype of ``x``.
         """
         num_tokens = len(x)
-        multiply = loop_for(self._dtype, num_tokens)
+        product = functools.partial(_multiplied, loop_for(self._dtype, num_tokens))
         first = np.asarray(starts, dtype=np.int64)
         num_new = num_tokens // len(starts)
         if rotation is None:
@@ -132,13 +138,6 @@ class Layers:
             cos, sin = (part.float().contiguous().numpy() for part in rotation)
         stream = np.array(x.float().numpy())
         states, change = np.empty_like(stream), np.empty_like(stream)
-
-        def product(part: _Product, given: Array, out: Array | None = None) -> Array:
-            found = np.empty((num_tokens, part.num_out), np.float32) if out is None else out
-            multiply(part.weight, given, found)
-            if part.bias is not None:
-                found += part.bias
-            return found
 
         for number, layer in enumerate(self._layers):
             block = layer.block
@@ -180,10 +179,24 @@ class Layers:
             stream += change
         return torch.from_numpy(stream).to(x.dtype)
 
+    def scores(self, x: Tensor) -> Tensor:
+        """What the head, which must have been given, says of normed states: ``(tokens, hidden)`` to ``(…, vocab)``."""
+        states = x.float().contiguous().numpy()
+        return torch.from_numpy(_multiplied(loop_for(self._dtype, len(x)), self._head, states)).to(x.dtype)
 
-def layers_of(blocks: Sequence[Block]) -> Layers | None:
-    """A model's layers, ready to be run; None if they are not prepared, or are of a kind that the loops do not know."""
-    return Layers(blocks) if _are_known(blocks) else None
+
+def layers_of(blocks: Sequence[Block], head: Any = None) -> Layers | None:
+    """A model's layers, ready to be run; None if they are not prepared, or are of a kind that the loops do not know.
+
+    Args:
+        blocks: The layers.
+        head: See :class:`Layers`.
+    """
+    return Layers(blocks, head) if _are_known(blocks) and (head is None or _is_known(head)) else None
+
+
+def _is_known(part: Any) -> bool:
+    return type(part) is PackedLinear and part.is_plain  # else it is not prepared, or has an adapter
 
 
 def _are_known(blocks: Sequence[Block]) -> bool:
@@ -193,7 +206,7 @@ def _are_known(blocks: Sequence[Block]) -> bool:
         for part in parts:
             if part is None:
                 continue
-            if type(part) is not PackedLinear or not part.is_plain:  # not prepared, or with an adapter
+            if not _is_known(part):
                 return False
             dtypes.add(part.weight.dtype)
         if block.activation_name not in (("silu",) if block.gate is not None else _ACTIVATIONS):
@@ -212,20 +225,20 @@ def _is_known_norm(norm: nn.Module) -> bool:
     return len(weights) == needed and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
 
 
-def _layer(block: Block) -> _Layer:
+def _layer(block: Block, is_rough: bool) -> _Layer:
     head_norm = block.query_norm
     return _Layer(
         block=block,
         attention_norm=_norm(block.attention_norm),
-        projections=tuple(_product(part) for part in block.projections),
+        projections=tuple(_product(part, is_rough) for part in block.projections),
         query_norm=_NONE if head_norm is None else _norm(head_norm).weight,
         key_norm=_NONE if block.key_norm is None else _norm(block.key_norm).weight,
         head_eps=_ZERO if head_norm is None else _norm(head_norm).eps,
-        attention_out=_product(block.attention_out),
+        attention_out=_product(block.attention_out, is_rough),
         mlp_norm=_norm(block.mlp_norm),
-        gate=None if block.gate is None else _product(block.gate),
-        up=_product(block.up),
-        down=_product(block.down),
+        gate=None if block.gate is None else _product(block.gate, is_rough),
+        up=_product(block.up, is_rough),
+        down=_product(block.down, is_rough),
         scaling=np.float32(block.scaling),
     )
 
@@ -236,8 +249,20 @@ def _norm(norm: Any) -> _Norm:
     return _Norm(_array(norm.weight), None, np.float32(norm.variance_epsilon))
 
 
-def _product(part: Any) -> _Product:
-    return _Product(bits_of(part.plain_weight()), None if part.bias is None else _array(part.bias), part.out_features)
+def _product(part: Any, is_rough: bool) -> _Product:
+    weight, scales = rounded(part.plain_weight()) if is_rough else (bits_of(part.plain_weight()), None)
+    return _Product(weight, scales, None if part.bias is None else _array(part.bias), part.out_features)
+
+
+def _multiplied(loop: Callable[..., None], part: Any, given: Array, out: Array | None = None) -> Array:
+    """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``; into ``out`` if there is one."""
+    found = np.empty((len(given), part.num_out), np.float32) if out is None else out
+    loop(part.weight, given, found)
+    if part.scales is not None:
+        found *= part.scales
+    if part.bias is not None:
+        found += part.bias
+    return found
 
 
 def _dtype(part: Any) -> torch.dtype:

@@ -56,6 +56,7 @@ class LeanStepper(Stepper):
     Attributes:
         build: This one.
         fuses: Whether a few tokens on a GPU may go through kernels of our own.
+        is_rough: Whether a few tokens on a CPU go through compiled layers with weights of 8 bits.
 
     Raises:
         ModelError: The model cannot be called this way.
@@ -70,7 +71,9 @@ class LeanStepper(Stepper):
         super().__init__(model, context)
         self.build = build
         self.fuses = True
-        self._known: tuple[list[Block], Any] = ([], None)
+        self.is_rough = False
+        self._known: tuple[list[Any], Any] = ([], None)
+        self._rough: LeanStepper | None = None
 
     @torch.no_grad()
     def __call__(
@@ -102,7 +105,21 @@ class LeanStepper(Stepper):
                 x = _through(blocks, x, angles, (num_rows, num_new), attention)
             x = x.view(num_rows, num_new, -1)
             x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
-            return _scores(self.build.head(), _normed(self.build.norm, x))
+            x = _normed(self.build.norm, x)
+            if self.is_rough and layers is not None:
+                rough: Tensor = layers.scores(x.reshape(-1, x.shape[-1]))
+                return rough.view(*x.shape[:-1], -1)
+            return _scores(self.build.head(), x)
+
+    @property
+    def rough(self) -> LeanStepper | None:
+        """See :attr:`fedpt_flwr.ragged.Stepper.rough`: in 8 bits, where a prepared model has compiled layers."""
+        if self.device.type != "cpu":
+            return None
+        if self._rough is None:
+            self._rough = LeanStepper(self.model, self.build, self.context)
+            self._rough.is_rough = True
+        return self._rough if self._rough._compiled(self.build.blocks()) is not None else None
 
     def read(self, cache: RaggedCache, ids: Tensor) -> None:
         """See :meth:`fedpt_flwr.ragged.Stepper.read`."""
@@ -136,10 +153,11 @@ class LeanStepper(Stepper):
         few_tokens = _few_tokens()
         if few_tokens is None:
             return None
+        head = self.build.head() if self.is_rough else None
         known, layers = self._known
-        if blocks != known:  # prepared or restored meanwhile
-            layers = few_tokens.layers_of(blocks)
-            self._known = blocks, layers
+        if [*blocks, head] != known:  # prepared or restored meanwhile
+            layers = few_tokens.layers_of(blocks, head)
+            self._known = [*blocks, head], layers
         return layers
 
 

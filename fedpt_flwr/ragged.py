@@ -325,6 +325,11 @@ class Stepper:
         """Whether :meth:`launch` leaves time for passes of other models."""
         return False
 
+    @property
+    def rough(self) -> Stepper | None:
+        """One that answers nearly as this one, in less time and on the same caches; None if there is none now."""
+        return None
+
     def twin(self) -> Stepper:
         """One that shares nothing but the model, for passes beside those that are under way."""
         return self

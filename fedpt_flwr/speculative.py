@@ -105,7 +105,9 @@ def ask(
     caches: Mapping[str, RaggedCache],
     last_ids: Tensor,
     num_drafts: int,
-    draft: Drafter,
+    drafter: Drafter,
+    *,
+    is_rough: bool = False,
 ) -> Round:
     """Draft, and let all three models score: every cache grows by ``num_drafts + 1`` tokens per row.
 
@@ -114,21 +116,51 @@ def ask(
         caches: The cache of each, with the same rows; they hold all tokens but the last.
         last_ids: ``(rows, 1)``, int64: the last token of each row.
         num_drafts: Tokens to draft for each row; may be 0.
-        draft: Guesses tokens.
+        drafter: Guesses tokens.
+        is_rough: See :func:`draft`.
     """
     if not num_drafts:
         begun = [steps[name].launch(caches[name], last_ids, keep=0) for name in PARTS]
         return Round(torch.empty((len(last_ids), 0), dtype=torch.int64), *(wait() for wait in begun))
-    tuned = [steps["tuned"](caches["tuned"], last_ids)[:, -1]]
-    drafts = torch.empty((len(last_ids), 0), dtype=torch.int64, device=tuned[0].device)
-    for _ in range(num_drafts):
-        guess = draft(tuned[-1], drafts)[:, None]
-        drafts = torch.cat([drafts, guess], 1)
-        tuned.append(steps["tuned"](caches["tuned"], guess)[:, -1])
+    drafts, tuned = draft(steps["tuned"], caches["tuned"], last_ids, num_drafts, drafter, is_rough=is_rough)
     ids = torch.cat([last_ids.to(drafts.device), drafts], 1)
     begun = [steps[name].launch(caches[name], ids, keep=0) for name in ("large", "untuned")]
     large, untuned = (wait() for wait in begun)
-    return Round(drafts.cpu(), large, torch.stack(tuned, 1), untuned)
+    return Round(drafts.cpu(), large, tuned, untuned)
+
+
+def draft(
+    step: Stepper, cache: RaggedCache, last_ids: Tensor, num_drafts: int, drafter: Drafter, *, is_rough: bool
+) -> tuple[Tensor, Tensor]:
+    """Have the tuned model draft, and score what it has drafted: its cache grows by ``num_drafts + 1`` tokens per row.
+
+    Args:
+        step: Its step function.
+        cache: Its cache.
+        last_ids: ``(rows, 1)``, int64: the last token of each row, which the cache does not hold.
+        num_drafts: Tokens to draft for each row, at least 1.
+        drafter: Guesses tokens.
+        is_rough: Whether guesses are of scores that are only nearly right (:attr:`Stepper.rough`, if there is one). All
+            tokens are then read again, in one pass, and what is returned and remembered is right.
+
+    Returns:
+        The drafts, ``(rows, k)``, int64; the model's scores after the last token and after each draft,
+        ``(rows, k + 1, width)``. Both are on its device.
+    """
+    rough = step.rough if is_rough else None
+    lengths, guessing = list(cache.lengths), rough or step
+    scores = [guessing(cache, last_ids)[:, -1]]
+    drafts = torch.empty((len(last_ids), 0), dtype=torch.int64, device=scores[0].device)
+    while True:
+        guess = drafter(scores[-1], drafts)[:, None]
+        drafts = torch.cat([drafts, guess], 1)
+        is_last = drafts.shape[1] == num_drafts
+        if is_last and rough is not None:
+            cache.cut(lengths)
+            return drafts, step(cache, torch.cat([last_ids.to(drafts.device), drafts], 1), keep=0)
+        scores.append(guessing(cache, guess)[:, -1])
+        if is_last:
+            return drafts, torch.stack(scores, 1)
 
 
 def num_accepted(drafts: Tensor, choices: Tensor) -> list[int]:
@@ -183,7 +215,8 @@ class Speculation:
                 longest = max(0, min(longest, self._context - 2 - max(lengths)))
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
             rules.begin(rows, num_drafts + 1)
-            asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft)
+            is_rough = self.length.costs.drafts_roughly(len(rows), num_drafts)
+            asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft, is_rough=is_rough)
             choices = rules.choose(asked).cpu()
             accepted = num_accepted(asked.drafts, choices)
             if num_drafts:

@@ -12,7 +12,8 @@ class Costs(StepCosts):
     """Costs that are given instead of timed: a pass over n tokens costs ``base + slope * n``."""
 
     def __init__(self, *, beside=False, **models):
-        super().__init__({name: SimpleNamespace(runs_beside=beside) for name in models})
+        rough = SimpleNamespace() if "rough" in models else None
+        super().__init__({name: SimpleNamespace(runs_beside=beside, rough=rough) for name in models})
         self.models = models
 
     def _timing(self, name, num_tokens):
@@ -60,6 +61,17 @@ def test_passes_beside_each_other_cost_as_much_as_the_longest():
     assert [after.of_round(1, drafts) for drafts in (0, 1, 2)] == [8.0, 9.0, 10.0]
     assert [beside.of_round(1, drafts) for drafts in (0, 1, 2)] == [4.0, 6.0, 7.0]
     assert DraftLength(after).choose(texts(0.3), 1) > DraftLength(beside).choose(texts(0.3), 1)
+
+
+def test_it_is_guessed_roughly_where_reading_all_guesses_again_costs_less_than_that_saves():
+    models = {"large": (10.0, 0.0), "tuned": (1.0, 0.0), "untuned": (1.0, 0.0)}
+    exact, rough = Costs(**models), Costs(**models, rough=(0.5, 0.0))
+    assert [exact.drafts_roughly(1, drafts) for drafts in (0, 1, 4)] == [False, False, False]
+    assert [rough.drafts_roughly(1, drafts) for drafts in (0, 1, 4)] == [False, True, True]
+    assert [rough.of_round(1, drafts) for drafts in (0, 1, 4)] == [12.0, 12.5, 14.0]
+    assert [exact.of_round(1, drafts) for drafts in (0, 1, 4)] == [12.0, 13.0, 16.0]
+    dear = Costs(**models | {"tuned": (0.0, 1.0)}, rough=(0.9, 0.0))  # a pass over all costs what one by one does
+    assert [dear.drafts_roughly(1, drafts) for drafts in (1, 2, 7)] == [False, False, False]
 
 
 def test_no_more_is_drafted_than_makes_sense():

@@ -150,6 +150,46 @@ def test_only_plain_prepared_weights_are_taken(calls):
     assert calls == [2]
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_rough_scores_are_nearly_those_of_the_model_and_leave_a_usable_cache(name, calls):
+    family, settings = COMPILED[name]
+    model = make(family, **settings)
+    prepare(model)
+    stepper = step_function(model)
+    cache, ids = stepper.new_cache(), random_ids(1, 12, seed=3)
+    cache.add_rows(1)
+    stepper(cache, ids)
+    exact = stepper(cache, ids[:, :6], keep=0)
+    cache.cut([12])
+    calls.clear()
+    rough = torch.cat([stepper.rough(cache, ids[:, place : place + 1]) for place in range(6)], 1)
+    assert calls == [1] * 6
+    assert rough.dtype == exact.dtype
+    assert 0.0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    cache.cut([12])
+    assert torch.equal(stepper(cache, ids[:, :6], keep=0), exact)
+
+
+def test_there_are_rough_scores_where_weights_are_plain_prepared_ones():
+    model = make("llama")
+    stepper = step_function(model)
+    assert stepper.rough is None
+    prepare(model)
+    first = stepper.rough
+    assert stepper.rough is first is not None
+    assert step_function(adapted(make("llama"))).rough is None
+    restore(model)
+    assert stepper.rough is None
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    prepare(model)
+    cache = stepper.new_cache()
+    cache.add_rows(1)
+    exact = stepper(cache, random_ids(1, 4), keep=0)
+    cache.cut([0])
+    assert (stepper.rough(cache, random_ids(1, 4), keep=0) - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_an_adapter_goes_through_torch_and_the_large_model_does_not(calls):
     proxy = ProxyModel(make("llama"), adapted(make("llama")))
     proxy.prepare()

@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from test_speculative import relatives
 from tiny import EOS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
+from fedpt_flwr.lean import LeanStepper
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
+from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.scheduler import (
     End,
@@ -226,6 +228,31 @@ def test_drafts_beside_texts_at_the_end_of_a_context_change_nothing(start):
     ids = torch.tensor([prompts[1]])
     alone = proxy.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tasks[1].sink.ids() == alone[0, 3:].tolist()
+
+
+def test_drafts_that_another_model_guessed_change_nothing(start, monkeypatch):
+    proxy = make_proxy("related")
+    version = make_version(proxy, end_ids=frozenset())
+    prompts = [random_prompt(length, length) for length in (3, 9, 14)]
+    settings = [{}, {"temperature": 0.8}, {"model": "tuned"}]
+
+    def written():
+        tasks = [task(version, prompt, **setting) for prompt, setting in zip(prompts, settings, strict=True)]
+        start(version, draft_tokens=3).submit(tasks)
+        return [one.sink.ended(1).ids() for one in tasks]
+
+    expected = written()
+    asked = []
+
+    class Other(Stepper):
+        def __call__(self, cache, ids, **settings):
+            asked.append(ids.shape)
+            return super().__call__(cache, ids, **settings)
+
+    monkeypatch.setattr(LeanStepper, "rough", property(lambda _: Other(tiny_llama(7))))
+    monkeypatch.setattr("fedpt_flwr.drafting.StepCosts.drafts_roughly", lambda _self, _rows, drafts: drafts > 0)
+    assert written() == expected
+    assert (3, 1) in asked
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from fedpt_flwr import ragged, speculative
+from fedpt_flwr.drafting import StepCosts
+from fedpt_flwr.lean import LeanStepper
 from fedpt_flwr.logits import combine_logits, keyed_gumbel
 from fedpt_flwr.proxy import ProxyModel
 from fedpt_flwr.speculative import Speculation, num_accepted
@@ -169,6 +171,33 @@ def test_a_drafter_that_is_always_right_gives_all_its_tokens_and_one_more():
     assert statistics.num_rounds == NEW // 4
     assert statistics.num_accepted == statistics.num_drafted == 2 * 3 * NEW // 4
     assert texts == write([large, large, tuned], prompts([4, 4]), 0, alpha=0.0)[0]
+
+
+@pytest.fixture
+def guess_with(monkeypatch):
+    """Has drafts guessed by another model, on the tuned one's cache, wherever that may be done."""
+
+    def use(model):
+        for kind in (ragged.Stepper, LeanStepper):
+            monkeypatch.setattr(kind, "rough", property(lambda _: ragged.Stepper(model)))
+        monkeypatch.setattr(StepCosts, "drafts_roughly", lambda _self, _rows, num_drafts: num_drafts > 0)
+
+    return use
+
+
+@pytest.mark.parametrize("seeds", [None, [5, 6, -7]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft_tokens", [1, 4, "auto"])
+def test_drafts_that_another_model_guessed_change_nothing(draft_tokens, seeds, guess_with):
+    models, given = relatives(), prompts([4, 9, 2])
+    expected, _ = write(models, given, 0, seeds=seeds)
+    guess_with(tiny_llama(5))
+    texts, wrong = write(models, given, draft_tokens, seeds=seeds)
+    assert texts == expected
+    guess_with(models[1])
+    texts, right = write(models, given, draft_tokens, seeds=seeds)
+    assert texts == expected
+    if draft_tokens != "auto":
+        assert right.num_accepted / right.num_drafted > wrong.num_accepted / wrong.num_drafted + 0.1
 
 
 def test_no_more_is_drafted_than_there_is_room_for():

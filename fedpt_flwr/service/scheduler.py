@@ -29,7 +29,7 @@ from fedpt_flwr.ragged import RaggedCache, Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.text import TextStream
 from fedpt_flwr.service.versions import Version
-from fedpt_flwr.speculative import PARTS
+from fedpt_flwr.speculative import PARTS, draft
 
 _log = logging.getLogger(__name__)
 
@@ -256,17 +256,22 @@ class _Runner:
             return lambda: scores
         return self.stepper.launch(self.cache, torch.tensor(ids), keep=0)
 
-    def draft(self, num_drafts: int) -> Tensor:
-        """Such scores of the tuned model, which makes the drafts one by one."""
+    def draft(self, num_drafts: int, *, is_rough: bool) -> Tensor:
+        """Such scores of the tuned model, which makes the drafts one by one; see :func:`.speculative.draft`."""
         for text in self.choices:
             text.drafts = []
-        scores = [self.stepper(self.cache, torch.tensor([[text.last_id] for text in self.choices]))]
-        for _ in range(num_drafts):
-            guesses = _guesses(self.choices, scores[-1][:, -1])
-            for text, guess in zip(self.choices, guesses, strict=True):
-                text.drafts.append(guess)
-            scores.append(self.stepper(self.cache, torch.tensor(guesses)[:, None]))
-        return torch.cat(scores, 1)
+        last_ids = torch.tensor([[text.last_id] for text in self.choices])
+        if not num_drafts:
+            return self.stepper(self.cache, last_ids)
+
+        def guess(tuned: Tensor, drafts: Tensor) -> Tensor:  # noqa: ARG001
+            guesses = _guesses(self.choices, tuned)
+            for text, one in zip(self.choices, guesses, strict=True):
+                text.drafts.append(one)
+            return torch.tensor(guesses, device=tuned.device)
+
+        _, scores = draft(self.stepper, self.cache, last_ids, num_drafts, guess, is_rough=is_rough)
+        return scores
 
     def take_back(self, num_new: int) -> None:
         """Forget the tokens of a step that were not accepted."""
@@ -619,7 +624,11 @@ class Scheduler:
         """Scores of every model; the judges wait for drafts, if there are to be any."""
         judges = [runner for runner in runners if runner.name != "tuned"]
         begun = {} if num_drafts else {runner: runner.launch(0) for runner in judges}
-        scored = {runner: runner.draft(num_drafts) for runner in runners if runner.name == "tuned"}
+        scored = {}
+        for runner in (runner for runner in runners if runner.name == "tuned"):
+            costs = self._length_of(runner.choices[0].task.version).costs
+            is_rough = costs.drafts_roughly(len(runner.choices), num_drafts)
+            scored[runner] = runner.draft(num_drafts, is_rough=is_rough)
         begun = begun or {runner: runner.launch(num_drafts) for runner in judges}
         return scored | {runner: wait() for runner, wait in begun.items()}
 
