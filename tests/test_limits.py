@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 
+from benchmarks import limits
 from fedpt_flwr import memory
 from fedpt_flwr.config import ModelConfig, RunConfig, TrainConfig, TuningConfig, parse_run_config
 from fedpt_flwr.data import TokenizedExample
@@ -228,28 +229,6 @@ def test_the_defaults_of_a_run_are_not_changed_by_a_device_without_limits():
     assert DeviceLimits().apply(train) == train
 
 
-ROUND = """
-import json, sys
-import client_app
-from flwr.app import ConfigRecord, Message, RecordDict
-from local_grid import LocalGrid
-from fedpt_flwr.config import flat_values, parse_run_config
-from fedpt_flwr.models import load_causal_lm, make_tunable, tunable_arrays
-from fedpt_flwr.records import to_array_record
-
-config = parse_run_config(json.loads(sys.argv[1]))
-model = make_tunable(load_causal_lm(config.model.small), config.tuning, seed=0)
-message = RecordDict({"arrays": to_array_record(tunable_arrays(model)), "config": ConfigRecord({"server-round": 1})})
-del model
-node_config = {"partition-id": 0, "num-partitions": 8, "memory-limit-mb": 50000}
-grid = LocalGrid(client_app.app, 1, flat_values(config), node_config=lambda _: node_config)
-ids = grid.push_messages([Message(message, dst_node_id=next(iter(grid.get_node_ids())), message_type="train")])
-(reply,) = grid.pull_messages(ids)
-metrics = reply.content["metrics"]
-print(json.dumps([metrics["memory-growth-bytes"], metrics["memory-estimate-bytes"]]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -258,14 +237,8 @@ def test_a_process_takes_no_more_than_was_told_and_not_much_less(mode, tmp_path)
     model.save_pretrained(tmp_path)
     load_tokenizer("demo:small").save_pretrained(tmp_path)
     settings = {"model.small": str(tmp_path), "tuning.mode": mode, "train.max-steps": 2, "train.batch-size": 32}
-    root = Path(__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROUND, json.dumps(settings)], capture_output=True, text=True, check=False, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    growth, estimate = json.loads(done.stdout.splitlines()[-1])
-    assert growth < estimate < 2.5 * growth
+    figures = limits.measured(settings)
+    assert figures["growth"] < figures["estimate"] < 2.5 * figures["growth"]
 
 
 FAULTS = """
