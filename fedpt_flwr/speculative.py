@@ -148,19 +148,17 @@ def draft(
         ``(rows, k + 1, width)``. Both are on its device.
     """
     rough = step.rough if is_rough else None
-    lengths, guessing = list(cache.lengths), rough or step
-    scores = [guessing(cache, last_ids)[:, -1]]
-    drafts = torch.empty((len(last_ids), 0), dtype=torch.int64, device=scores[0].device)
-    while True:
-        guess = drafter(scores[-1], drafts)[:, None]
-        drafts = torch.cat([drafts, guess], 1)
-        is_last = drafts.shape[1] == num_drafts
-        if is_last and rough is not None:
-            cache.cut(lengths)
-            return drafts, step(cache, torch.cat([last_ids.to(drafts.device), drafts], 1), keep=0)
-        scores.append(guessing(cache, guess)[:, -1])
-        if is_last:
-            return drafts, torch.stack(scores, 1)
+    lengths, scores = list(cache.lengths), []
+    ids, drafts = last_ids, last_ids[:, :0]
+    for _ in range(num_drafts):
+        scores.append((rough or step)(cache, ids)[:, -1])
+        drafts = drafts.to(scores[-1].device)
+        ids = drafter(scores[-1], drafts)[:, None]
+        drafts = torch.cat([drafts, ids], 1)
+    if rough is None:
+        return drafts, torch.stack([*scores, step(cache, ids)[:, -1]], 1)
+    cache.cut(lengths)
+    return drafts, step(cache, torch.cat([last_ids.to(drafts.device), drafts], 1), keep=0)
 
 
 def num_accepted(drafts: Tensor, choices: Tensor) -> list[int]:
