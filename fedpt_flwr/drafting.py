@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fedpt_flwr.models import max_positions
 from fedpt_flwr.ragged import Stepper
 from fedpt_flwr.vocabulary import any_id
 
@@ -175,6 +176,8 @@ def expected_tokens(acceptance: float, num_drafts: int) -> float:
 def _time_pass(step: Stepper, num_tokens: int) -> float:
     """Seconds of a pass over so many tokens in one row, or in eight."""
     num_rows = 1 if num_tokens <= LONGEST_DRAFT + 1 else 8
+    while num_tokens // num_rows > (max_positions(step.model) or num_tokens):
+        num_rows *= 2
     ids = torch.full((num_rows, num_tokens // num_rows), any_id(step.model), dtype=torch.int64)
     step = step.twin()
     cache = step.new_cache()

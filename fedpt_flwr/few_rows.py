@@ -164,7 +164,7 @@ def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
 @cache
 def _many_rows(in_threads: bool) -> Any:
     """The compiled loop for many rows and weights of float32; in as many threads as torch."""
-    return _in_threads(_loop_of_tiles, "float32", np.zeros((1, _LANES), np.float32), in_threads)
+    return _in_threads(_loop_of_tiles(), "float32", np.zeros((1, _LANES), np.float32), in_threads)
 
 
 def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
@@ -193,7 +193,7 @@ def _loop(num_rest: int) -> Any:
     It takes some rows of the weight at once: what is read of x serves for all of them. They stay in a cache while one
     group of rows after the other is multiplied with them.
     """
-    of_group, of_rest = _num_weights(_GROUP), _num_weights(num_rest)
+    of_group, of_rest = _num_weights(_GROUP), _num_weights(num_rest)  # the first is another one where lanes are
 
     def loop(weight: Any, x: Any, product: Any) -> None:
         num_out, num_groups = weight.shape[0], x.shape[0] // _GROUP
@@ -313,25 +313,34 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
 # --- many rows -------------------------------------------------------------------------------------------------------
 
 
-def _loop_of_tiles(weight: Any, x: Any, product: Any) -> None:
-    """Adds to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
-    num_out, num_columns = weight.shape[0], x.shape[1]
-    num_tiles = num_columns // _TILE_ROWS
-    begin = num_tiles * _TILE_ROWS
-    num_blocks = num_out // _TILE[1]
-    for start in range(0, weight.shape[1], _AT_MOST):
-        for block in prange(num_blocks):
-            i = block * _TILE[1]
-            for tile in range(num_tiles):
-                _sums(weight, i, x, tile * _TILE_ROWS, product, start, _TILE[0], _TILE[1])
-            if begin < num_columns:
-                _sums(weight, i, x, begin, product, start, 1, _TILE[1])
-        for i in range(num_blocks * _TILE[1], num_out):
-            for column in range(0, num_columns, _LANES):
-                _sums(weight, i, x, column, product, start, 1, 1)
+def _loop_of_tiles() -> Any:
+    """The loop for many rows.
 
+    Its sizes are its own and not this module's: what numba keeps on disk is told apart by what a function encloses, and
+    torch can be told to do without instructions that the processor has.
+    """
+    num_vectors, num_weights = _TILE
+    lanes, at_most = _LANES, _AT_MOST
+    num_rows = num_vectors * lanes
 
-_TILE_ROWS = _TILE[0] * _LANES
+    def loop(weight: Any, x: Any, product: Any) -> None:
+        """Adds to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
+        num_out, num_columns = weight.shape[0], x.shape[1]
+        num_tiles = num_columns // num_rows
+        begin = num_tiles * num_rows
+        num_blocks = num_out // num_weights
+        for start in range(0, weight.shape[1], at_most):
+            for block in prange(num_blocks):
+                i = block * num_weights
+                for tile in range(num_tiles):
+                    _sums(weight, i, x, tile * num_rows, product, start, num_vectors, num_weights)
+                if begin < num_columns:
+                    _sums(weight, i, x, begin, product, start, 1, num_weights)
+            for i in range(num_blocks * num_weights, num_out):
+                for column in range(0, num_columns, lanes):
+                    _sums(weight, i, x, column, product, start, 1, 1)
+
+    return loop
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

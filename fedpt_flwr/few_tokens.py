@@ -88,7 +88,7 @@ class _Layer(NamedTuple):
 
 
 class Layers:
-    """All layers of a model, ready to be run. They show the model's own weights, and hold no copies.
+    """All layers of a model, ready to be run. They show the model's own weights, but for norms and biases of bfloat16.
 
     Args:
         blocks: The model's layers, of a kind that the loops know.
@@ -283,7 +283,7 @@ def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
     if not block.is_by_head:
         return [np.ascontiguousarray(part) for part in np.split(together, 3, axis=1)]
     by_head = together.reshape(num_tokens, -1, 3, block.head_dim)
-    return [by_head[:, :, place].reshape(num_tokens, -1) for place in range(3)]
+    return [np.ascontiguousarray(by_head[:, :, place]).reshape(num_tokens, -1) for place in range(3)]
 
 
 # --- the loops -------------------------------------------------------------------------------------------------------
@@ -444,6 +444,8 @@ def _attended(
             for column in range(begin, end):
                 for place in range(shared * num_new):
                     weight = weights[place, column - begin]
+                    if weight == _ZERO:  # perhaps not to be seen, and 0 * NaN would be NaN
+                        continue
                     for k in range(size):
                         mixed[place, k] += weight * _read_number(all_values[row, key_head, column, k])
             for place in range(shared * num_new):

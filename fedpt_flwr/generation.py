@@ -168,9 +168,8 @@ def is_lossless(
 def _is_plain(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether padding stands on the left only, and positions count the tokens."""
     if attention_mask is not None:
-        if attention_mask.dim() != 2 or not bool((attention_mask[:, -1] == 1).all()):
-            return False
-        if bool((attention_mask.diff(dim=1) < 0).any()):
+        shown = attention_mask != 0  # of any dtype
+        if shown.dim() != 2 or not bool(shown[:, -1].all()) or bool((shown[:, :-1] & ~shown[:, 1:]).any()):
             return False
     if position_ids is None:
         return True
@@ -239,7 +238,7 @@ class Generation:
         self._raw: list[list[Tensor]] | None = (
             [[] for _ in range(num_rows)] if wants and generation_config.output_logits else None
         )
-        starts = [0] * num_rows if attention_mask is None else (self._width - attention_mask.sum(1)).tolist()
+        starts = [0] * num_rows if attention_mask is None else (attention_mask == 0).sum(1).tolist()
         padded: list[list[int]] = input_ids.tolist()
         self._padded = padded  # what transformers shows to processors and criteria
         self.prompts = [ids[start:] for ids, start in zip(padded, starts, strict=True)]
@@ -306,7 +305,7 @@ class Generation:
                 self._raw[row].append(self._scores[number, place].clone())
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([token_id]))
-            over = token_id in self._end_ids or self.room(row) == 0
+            over = token_id in self._end_ids or self.room(row) <= 0
             if self._criteria:
                 text = torch.tensor([self._padded[row] + self._new[row]], device=self._device)
                 scores = None if self._kept is None else tuple(kept[None] for kept in self._kept[row])
@@ -317,7 +316,7 @@ class Generation:
 
     def room(self, row: int) -> int:
         """Tokens up to the longest text that is allowed."""
-        return self._max_length - self._width - len(self._new[row])
+        return self._max_length - self._width - len(self._new[row])  # a prompt may be longer than that itself
 
     def result(self) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``_sample`` returns. Scores behind a text's end are 0, and there is no cache to go on with."""

@@ -204,6 +204,11 @@ class GraphedStepper(Stepper):
         ]
 
     @property
+    def is_current(self) -> bool:
+        """See :attr:`fedpt_flwr.ragged.Stepper.is_current`."""
+        return self._step.is_current
+
+    @property
     def runs_beside(self) -> bool:
         """See :attr:`fedpt_flwr.ragged.Stepper.runs_beside`."""
         return not self.failure

@@ -15,7 +15,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,11 @@ _FOLD_UP_TO = 16
 
 _FEW_TOKENS = 8
 """Tokens beyond which it need not be asked whether there are compiled layers."""
+
+_CAUSAL: Final = "causal"
+"""In place of a mask: each token sees those before it and itself, and there are no others."""
+
+_Mask = Tensor | Literal["causal"] | None
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
@@ -112,6 +117,11 @@ class LeanStepper(Stepper):
             return _scores(self.build.head(), x)
 
     @property
+    def is_current(self) -> bool:
+        """See :attr:`fedpt_flwr.ragged.Stepper.is_current`."""
+        return build_of(self.model) is not None
+
+    @property
     def rough(self) -> LeanStepper | None:
         """See :attr:`fedpt_flwr.ragged.Stepper.rough`: in 8 bits, where a prepared model has compiled layers."""
         if self.device.type != "cpu":
@@ -179,11 +189,14 @@ class _Appended:
     def __init__(
         self, blocks: Sequence[Block], cache: RaggedCache, positions: Tensor, dtype: torch.dtype, is_only_read: bool
     ) -> None:
-        groups = blocks[0].num_heads // blocks[0].num_key_heads
-        self._folded = groups if positions.shape[1] <= _FOLD_UP_TO else 1
+        groups, num_new = blocks[0].num_heads // blocks[0].num_key_heads, positions.shape[1]
+        self._folded = groups if num_new <= _FOLD_UP_TO else 1
+        windows = set(cache.windows)
+        # A mask of a long prompt would take more memory than its scores' model.
+        self._causal = {window for window in windows if num_new > _FOLD_UP_TO and cache.begins_with(num_new, window)}
         self._masks = {
-            window: None if mask is None else mask.repeat(1, 1, self._folded, 1)
-            for window, mask in cache.score_masks(positions, dtype).items()
+            window: mask if mask is None or self._folded == 1 else mask.repeat(1, 1, self._folded, 1)
+            for window, mask in cache.score_masks(positions, dtype, windows - self._causal).items()
         }
         self._cache = cache
         self._last = len(blocks) - 1 if is_only_read else len(blocks)
@@ -192,7 +205,8 @@ class _Appended:
         all_keys, all_values = self._cache.layers[number].update(keys.transpose(1, 2), values.transpose(1, 2))
         if number == self._last:
             return None
-        mask = self._masks[self._cache.windows[number]]
+        window = self._cache.windows[number]
+        mask: _Mask = _CAUSAL if window in self._causal else self._masks[window]
         return _attend(queries, all_keys, all_values, mask, block.scaling, self._folded)
 
 
@@ -203,7 +217,7 @@ class _SideBySide:
         self._cache = cache
         self._lengths = lengths
         self._last = len(blocks) - 1
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, number: int, block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
         layer, window = self._cache.layers[number], self._cache.windows[number]
@@ -215,15 +229,15 @@ class _SideBySide:
             own_keys, own_values = (part.transpose(1, 2) for part in stored)
             layer.keys[row, :, :length], layer.values[row, :, :length] = own_keys[0], own_values[0]
             if number < self._last and length:
-                mask = self._mask(length, window, queries)
+                mask: _Mask = _CAUSAL if window is None or length <= window else self._mask(length, window, queries)
                 mixed.append(_attend(asking, own_keys, own_values, mask, block.scaling, 1))
         return torch.cat(mixed) if mixed else None
 
-    def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor:
+    def _mask(self, length: int, window: int, like: Tensor) -> Tensor:
         if (length, window) not in self._masks:
             place = torch.arange(length)
             back = place[:, None] - place
-            seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+            seen = (back >= 0) & (back < window)
             mask = like.new_zeros((length, length)).masked_fill_(~seen, torch.finfo(like.dtype).min)
             self._masks[length, window] = mask
         return self._masks[length, window]
@@ -399,7 +413,7 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(size // 2, -1), signed_sin)
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, folded: int) -> Tensor:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: _Mask, scale: float, folded: int) -> Tensor:
     """Attention of ``(rows, new, heads, head_dim)`` over ``(rows, key heads, columns, head_dim)``.
 
     Heads that share keys are folded into the axis of tokens, so that keys are read once and never repeated; the mask
@@ -410,7 +424,14 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, 
     queries = queries.transpose(1, 2)
     if folded > 1:
         queries = queries.reshape(rows, shared, folded * new, size)
+    is_causal = isinstance(mask, str)
     mixed = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=queries.shape[1] != shared
+        queries,
+        keys,
+        values,
+        attn_mask=None if isinstance(mask, str) else mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=queries.shape[1] != shared,
     )
     return mixed.reshape(rows, heads, new, size).transpose(1, 2).reshape(rows * new, heads * size)

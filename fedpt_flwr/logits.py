@@ -427,7 +427,7 @@ def _per_row(value: float | Tensor, like: Tensor) -> float | Tensor:
     """Shape one value per row so that it broadcasts over ``like``, ``(batch, ..., vocab)``."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.dim() == 1:
+    if value.dim() == 1 or value.shape[1:] == (1,):
         value = value.view(-1, *[1] * (like.dim() - 1))
     if value.shape[-1] != 1 or value.dim() > like.dim() or value.shape[0] not in (1, like.shape[0]):
         raise ModelError(

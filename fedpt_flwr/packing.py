@@ -24,11 +24,11 @@ import copy
 import ctypes
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +108,73 @@ def _product(dtype: torch.dtype, for_loops: bool = False) -> _OneDnn | _FewRows 
     return _OneDnn() if has_onednn else None
 
 
+class _WithoutValues(nn.Parameter):
+    """Stands for a weight that is packed: it has that one's shape, dtype and device, and no memory.
+
+    torch multiplies by a tensor of its device ``meta``, which this one is, as if there were something to read, and
+    what comes out is whatever lay in memory. So everything that is not a question about the weight itself is refused.
+    """
+
+    _ANSWERED: ClassVar = {
+        "shape", "dtype", "layout", "ndim", "is_leaf", "requires_grad", "grad", "grad_fn", "nbytes", "itemsize",
+        "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "_backward_hooks",
+        "retains_grad", "size", "numel", "dim", "element_size", "stride", "storage_offset", "is_contiguous",
+        "is_floating_point", "is_complex", "data_ptr", "requires_grad_", "__len__",
+    }  # fmt: skip
+
+    _device: torch.device
+
+    def __new__(cls, like: Tensor, requires_grad: bool) -> _WithoutValues:
+        nothing = torch.empty_like(like, device="meta")
+        made: _WithoutValues = torch.Tensor._make_subclass(cls, nothing, requires_grad)
+        made._device = like.device
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the packed weight is, and an adapter's weights should be."""
+        return self._device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        asked = func.__self__.__name__ if name in ("__get__", "__set__") else name
+        if asked not in cls._ANSWERED:
+            raise ModelError(
+                "the weights of a model that is prepared for decoding can be neither read nor written",
+                value=asked,
+                remedy="undo that with restore() of the proxy, or packing.restore(model)",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"weight of shape {tuple(self.shape)}, {self.dtype}, which is packed"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WithoutValues:
+        twin = memo[id(self)] = _restored_without_values(tuple(self.shape), self.dtype, self.device, self.requires_grad)
+        return twin
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return _restored_without_values, (tuple(self.shape), self.dtype, self.device, self.requires_grad)
+
+
+def _restored_without_values(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> _WithoutValues:
+    made = _WithoutValues(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
+    made._device = device
+    return made
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight is laid out for decoding and can only be multiplied with.
 
     Its parameter ``weight`` keeps the name, shape and dtype of the plain layer's, so that who asks for these is
-    answered, but has no values (device ``meta``): whatever would read or write them fails instead of being wrong.
-    ``state_dict()`` is right, for it unpacks.
+    answered, but has no values: whatever would read or write them fails instead of being wrong. ``state_dict()`` is
+    right, for it unpacks.
 
     A weight that is an embedding's as well is left where it is.
 
@@ -138,7 +199,7 @@ class PackedLinear(nn.Module):
         self.in_features: int = rows.shape[1]
         self._packed: Tensor = product.pack(rows)
         if not is_shared:
-            layer.weight = nn.Parameter(torch.empty_like(dense, device="meta"), requires_grad=weight.requires_grad)
+            layer.weight = _WithoutValues(dense, weight.requires_grad)
         self.weight = layer.weight
         self.bias = layer.bias
         self._plain = (layer,)  # in a tuple, which hides it from the module's children
@@ -213,6 +274,8 @@ class PackedLinear(nn.Module):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if not {prefix + "weight", prefix + "bias"} & state_dict.keys():  # an adapter's file has others only
+            return
         raise ModelError(
             "weights cannot be loaded into a model that is prepared for decoding",
             value=prefix + "weight",
@@ -243,7 +306,8 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     changed, trained, moved nor converted until :func:`restore`.
 
     Args:
-        model: Any model, plain or with an adapter. An adapter's own weights stay as they are; the base's are packed.
+        model: Any model, plain or with an adapter. An adapter's own weights stay as they are; the base's are packed,
+            but for those under an adapter that does not just add to their product.
         for_loops: Whether whole layers go through compiled loops (``few_tokens.py``), which want weights that are plain
             and gain more than oneDNN's layout does for bfloat16.
 
@@ -254,6 +318,8 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     files = _mapped_files()
     num_packed = 0
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
+        if _reads_base_weight(parent, name):
+            continue
         weight = layer.weight
         product = _product(weight.dtype, for_loops)
         is_shared = uses[id(weight)] > 1
@@ -378,6 +444,15 @@ def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tu
         for name, layer in list(parent.named_children()):
             if type(layer) in kinds and not isinstance(parent, nn.ModuleDict):
                 yield parent, name, layer
+
+
+def _reads_base_weight(parent: nn.Module, name: str) -> bool:
+    """Whether a layer is under an adapter that may look at its weight, as DoRA does for its norm."""
+    if name != "base_layer":
+        return False
+    from peft.tuners.lora.layer import Linear
+
+    return type(parent) is not Linear or bool(parent.lora_variant)
 
 
 def _can_pack(layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows) -> bool:

@@ -18,6 +18,7 @@ import copy
 import inspect
 import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -219,6 +220,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         self._adapter_layers = [] if untuned is not None else [part for part in tuned.modules() if is_adapter(part)]
         self._speculation: Speculation | None = None
         self._is_prepared = False
+        self._alone = threading.RLock()  # an adapter is switched on and off for all threads
         self._accepted = [frozenset(inspect.signature(base_model(model).forward).parameters) for model in models]
         switches = [longrope_switch(base_model(model)) for model in models]
         self._longrope_switches = [switch for switch in switches if switch is not None]
@@ -359,6 +361,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         out are the same, up to ties within rounding. What cannot be decoded so (beams, processors and criteria that
         are not transformers' own, a cache of the caller's) is left to transformers' loop.
 
+        Several threads may call it; where one copy of the small weights is both tuned and untuned, one after the other.
+
         Args:
             inputs: The prompts, ``(batch, seq)``; or pass ``input_ids``.
             generation_config: As in transformers.
@@ -384,7 +388,16 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
             kwargs["hidden"] = FILL if self.large.fills(samples=bool(samples)) else RESTRICT
         if carried:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *carried])
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        with nullcontext() if self.untuned is not None else self._alone:
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has step functions of its own models, and not of these.
+        return {name: value for name, value in self.__dict__.items() if name != "_alone"} | {"_speculation": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._alone = threading.RLock()
 
     @property
     def hides_tokens(self) -> bool:
@@ -430,8 +443,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
 
         Large and untuned, which judge several tokens in a pass, always; tuned, which drafts one after the other, where
         that makes a pass over one token no slower. Until :meth:`restore` the weights cannot be saved, changed, moved or
-        converted. See ``packing.py``. On a GPU weights stay as they are, or some lie side by side, and passes over few
-        tokens are recorded as CUDA graphs when they are first needed; see ``graphs.py``.
+        converted, and neither call may be made while another thread decodes. A model that several proxies share is
+        prepared and restored for all of them. See ``packing.py``. On a GPU weights stay as they are, or some lie side
+        by side, and passes over few tokens are recorded as CUDA graphs when they are first needed; see ``graphs.py``.
 
         Returns:
             This proxy.
@@ -648,7 +662,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         """What :meth:`generate` decodes with by itself; None where a model cannot take rows of different lengths."""
         known = self._speculation
         if known is None or any(
-            known.steps[name].model is not part.model for name, part in zip(PARTS, self._parts(), strict=True)
+            known.steps[name].model is not part.model or not known.steps[name].is_current
+            for name, part in zip(PARTS, self._parts(), strict=True)
         ):
             try:
                 self._speculation = Speculation(self.steppers(), self.steady_context)

@@ -10,7 +10,7 @@ Where all rows have one length, no mask is built and the model takes the path th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -189,12 +189,17 @@ class RaggedCache(Cache):
                     stored[row] = stored[last]
                 stored[last] = 0  # whoever comes next masks what is left here, and 0 * NaN would be NaN
 
-    def cut(self, lengths: Sequence[int]) -> None:
+    def cut(self, lengths: Sequence[int], *, clear: bool = False) -> None:
         """Take back each row's last tokens.
 
         Args:
             lengths: How many tokens each row keeps, at most as many as it has.
+            clear: Whether what they left is written over: whoever comes next masks it, but 0 * NaN would be NaN.
         """
+        for layer in self.layers if clear else ():
+            for stored in (layer.keys, layer.values):
+                for row, kept in enumerate(lengths):
+                    stored[row, :, kept:] = 0
         self.lengths = [min(kept, length) for kept, length in zip(lengths, self.lengths, strict=True)]
 
     def begin(self, num_new: int, device: torch.device) -> Tensor:
@@ -238,15 +243,22 @@ class RaggedCache(Cache):
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def score_masks(self, positions: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
+    def begins_with(self, num_new: int, window: int | None) -> bool:
+        """Whether so many new tokens are all that there is, in rows of one length, and each sees all before it."""
+        return self._place.start == 0 and (window is None or num_new <= window)
+
+    def score_masks(
+        self, positions: Tensor, dtype: torch.dtype, windows: Iterable[int | None] | None = None
+    ) -> dict[int | None, Tensor | None]:
         """What each new token may look at, for attention that knows nothing by itself.
 
         Args:
             positions: What :meth:`begin` returned.
             dtype: Of the scores.
+            windows: Those that are asked about; None is :attr:`windows`.
 
         Returns:
-            For each of :attr:`windows`, what to add to the scores: ``(rows, 1, new, columns)``, with one row for all
+            For each of these, what to add to the scores: ``(rows, 1, new, columns)``, with one row for all
             where they have one length; or None where every new token sees all columns.
         """
         place = self._place
@@ -257,7 +269,7 @@ class RaggedCache(Cache):
             window: None
             if alone and (window is None or place.width <= window)
             else self._mask(positions, window, dtype)
-            for window in dict.fromkeys(self.windows)
+            for window in dict.fromkeys(self.windows if windows is None else windows)
         }
 
     def _mask(self, positions: Tensor, window: int | None, dtype: torch.dtype | None) -> Tensor:
@@ -324,6 +336,11 @@ class Stepper:
     def runs_beside(self) -> bool:
         """Whether :meth:`launch` leaves time for passes of other models."""
         return False
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model is still what it was seen to be: hooks and adapters may have come."""
+        return True
 
     @property
     def rough(self) -> Stepper | None:

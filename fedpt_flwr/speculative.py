@@ -79,7 +79,7 @@ class Rules(Protocol):
         ...
 
     def room(self, row: int) -> int:
-        """Tokens that a text can still get, at least 1."""
+        """Tokens that a text can still get; it gets one, even if there is no room."""
         ...
 
 
@@ -161,6 +161,15 @@ def draft(
     return drafts, step(cache, torch.cat([last_ids.to(drafts.device), drafts], 1), keep=0)
 
 
+def is_spoilt(*scores: Tensor) -> bool:
+    """Whether a model said NaN at some place of ``(rows, places, width)``.
+
+    Attention gives such a place no weight in those before it, but 0 * NaN is NaN: a draft that would have been refused
+    can spoil what is said about the tokens before it.
+    """
+    return any(bool(part[..., 0].isnan().any()) for part in scores)
+
+
 def num_accepted(drafts: Tensor, choices: Tensor) -> list[int]:
     """How many drafts of each row are right before the first that is wrong.
 
@@ -210,11 +219,18 @@ class Speculation:
             longest = max(rules.room(row) for row in rows) - 1
             if self._context is not None:  # a row near its end takes part in a pass over as many tokens as the others
                 # No text fills the context: a remote model is asked for one token more, which must have room.
-                longest = max(0, min(longest, self._context - 2 - max(lengths)))
+                longest = min(longest, self._context - 2 - max(lengths))
+            longest = max(0, longest)
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
             rules.begin(rows, num_drafts + 1)
             is_rough = self.length.costs.drafts_roughly(len(rows), num_drafts)
             asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft, is_rough=is_rough)
+            if num_drafts and is_spoilt(asked.large, asked.tuned, asked.untuned):
+                for cache in caches.values():
+                    cache.cut(lengths, clear=True)
+                num_drafts = 0
+                rules.begin(rows, 1)
+                asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], 0, rules.draft)
             choices = rules.choose(asked).cpu()
             accepted = num_accepted(asked.drafts, choices)
             if num_drafts:

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import tiny_gpt2, tiny_llama
 
 from fedpt_flwr.drafting import LONGEST_DRAFT, Acceptance, DraftLength, StepCosts, expected_tokens
 from fedpt_flwr.ragged import Stepper
@@ -61,6 +61,10 @@ def test_passes_beside_each_other_cost_as_much_as_the_longest():
     assert [after.of_round(1, drafts) for drafts in (0, 1, 2)] == [8.0, 9.0, 10.0]
     assert [beside.of_round(1, drafts) for drafts in (0, 1, 2)] == [4.0, 6.0, 7.0]
     assert DraftLength(after).choose(texts(0.3), 1) > DraftLength(beside).choose(texts(0.3), 1)
+
+
+def test_passes_are_timed_on_no_longer_texts_than_a_model_takes():
+    assert StepCosts({"large": Stepper(tiny_gpt2())}).seconds("large", 1024) > 0  # it has 64 positions
 
 
 def test_it_is_guessed_roughly_where_reading_all_guesses_again_costs_less_than_that_saves():

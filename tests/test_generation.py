@@ -1,6 +1,9 @@
 """``ProxyModel.generate()`` with drafts, against the same call decoded by transformers' own loop."""
 
+import copy
 import logging
+import pickle
+import threading
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, MaxLengthCriteria
 
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.proxy import ProxyModel
@@ -279,6 +282,96 @@ def test_a_prefix_in_a_cache_and_holes_in_a_mask_are_left_to_transformers(proxy,
     ours, theirs = both(proxy, {"input_ids": one["input_ids"], "attention_mask": mask}, "auto")
     assert torch.equal(ours, theirs)
     assert drafted(proxy) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_a_mask_may_be_of_any_dtype(proxy, inputs, dtype):
+    expected = proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    masked = inputs | {"attention_mask": inputs["attention_mask"].to(dtype)}
+    assert torch.equal(proxy.generate(**masked, max_new_tokens=NEW, do_sample=False), expected)
+    if dtype != torch.float32:  # which transformers' own loop does not take
+        with_hole = masked | {"attention_mask": masked["attention_mask"].clone()}
+        with_hole["attention_mask"][1, 3] = 0
+        assert torch.equal(*both(proxy, with_hole, "auto"))
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3, "auto"])
+def test_a_prompt_that_is_longer_than_a_text_may_be_gets_one_token(proxy, inputs, draft_tokens):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(5)])
+    ours, theirs = both(proxy, only(inputs, 1), draft_tokens, stopping_criteria=criteria, eos_token_id=None)
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] == 12
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda proxy: pickle.loads(pickle.dumps(proxy))])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_copy_writes_with_its_own_weights(copied, prepared, inputs):
+    proxy = ProxyModel(*relatives(eos_token_id=None))
+    if prepared:
+        proxy.prepare()
+    before = proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    twin = copied(proxy)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=NEW, do_sample=False), before)
+    twin.restore()
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.2)
+    ours, theirs = both(twin, inputs)
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, before)
+    assert torch.equal(proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False), before)
+
+
+def _merge(proxy):
+    proxy.tuned.merge_adapter()
+
+
+def _hook(proxy):
+    proxy.large.model.layers[0].register_forward_hook(lambda _layer, _inputs, states: states + 0.5)
+
+
+def _become_dora(proxy):
+    proxy.tuned.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False))
+    proxy.tuned.set_adapter("other")
+    with torch.no_grad():
+        for name, weight in proxy.tuned.named_parameters():
+            if "magnitude" in name:
+                weight.mul_(3.0)
+
+
+@pytest.mark.parametrize("change", [_merge, _hook, _become_dora])
+def test_models_that_change_after_a_text_are_seen_as_they_are(change, inputs):
+    large, base, untuned = relatives(eos_token_id=None)
+    tuned = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).eval()
+    proxy = ProxyModel(large, tuned, untuned)
+    before = proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    change(proxy)
+    ours, theirs = both(proxy, inputs)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, before) == (change is _merge)
+
+
+def test_threads_that_share_one_copy_of_the_small_weights_write_one_after_the_other(inputs):
+    large, base, _ = relatives(eos_token_id=None)
+    proxy = ProxyModel(
+        large, get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    )
+    expected = proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    found = []
+
+    def write():
+        for _ in range(4):
+            found.append(proxy.generate(**inputs, max_new_tokens=NEW, do_sample=False))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16
+    assert all(torch.equal(one, expected) for one in found)
 
 
 def test_beams_and_assistants_take_no_drafts(proxy, inputs):

@@ -12,7 +12,7 @@ from fedpt_flwr.lean import LeanStepper, step_function
 from fedpt_flwr.models import set_arrays
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
-from fedpt_flwr.ragged import Stepper
+from fedpt_flwr.ragged import RaggedCache, Stepper
 
 _MANY_WINDOWS = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 48}
@@ -49,6 +49,7 @@ TAKEN = {
         "gpt-neox",
         {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
+    "neox, one head": ("gpt-neox", {"num_attention_heads": 1}),
     "neox, no biases": ("gpt-neox", {"attention_bias": False}),
 }
 
@@ -275,6 +276,22 @@ def test_prompts_of_unequal_lengths_are_read_side_by_side(name, packed):
         for row, prompt in enumerate(prompts):
             torch.testing.assert_close(scores[row], alone(plain, prompt)[0], atol=1e-4, rtol=1e-4)
         prompts = [torch.cat([prompt, random_ids(1, seed=new)]) for prompt in prompts]
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 30)])
+@pytest.mark.parametrize("name", ["llama, shared keys", "mistral, no window", "gpt2", "neox"])
+def test_long_prompts_need_no_mask(name, lengths, monkeypatch):
+    family, settings = TAKEN[name]
+    model = make(family, **settings)
+    stepper = step_function(model)
+    prompts = [random_ids(length, seed=length) for length in lengths]
+    monkeypatch.delattr(RaggedCache, "_mask")
+    monkeypatch.delattr(lean._SideBySide, "_mask")
+    cache = stepper.read_prompts([prompt.tolist() for prompt in prompts])
+    monkeypatch.undo()
+    scores = stepper(cache, torch.stack([prompt[-1:] for prompt in prompts]))[:, 0]
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(scores[row], alone(model, prompt)[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["opt", "mixtral", "llama"])

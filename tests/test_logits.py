@@ -108,6 +108,14 @@ def test_each_row_may_have_its_own_alpha_and_plausibility():
             assert torch.equal(scores[row], alone)
 
 
+def test_one_value_per_row_is_for_all_its_places_in_either_shape():
+    scores = [torch.randn(2, 2, 5) for _ in range(3)]  # as many rows as places
+    alphas = torch.tensor([0.0, 2.0])
+    flat, deep = (combine_logits(*scores, alpha=value) for value in (alphas, alphas[:, None]))
+    assert torch.equal(flat, deep)
+    assert torch.equal(flat[0], scores[0][0])
+
+
 @pytest.mark.parametrize("shape", [(4,), (1, 3), (2, 1, 1, 1)])
 def test_per_row_values_of_another_shape_are_refused(shape):
     # (1, 3) would silently broadcast over a vocabulary of 3

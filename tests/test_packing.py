@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import HRAConfig, LoraConfig, OFTConfig, ShiraConfig, get_peft_model
 from test_ragged import FAMILIES, make, random_ids
-from tiny import tiny_gpt2, tiny_llama
+from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -151,6 +151,70 @@ def test_a_copy_of_a_tied_head_goes_with_the_copied_embedding():
     hidden = torch.randn(3, model.config.hidden_size)
     assert not twin.lm_head(hidden).any()
     assert model.lm_head(hidden).any()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: torch.ones(2, weight.shape[1]) @ weight.T,
+        lambda weight: torch.nn.functional.linear(torch.ones(2, weight.shape[1]), weight),
+        lambda weight: torch.addmm(torch.zeros(2, 1), torch.ones(2, weight.shape[0]), weight),
+        lambda weight: weight.data.mul_(2.0),
+        lambda weight: weight.add_(1.0),
+        lambda weight: torch.zeros(weight.shape).add_(weight),
+        lambda weight: weight.detach().norm(),
+        lambda weight: weight[0],
+    ],
+)
+def test_a_packed_weight_that_is_read_or_written_says_so_and_gives_no_numbers(use):
+    model = tiny_llama()
+    prepare(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ModelError, match="neither read nor written"):
+        use(weight)
+    assert weight.dtype == torch.float32
+    assert weight.device.type == "cpu"
+    assert weight.numel() == weight.shape[0] * weight.shape[1]
+    assert "packed" in repr(weight)
+
+
+def test_an_adapter_that_comes_to_a_prepared_model_works_there_and_afterwards(tmp_path):
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    other = get_peft_model(tiny_llama(), LoraConfig(**settings)).eval()
+    other.save_pretrained(tmp_path)
+    ids = random_ids(2, 6) % VOCAB
+    with torch.no_grad():
+        expected = other(ids).logits
+        model = get_peft_model(tiny_llama(), LoraConfig(**settings)).eval()
+        prepare(model)
+        with pytest.raises(ModelError, match="neither read nor written"):
+            model.merge_adapter()
+        model.load_adapter(str(tmp_path), "loaded")
+        model.set_adapter("loaded")
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        model.add_adapter("new", LoraConfig(**settings))
+        assert all(weight.device.type == "cpu" for weight in model.parameters())
+        restore(model)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("draft_tokens", [None, "auto"])
+@pytest.mark.parametrize("kind", ["dora", "hra", "shira", "oft"])
+def test_under_an_adapter_that_reads_the_weight_it_stays_plain(kind, draft_tokens):
+    settings = {"target_modules": ["q_proj", "up_proj"]}
+    config = {
+        "dora": lambda: LoraConfig(r=4, use_dora=True, init_lora_weights=False, **settings),
+        "hra": lambda: HRAConfig(r=4, init_weights=False, **settings),
+        "shira": lambda: ShiraConfig(r=4, init_weights=False, **settings),
+        "oft": lambda: OFTConfig(r=0, oft_block_size=4, init_weights=False, **settings),
+    }[kind]()
+    proxy = ProxyModel(tiny_llama(1), get_peft_model(tiny_llama(2), config).eval())
+    ids = random_ids(2, 6) % VOCAB
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = proxy.generate(ids, **how)
+    proxy.prepare()
+    assert prepare(proxy.tuned) > 0 or is_prepared(proxy.tuned)
+    assert torch.equal(proxy.generate(ids, **how, draft_tokens=draft_tokens), expected)
 
 
 def test_a_model_restored_under_inference_mode_can_be_trained():

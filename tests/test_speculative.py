@@ -9,7 +9,7 @@ from reference import reference_greedy, reference_scores
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import Tensor
 
-from fedpt_flwr import ragged, speculative
+from fedpt_flwr import packing, ragged, speculative
 from fedpt_flwr.drafting import StepCosts
 from fedpt_flwr.lean import LeanStepper
 from fedpt_flwr.logits import combine_logits, keyed_gumbel
@@ -198,6 +198,28 @@ def test_drafts_that_another_model_guessed_change_nothing(draft_tokens, seeds, g
     assert texts == expected
     if draft_tokens != "auto":
         assert right.num_accepted / right.num_drafted > wrong.num_accepted / wrong.num_drafted + 0.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lengths", [[5], [5, 9, 3]])
+def test_a_refused_draft_on_which_a_model_says_nan_spoils_nothing(lengths, packed):
+    models, given = relatives(tie_word_embeddings=False), prompts(lengths)
+    expected, _ = write(models, given, 0, room=20)
+    unused = next(token for token in range(3, VOCAB) if all(token not in text for text in expected + given))
+    with torch.no_grad():
+        models[0].get_input_embeddings().weight[unused] = float("nan")
+    if packed:
+        for model in models:
+            packing.prepare(model)
+
+    class Unlucky(Writer):
+        def draft(self, tuned, drafts):
+            return torch.full_like(super().draft(tuned, drafts), unused)
+
+    for draft_tokens in (1, 3):
+        rules = Unlucky(len(given), room=20)
+        write(models, given, draft_tokens, rules=rules)
+        assert rules.texts == expected
 
 
 def test_no_more_is_drafted_than_there_is_room_for():

@@ -29,7 +29,7 @@ from fedpt_flwr.ragged import RaggedCache, Stepper
 from fedpt_flwr.service.metrics import Metrics
 from fedpt_flwr.service.text import TextStream
 from fedpt_flwr.service.versions import Version
-from fedpt_flwr.speculative import PARTS, draft
+from fedpt_flwr.speculative import PARTS, draft, is_spoilt
 
 _log = logging.getLogger(__name__)
 
@@ -592,6 +592,10 @@ class Scheduler:
         lengths = [list(runner.cache.lengths) for runner in runners]
         try:
             scored = self._ask(runners, num_drafts)
+            if num_drafts and is_spoilt(*scored.values()):
+                for runner, before in zip(runners, lengths, strict=True):
+                    runner.cache.cut(before, clear=True)
+                num_drafts, scored = 0, self._ask(runners, 0)
         except RemoteError as error:
             for runner, before in zip(runners, lengths, strict=True):
                 runner.cache.cut(before)
