@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import HRAConfig, LoraConfig, OFTConfig, ShiraConfig, get_peft_model
+from peft import HRAConfig, LoraConfig, OFTConfig, get_peft_model
 from test_ragged import FAMILIES, make, random_ids
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import nn
@@ -199,13 +199,12 @@ def test_an_adapter_that_comes_to_a_prepared_model_works_there_and_afterwards(tm
 
 
 @pytest.mark.parametrize("draft_tokens", [None, "auto"])
-@pytest.mark.parametrize("kind", ["dora", "hra", "shira", "oft"])
+@pytest.mark.parametrize("kind", ["dora", "hra", "oft"])
 def test_under_an_adapter_that_reads_the_weight_it_stays_plain(kind, draft_tokens):
     settings = {"target_modules": ["q_proj", "up_proj"]}
     config = {
         "dora": lambda: LoraConfig(r=4, use_dora=True, init_lora_weights=False, **settings),
         "hra": lambda: HRAConfig(r=4, init_weights=False, **settings),
-        "shira": lambda: ShiraConfig(r=4, init_weights=False, **settings),
         "oft": lambda: OFTConfig(r=0, oft_block_size=4, init_weights=False, **settings),
     }[kind]()
     proxy = ProxyModel(tiny_llama(1), get_peft_model(tiny_llama(2), config).eval())
