@@ -139,7 +139,8 @@ def rounded(weight: Tensor) -> tuple[npt.NDArray[np.int8], Array]:
         Whole numbers from -127 to 127, ``(out_features, in_features)``; and what a product with those of each output is
         to be multiplied with, ``(out_features,)``. A number is wrong by half of that at most.
     """
-    scales = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+    largest = torch.maximum(weight.amax(1), -weight.amin(1))  # and not abs(), which would copy the weight
+    scales = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / 127
     whole = torch.empty(weight.shape, dtype=torch.int8)
     for numbers, scale, part in zip(weight.split(_AT_MOST), scales.split(_AT_MOST), whole.split(_AT_MOST), strict=True):
         part.copy_((numbers.float() / scale[:, None]).round_())
