@@ -56,6 +56,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """Public models by the name after the owner's."""
 
+_OWNERS = {"SmolLM2": "HuggingFaceTB", "Qwen2.5": "Qwen", "Llama": "meta-llama"}  # of names that begin so
+
 
 def find_architecture(ref: str) -> PretrainedConfig:
     """The config of the model that a reference means; nothing is fetched.
@@ -104,14 +106,20 @@ def check_sizes(large: PretrainedConfig, small: PretrainedConfig) -> None:
 
 def _known_name(ref: str) -> str | None:
     """The name in :data:`ARCHITECTURES` that is meant: alone, or after its owner's as on the hub."""
-    name = ref.rsplit("/", 1)[-1].casefold() if ref.count("/") <= 1 and not ref.startswith("/") else ""
-    return next((known for known in ARCHITECTURES if known.casefold() == name), None)
+    meant = ref.casefold()
+    for known in ARCHITECTURES:
+        whole = f"{_OWNERS[known.split('-')[0]]}/{known}"
+        if meant in (known.casefold(), whole.casefold()):
+            return known
+    return None
 
 
 def _from_file(path: Path) -> PretrainedConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", value=str(path), remedy="check the path") from error
     except (*_CAUSES, AttributeError) as error:
         raise _not_a_config(path, error) from error
 
@@ -120,6 +128,6 @@ def _not_a_config(path: Path, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:200]
     return ModelError(
         f"must be a config that transformers knows, with its model_type ({type(error).__name__}: {reason})",
-        place=str(path),
+        value=str(path),
         remedy="take the config.json of a causal LM as save_pretrained writes it",
     )

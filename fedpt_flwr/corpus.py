@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fedpt_flwr.data import read_records
-from fedpt_flwr.errors import ConfigError, DataError
+from fedpt_flwr.errors import DataError
 from fedpt_flwr.paths import expanded, is_there
 from fedpt_flwr.prompts import Template
 
@@ -56,8 +56,16 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        r"""Read ``PATH`` or ``PATH::TEMPLATE``; ``\n`` in a template is a line break."""
+        r"""Read ``PATH`` or ``PATH::TEMPLATE``; ``\n`` in a template is a line break.
+
+        Raises:
+            DataError: The template is none, or has no field.
+        """
         path, colons, template = text.partition("::")
+        if colons and not Template(template).fields:
+            raise DataError(
+                "a template must have a field of the records in braces", value=template, remedy="write such as {text}"
+            )
         return cls(expanded(path).absolute(), template.replace("\\n", "\n") if colons else None)
 
 
@@ -162,8 +170,6 @@ def repetitions(sizes: Sequence[int], *, balance: float) -> list[float]:
     Returns:
         At least 1 for each, and 1 for the largest.
     """
-    if not 0 <= balance <= 1:
-        raise ConfigError("must be from 0 to 1", value=balance, place="balance")
     return [(max(sizes) / size) ** (1 - balance) for size in sizes]
 
 

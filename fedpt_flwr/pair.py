@@ -50,7 +50,7 @@ class PairRecipe:
     """How a pair is made.
 
     Attributes:
-        small: Size of the small model.
+        small: Size of the small model, at most that of the large one.
         large: Size of the large model.
         vocab_size: Tokens of the tokenizer at most.
         window: Tokens that are read at once in training; what the models can be relied on to read.
@@ -59,6 +59,9 @@ class PairRecipe:
         learning_rate: Peak for a model of width 192; others get it times the square root of 192 / width.
         balance: How much a source's size counts for how often it is read; see ``corpus.repetitions``.
         seed: Of everything random.
+
+    Raises:
+        ConfigError: One is out of range; its place is the option of ``fedpt pretrain``.
     """
 
     small: LlamaShape
@@ -75,9 +78,25 @@ class PairRecipe:
         # Bytes and the two special tokens are always there.
         for name, least in (("vocab_size", 258), ("window", 2), ("batch_size", 1), ("num_tokens", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"must be at least {least}", value=getattr(self, name), place=name)
+                raise ConfigError(f"must be at least {least}", value=getattr(self, name), place=_option(name))
         if self.window > min(self.small.max_positions, self.large.max_positions):
-            raise ConfigError("must not exceed what the models can read", value=self.window, place="window")
+            raise ConfigError("must not exceed what the models can read", value=self.window, place="--window")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError("must be a finite number above 0", value=self.learning_rate, place="--learning-rate")
+        if not 0 <= self.balance <= 1:
+            raise ConfigError("must be from 0 to 1", value=self.balance, place="--balance")
+        sizes = [self._weights(shape) for shape in (self.small, self.large)]
+        if sizes[0] > sizes[1]:
+            raise ConfigError(
+                "the small model must not have more weights than the large one",
+                value=tuple(sizes),
+                place="--small and --large",
+                remedy="exchange them, or give other sizes",
+            )
+
+    def _weights(self, shape: LlamaShape) -> int:
+        """About as many as a model of this shape has."""
+        return shape.hidden_size * (self.vocab_size + 12 * shape.num_layers * shape.hidden_size)
 
     def of(self, name: str) -> ModelRecipe:
         """How the model ``small`` or ``large`` is made."""
@@ -92,6 +111,10 @@ class PairRecipe:
             seed=self.seed,
         )
         return ModelRecipe(shape=shape, training=training)
+
+
+def _option(name: str) -> str:
+    return "--tokens" if name == "num_tokens" else f"--{name.replace('_', '-')}"
 
 
 def _recipe(small: tuple[int, int, int], large: tuple[int, int, int], **settings: Any) -> PairRecipe:
@@ -119,6 +142,8 @@ def make_pair(
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Make a pair and put it into the folder ``out``: ``small``, ``large``, ``run-config.toml`` and ``pretrain.json``.
+
+    What ends before the first checkpoint leaves nothing behind, so that it can be begun otherwise.
 
     Args:
         out: The folder; it must not be there, or be empty.
@@ -148,6 +173,26 @@ def make_pair(
         documents.append(read_documents(source, exclude=exclude))
         tell("reading text", number, len(sources), None)
     _begin(work, recipe, sources, documents)
+    try:
+        described = _work(work, sources, recipe, documents, device, tell)
+        write_folder(out, lambda folder: _fill(folder, work, out, described))
+    except BaseException:
+        if not any(work.glob("*.checkpoint")) and not any((work / f"{name}.json").exists() for name in NAMES):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return described
+
+
+def _work(
+    work: Path,
+    sources: Sequence[Source],
+    recipe: PairRecipe,
+    documents: Sequence[Sequence[str]],
+    device: str,
+    tell: ProgressCallback,
+) -> dict[str, Any]:
+    """Make the tokenizer and the models in the folder ``work``; what there is to say about them."""
     kept, held_out = zip(*(hold_out(part, seed=recipe.seed) for part in documents), strict=True)
     sizes = [sum(map(len, part)) for part in kept]
     times = repetitions(sizes, balance=recipe.balance)
@@ -157,7 +202,7 @@ def make_pair(
     streams = [repeated(token_stream(tokenizer, part), often) for part, often in zip(kept, times, strict=True)]
     tokens = torch.cat(streams)
     tell("training the tokenizer", 1, 1, None)
-    described = {
+    return {
         "recipe": asdict(recipe),
         "vocab_size": len(tokenizer),
         "stream_tokens": len(tokens),
@@ -175,9 +220,6 @@ def make_pair(
         ],
         "models": {name: _make(work, name, recipe, tokenizer, tokens, held_out, device, tell) for name in NAMES},
     }
-    write_folder(out, lambda folder: _fill(folder, work, out, described))
-    shutil.rmtree(work)
-    return described
 
 
 def _begin(work: Path, recipe: PairRecipe, sources: Sequence[Source], documents: Sequence[Sequence[str]]) -> None:

@@ -47,7 +47,6 @@ class LlamaShape:
             raise ConfigError(
                 "the width of a model must be an even multiple of its number of heads",
                 value=(self.hidden_size, self.num_heads),
-                place="hidden_size, num_heads",
                 remedy="change one of the two",
             )
 
@@ -195,11 +194,10 @@ def pretrain(
         DataError: The stream is not longer than one window.
         RunError: The checkpoint is damaged or that of another training.
     """
-    if tokens.ndim != 1 or len(tokens) <= config.window:
+    if len(tokens) <= config.window:
         raise DataError(
-            f"the token stream must be flat and hold more than {config.window} tokens, one window",
-            value=tuple(tokens.shape),
-            remedy="give more text, or a shorter window",
+            f"the texts come to {len(tokens)} tokens, and must come to more than a window of {config.window}",
+            remedy="give more text, or a shorter window (--window)",
         )
     device = model.device
     generator = torch.Generator().manual_seed(config.seed)

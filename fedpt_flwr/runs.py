@@ -116,7 +116,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise RunError(
             f"cannot be written ({getattr(error, 'strerror', None) or error})",
             place=str(path),
-            remedy="free some space or set output-dir to another disk; what was written before is whole",
+            remedy="free some space or write elsewhere (a run: set output-dir); what was written before is whole",
         ) from error
 
 

@@ -47,7 +47,8 @@ class SplitPlan:
         seed: Another seed is another division.
 
     Raises:
-        ConfigError: A share is out of range, or something is given twice or left out.
+        ConfigError: A share is out of range, or something is given twice or left out; its place is the option of
+            ``fedpt split``.
     """
 
     train: str
@@ -62,16 +63,29 @@ class SplitPlan:
     def __post_init__(self) -> None:
         for part, share in self.shares.items():
             if not 0 <= share < 1:
-                raise ConfigError("must be at least 0 and below 1", value=share, place=f"share of {part}")
+                raise ConfigError("must be at least 0 and below 1", value=share, place=f"--{part}-share")
             if share and part in self.given:
-                raise ConfigError(f"{part} is given as a file and as a share", value=share, remedy="leave one out")
+                raise ConfigError(
+                    f"{part} is given as a file and as a share",
+                    value=share,
+                    place=f"--{part} and --{part}-share",
+                    remedy="leave one out",
+                )
         if sum(self.shares.values()) >= 1:
-            raise ConfigError("the shares leave nothing for the devices", value=dict(self.shares))
+            raise ConfigError(
+                "the shares leave nothing for the devices",
+                value=list(self.shares.values()),
+                place=" and ".join(f"--{part}-share" for part in self.shares),
+                remedy="their sum must be below 1",
+            )
         if not self.key_fields:
-            raise ConfigError("at least one field must decide where a record goes", place="key")
+            raise ConfigError("at least one field must decide where a record goes", place="--key")
         if self.public_groups and not self.group_field:
             raise ConfigError(
-                "public groups need the field that holds a record's group", value=list(self.public_groups)
+                "public groups need the field that holds a record's group",
+                value=list(self.public_groups),
+                place="--public-group",
+                remedy="name it with --group-field, or give a --config that has data.group-field",
             )
 
 
@@ -117,7 +131,12 @@ def divide(plan: SplitPlan) -> Division:
     unknown = sorted(set(plan.public_groups) - groups)
     if unknown:
         known = ", ".join(sorted(groups - {""})[:20])
-        raise DataError(f"there is no such group in {plan.group_field!r}", value=unknown, remedy=f"there are {known}")
+        raise DataError(
+            f"there is no such group in {plan.group_field!r}",
+            value=unknown,
+            place="--public-group",
+            remedy=f"there are {known}",
+        )
     records, seen = {}, set[str]()
     for part in PARTS:
         in_order = sorted(parts[part], key=lambda pair: _drawn(pair[0], plan.seed))
@@ -183,6 +202,8 @@ def write_division(
         # An empty key means: held out of the training data, or no public text.
         keys[f"data.{part}"] = str(out / f"{part}.jsonl") if part in written else ""
     keys["data.prompts"] = keys["data.public"]  # its records have the key's fields, which are those of the prompts
+    if not keys["data.public"]:
+        keys["distillation.mode"] = "off"  # there is nothing to distil on
 
     def fill(folder: Path) -> None:
         for part, records in written.items():

@@ -15,6 +15,12 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Interval = tuple[float, float]
 
+T_INTERVALS = (
+    "Intervals over the seeds are Student's t intervals: with few seeds they are wide and may go beyond 0 and 100 %, "
+    "and of two seeds they say little."
+)
+"""What to say below a table of such intervals."""
+
 _RESAMPLES = 10_000
 _RESAMPLED_AT_ONCE = 2**17  # item counts; larger blocks leave the processor's cache and are slower
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution

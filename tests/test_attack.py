@@ -611,7 +611,7 @@ def test_the_report_has_the_tables_and_escapes_what_it_is_given(summary, tmp_pat
     ):
         assert part in text, part
     assert (tmp_path / "plot-membership.png").exists()
-    assert (tmp_path / "tables" / "membership-1.csv").exists()
+    assert (tmp_path / "tables" / "membership.csv").exists()
 
 
 def test_settings_are_named_in_the_report_by_what_tells_them_apart(tmp_path):

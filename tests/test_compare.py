@@ -1,5 +1,6 @@
 """`fedpt compare`: the grid of one process, cells, their summary, and going on after a kill."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -15,10 +16,13 @@ import pytest
 import torch
 from federation import QUICK, federate, final_arrays
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from rich.console import Console
 from typer.testing import CliRunner
 
 import server_app
 from fedpt_flwr import cli
+from fedpt_flwr.cli import console as console_of_commands
+from fedpt_flwr.cli import progress
 from fedpt_flwr.compare import (
     FEDPT,
     KINDS,
@@ -28,6 +32,7 @@ from fedpt_flwr.compare import (
     Cell,
     Comparison,
     Plan,
+    Progress,
     default_jobs,
     summarise,
 )
@@ -230,6 +235,11 @@ def test_a_single_learning_rate_needs_no_choice(config):
         ({"learning_rates": {LARGE: (0.1, -1.0)}}, "^--large-learning-rates: must be finite numbers greater than 0"),
         ({"learning_rates": {LARGE: (float("nan"),)}}, "^--large-learning-rates: must be finite numbers greater"),
         ({"seeds": (0, -1), "kinds": (LARGE,)}, "^--seeds: must be from 0"),
+        (
+            {"ablations": (Ablation.parse("train.max-steps=9"),), "ablation_seeds": (-1,)},
+            "^--ablation-seeds: must be from 0",
+        ),
+        ({"ablations": (Ablation.parse("train.max-steps=9"),) * 2}, "^--ablate: must not name anything twice"),
         ({"num_devices": 1}, r"^min-devices: must not exceed the 1 devices of a federation \(--devices\), got 2; give"),
         ({"set": {"seed": 4}}, "^seed: a comparison sets this key itself, got 4"),
         ({"set": {"output-dir": "/tmp/x"}}, "output-dir: a comparison sets this key itself"),
@@ -529,6 +539,49 @@ def test_a_worker_that_dies_costs_its_cell_alone(config, tmp_path):
     comparison.close()
 
 
+def test_what_cannot_run_is_said_of_its_world_and_once(tmp_path):
+    """A kind that does not need what is missing may run without it."""
+    worlds = []
+    for label, said in (("a", "demo:prompts"), ("b", "demo:nope")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "run-config.toml").write_text(f'"data.prompts" = "{said}"\n')
+        worlds += ["--world", str(tmp_path / label / "run-config.toml")]
+    arguments = ["compare", "--app", str(APP), "--out", str(tmp_path / "out"), *worlds]
+    with pytest.raises(FedPTError, match=r"^world b, demo:nope: the demo world has no data set 'nope'[^\n]*$"):
+        CliRunner().invoke(cli.app, [*arguments, "--kinds", "fedpt,tuned_kd"], catch_exceptions=False)
+    (tmp_path / "out").touch()
+    with pytest.raises(RunError, match="must be a new folder or that of a comparison"):  # which is looked at later
+        CliRunner().invoke(cli.app, [*arguments, "--kinds", "large_federated"], catch_exceptions=False)
+
+
+def test_a_folder_of_which_nothing_is_known_is_refused_with_what_to_do(config, tmp_path):
+    (tmp_path / "grid.json").write_text("{")
+    with pytest.raises(
+        RunError, match=r"grid.json: cannot be read \(.*\); give another --out: what this comparison was"
+    ):
+        Comparison(make_plan(config), tmp_path, app=APP)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_names_what_runs_and_says_a_failure_at_once(is_terminal, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    monkeypatch.setattr(progress, "ERR", console)
+    monkeypatch.setattr(console_of_commands, "ERR", console)
+    with progress.cell_progress(0, 2) as (begin, end):
+        begin("demo-fedpt-seed0")
+        end(Progress(name="demo-fedpt-seed0", error="no disk\nat all", done=1, total=2, seconds=3.0))
+        begin("demo-fedpt-seed1")
+        shown = console.file.getvalue()
+        end(Progress(name="demo-fedpt-seed1", error="", done=2, total=2, seconds=4.0))
+    assert "[1/2] demo-fedpt-seed0: failed: no disk\n" in shown
+    lines = [line for line in console.file.getvalue().splitlines() if "seed1" in line]
+    if is_terminal:
+        assert "demo-fedpt-seed1" in lines[-1]
+        assert "4 s" not in "".join(lines)
+    else:
+        assert lines == ["demo-fedpt-seed1 begins", "[2/2] demo-fedpt-seed1: 4 s"]
+
+
 def test_an_interrupted_command_says_how_to_go_on(config, tmp_path, monkeypatch):
     def interrupted(comparison, **_):
         comparison.close()
@@ -663,6 +716,30 @@ def test_a_killed_comparison_leaves_whole_cells_and_no_workers_and_goes_on(confi
     [
         (["--app", "/"], "pyproject.toml: cannot be read .*--app"),
         (["--kinds", "direct"], "--kinds: must be some of untouched"),
+        (["--kinds", ""], "--kinds: must name at least one"),
+        (["--modes", ""], "--modes: must name at least one"),
+        (["--ablate-kinds", "fedpt"], "--ablate-kinds: says nothing without --ablate, got 'fedpt'; say what"),
+        (["--ablate", "devices=2", "--ablation-seeds", ""], "--ablation-seeds: must name at least one"),
+        (["--ablation-seeds", "7"], "--ablation-seeds: says nothing without --ablate"),
+        (["--tune", "--tuning", "x.json"], "--tuning: says nothing beside --tune, .*, got 'x.json'; leave one of both"),
+        (["--tune", "--ablate", "devices=2"], "--ablate: says nothing beside --tune"),
+        (["--tune", "--kinds", "untouched"], "--kinds: none of these has a learning rate to choose, got .*; name some"),
+        (["--learning-rates", "central="], "--learning-rates: must name at least one, got 'central='"),
+        (["--learning-rates", "central"], "--learning-rates: must begin with one of .* and ="),
+        (["--learning-rates", "central=1", "--learning-rates", "central=2"], "rates of a kind once, got 'central=2'"),
+        (
+            ["--learning-rates", "large_federated=1", "--large-learning-rates", "2"],
+            "--large-learning-rates: must give the learning rates of a kind once",
+        ),
+        (["--kinds", "fedpt", "--learning-rates", "central=1"], "--learning-rates: must be of a kind that is compared"),
+        (["--kinds", "fedpt", "--large-learning-rates", "1"], "--large-learning-rates: must be of a kind that is comp"),
+        (["--kinds", "fedpt", "-c", "data.train='/no/such.jsonl'"], "^/no/such.jsonl: there is no such file"),
+        (["--kinds", "fedpt", "--devices", "9"], "^data.train: .* there are 9 devices and only 8 groups"),
+        (["--kinds", "fedpt", "-c", "model.large='/no/model'"], "^model.large: .*'/no/model'"),
+        (
+            ["--kinds", "fedpt", "--ablate", "data.prompts=demo:prompts,demo:no"],
+            "^--ablate data.prompts=demo:no, demo:no",
+        ),
         (["--learning-rates", "untouched=0.1"], "--learning-rates: must begin with one of tuned_local, "),
         (["--ablate", "proxy.alpha"], "--ablate: must be a key with its values"),
         (["--ablate", "proxy.alfa=1"], "--ablate, proxy.alfa: is not a key of this app; did you mean proxy.alpha"),
@@ -841,6 +918,12 @@ def test_all_learning_rates_that_were_tried_are_listed_with_their_validation_sco
     ]
 
 
+def test_where_nothing_ran_no_learning_rate_is_chosen(config):
+    plan = make_plan(config, kinds=(LARGE_LORA,))
+    failed = {cell.name: None for cell in plan.cells({})}
+    assert [row["chosen"] for row in summarise(plan, failed)["learning_rates"]] == [False]
+
+
 def test_costs_are_means_and_a_large_model_beside_the_tuned_one_is_none_of_them(settled):
     costs = rows_by_place(summarise(*settled)["costs"], "world", "mode", "row")
     proxy, direct = costs["a", "off", "proxy"], costs["a", None, LARGE]
@@ -867,6 +950,7 @@ def test_the_summary_is_fit_for_json_and_for_a_terminal(settled):
     text = summary_text(summary)
     assert "a      off   proxy            2      80 [-47.06, 207.1]" in text
     assert text.isascii()
+    assert "of two seeds they say little" in text
 
 
 # --- against Flower's own simulation ---

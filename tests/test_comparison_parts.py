@@ -23,7 +23,7 @@ from fedpt_flwr.compare.statistics import (
     t_quantile,
 )
 from fedpt_flwr.compare.views import cost_to_target, curves, quality_under_budget, ratios
-from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.errors import ConfigError, FedPTError
 
 WORLD = {"proxy.alpha": "auto", "train.max-steps": 5}
 
@@ -113,6 +113,34 @@ def test_an_ablation_is_read_as_a_key_with_values_and_what_goes_with_it():
     assert Ablation.parse("tuning.lora-rank=4").changes(4) == {"tuning.lora-rank": 4, "tuning.mode": "lora"}
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("proxy.alpha=0.5 proxy.alpha=1", "must name each key once"),
+        ("proxy.alpha=0.5,,1", "must have a value before and after each comma"),
+        ("proxy.alpha=0.5,0.50", "must not name a value twice"),
+    ],
+)
+def test_an_ablation_that_says_something_twice_or_not_at_all_is_refused(text, match):
+    with pytest.raises(ConfigError, match=f"^--ablate: {match}, got '{text}'; for example"):
+        Ablation.parse(text)
+
+
+def test_cells_that_differ_in_seed_and_learning_rate_alone_are_alike():
+    plan = make_plan(
+        kinds=(FEDPT, LARGE),
+        modes=("final", "carry"),
+        learning_rates={LARGE: (2e-4, 4e-4)},
+        ablations=(Ablation.parse("train.max-steps=5,6"),),
+    )
+    assert [(cell.kind, cell.mode, cell.changes) for cell in plan.unlike_cells()] == [
+        (FEDPT, "final", ()),
+        (FEDPT, "carry", ()),
+        (LARGE, None, ()),
+        (FEDPT, "final", (("train.max-steps", 6),)),
+    ]
+
+
 def test_a_value_that_changes_nothing_is_the_cell_that_is_there_anyway():
     plan = make_plan(ablations=(Ablation.parse("train.max-steps=5,10"), Ablation.parse("distillation.mode=final,off")))
     cells = plan.ablation_cells({})
@@ -198,11 +226,30 @@ def test_a_tuning_file_holds_what_was_chosen_and_gives_it_back(tmp_path):
     assert {cell.learning_rate for cell in known.cells({})} == {3e-3, 4e-4}
     _, notes = read_tuning(path, {"demo": WORLD | {"train.max-steps": 6}}, num_devices=8)
     assert notes == [
-        "World demo: the learning rates were chosen with other settings (train.max-steps, devices); "
-        "--tune chooses them anew"
+        "World demo: the learning rates were chosen with other settings (train.max-steps, devices) and are "
+        "used all the same; --tune chooses them anew"
     ]
-    with pytest.raises(ConfigError, match="is about other worlds"):
+    with pytest.raises(
+        ConfigError, match=r"^--tuning, .*: must be about one of the worlds other, got \['demo'\]; give"
+    ):
         read_tuning(path, {"other": WORLD}, num_devices=4)
+    assert tuning_of(plan, dict.fromkeys(settled), command="c", code_hash="c")["worlds"]["demo"]["rates"] == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, r"cannot be read \(.*No such file"),
+        ("# A", r"cannot be read \("),
+        ("[]", "must be a file that `fedpt comp"),
+    ],
+)
+def test_what_is_no_tuning_file_is_one_sentence(content, match, tmp_path):
+    path = tmp_path / "tuning.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(FedPTError, match=rf"^--tuning, {path}: {match}.*; name a tuning.json that `--tune` wrote$"):
+        read_tuning(path, {"demo": WORLD}, num_devices=4)
 
 
 # --- statistics ---

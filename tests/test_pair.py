@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedpt_flwr import cli
+from fedpt_flwr import pair as pair_module
 from fedpt_flwr.corpus import Source, hold_out, read_documents, repeated, repetitions, token_stream, train_tokenizer
-from fedpt_flwr.errors import ConfigError, DataError, RunError
+from fedpt_flwr.errors import ConfigError, DataError, FedPTError, RunError
 from fedpt_flwr.pair import RECIPES, PairRecipe, loss_curve, make_pair
 from fedpt_flwr.pretrain import LlamaShape, PretrainConfig, make_llama, pretrain, stream_loss
 from fedpt_flwr.vocabulary import match_vocabularies
@@ -91,8 +92,18 @@ def test_a_small_text_is_read_more_often_than_its_size_says():
     assert repetitions([100, 1], balance=1.0) == [1, 1]
     assert repetitions([100, 1], balance=0.0) == [1, 100]  # as much of the one as of the other
     assert repetitions([100, 1], balance=0.5) == [1, 10]
-    with pytest.raises(ConfigError, match="must be from 0 to 1"):
-        repetitions([1], balance=1.5)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("plain", "a template must have a field of the records in braces, got 'plain'"),
+        ("{question", "the template cannot be read"),
+    ],
+)
+def test_a_template_without_a_field_is_refused_before_anything_is_read(template, match):
+    with pytest.raises(DataError, match=match):
+        Source.parse(f"/nowhere.jsonl::{template}")
 
 
 def test_a_stream_is_repeated_as_a_whole_and_then_in_part():
@@ -251,14 +262,26 @@ def test_a_pair_says_what_it_was_made_of_and_how_good_it_is(pair):
 
 
 def test_an_unfinished_pair_with_other_options_is_refused(texts, tmp_path):
-    def end(*_):
-        raise Ended
+    def end(what, *_):
+        if "small" in what:
+            raise Ended
 
     out = tmp_path / "pair"
     with pytest.raises(Ended):
-        make_pair(out, sources(texts), RECIPE, progress=lambda what, *_: end() if "tokenizer" in what else None)
+        make_pair(out, sources(texts), RECIPE, progress=end)
     with pytest.raises(ConfigError, match="begun with another recipe or other text, got 'num_tokens, seed, the text'"):
         make_pair(out, sources(texts)[1:], replace(RECIPE, num_tokens=99, seed=1))
+
+
+def test_where_no_step_was_taken_nothing_is_left(texts, tmp_path):
+    (tmp_path / "tiny.txt").write_text("too few")
+    out = tmp_path / "pair"
+    with pytest.raises(
+        DataError, match=r"the texts come to \d tokens, and must come to more than a window of 16; give"
+    ):
+        make_pair(out, [Source.parse(f"{tmp_path}/tiny.txt")], RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.txt"]
+    make_pair(out, sources(texts), RECIPE)
 
 
 def test_a_folder_that_holds_something_is_left_alone(texts, tmp_path):
@@ -271,9 +294,13 @@ def test_a_folder_that_holds_something_is_left_alone(texts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"vocab_size": 100}, "vocab_size: must be at least 258"),
-        ({"window": 1024}, "window: must not exceed what the models can read"),
-        ({"num_tokens": 0}, "num_tokens: must be at least 1"),
+        ({"vocab_size": 100}, "--vocab-size: must be at least 258"),
+        ({"window": 1024}, "--window: must not exceed what the models can read"),
+        ({"num_tokens": 0}, "--tokens: must be at least 1"),
+        ({"learning_rate": 0.0}, "--learning-rate: must be a finite number above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate: must be a finite number above 0"),
+        ({"balance": 1.5}, "--balance: must be from 0 to 1"),
+        ({"small": replace(TINY, hidden_size=32)}, "--small and --large: the small model must not have more weights"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(changes, match):
@@ -304,14 +331,40 @@ def test_the_command_makes_a_pair_and_says_how_good_it_is(texts, tmp_path):
     ("options", "match"),
     [
         (["--small", "64x3"], "--small: must be WIDTHxLAYERSxHEADS, got '64x3'; such as 64x3x2"),
-        (["--large", "9x1x2"], "even multiple of its number of heads"),
+        (["--large", "9x1x2"], r"--large: the width .* even multiple of its number of heads, got \(9, 2\)"),
+        (["--tokens", "nan"], "--tokens: must be a finite number of millions, at least 0.000001, got nan"),
+        (["--tokens", "inf"], "--tokens: must be a finite number of millions, at least 0.000001, got inf"),
+        (["--tokens", "0"], "--tokens: must be a finite number of millions, at least 0.000001, got 0.0"),
+        (["--text", "P::{question"], "--text: the template cannot be read"),
         (["--recipe", "huge"], "--recipe: must be one of quick, standard, gpu"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_understand(options, match, texts, tmp_path):
     arguments = ["pretrain", "--text", str(texts / "lib"), "--out", str(tmp_path / "pair"), *options]
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(FedPTError, match=match):
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+
+def test_the_command_refuses_more_threads_than_a_process_can_have(texts, tmp_path):
+    arguments = ["pretrain", "--text", str(texts / "lib"), "--out", str(tmp_path / "pair"), "--threads", "100000"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "--threads" in result.output
+
+
+def test_a_text_that_is_named_twice_is_one_text(texts, tmp_path, monkeypatch):
+    seen = []
+
+    def make(_out, sources, *_, **__):
+        seen.extend(sources)
+        raise Ended
+
+    monkeypatch.setattr(pair_module, "make_pair", make)
+    source = f"{texts}/data.jsonl::{{question}}"
+    arguments = ["pretrain", "--text", source, "--text", f"{texts}/lib", "--text", source, "--out", str(tmp_path)]
+    with pytest.raises(Ended):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert seen == [Source.parse(source), Source.parse(f"{texts}/lib")]
 
 
 def test_the_tokens_of_a_stream_are_its_documents_after_an_end_each():

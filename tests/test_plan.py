@@ -31,7 +31,7 @@ from fedpt_flwr.models import fingerprint, load_causal_lm, load_tokenizer, make_
 from fedpt_flwr.plan import FEDPT, LARGE, LARGE_LORA, Rates, Told, counting, make_plan
 from fedpt_flwr.plan.counting import Counting
 from fedpt_flwr.plan.texts import find_texts
-from fedpt_flwr.plan.wording import plan_notes, plan_table
+from fedpt_flwr.plan.wording import beside_run, plan_notes, plan_table
 from fedpt_flwr.records import array_bytes, message_bytes, to_array_record
 from fedpt_flwr.results import device_cost_row, run_results
 from fedpt_flwr.runs import read_json, write_json
@@ -214,6 +214,15 @@ def test_devices_that_take_part_are_paid_for_and_no_others():
     assert half.bytes_in_all == 4 * 3 * (half.bytes_down + half.bytes_up)
 
 
+def test_the_devices_of_very_many_rounds_are_as_those_of_some(few, monkeypatch):
+    monkeypatch.setattr(counting, "_DRAWN_ROUNDS", 3)
+    flat = few | {"fraction-train": 0.5}
+    one, three, many = (
+        counting_of(flat | {"num-server-rounds": rounds}, 4, told=Told()).device_tokens() for rounds in (1, 3, 10**9)
+    )
+    assert one != three == many
+
+
 def test_replies_that_a_strategy_wants_beside_each_other_are_all_in_memory():
     need = MemoryNeed(weights=0, tuned=0, copies=0, activations=0)
     mean, median = (
@@ -309,6 +318,42 @@ def test_what_is_told_of_texts_wins_over_what_they_are(few):
     assert len({len(text.prompt_ids) for text in texts.shards[0]}) > 1
 
 
+def test_texts_that_are_told_longer_than_a_run_reads_are_cut_as_it_cuts():
+    told = dataclasses.replace(TOLD, prompt_tokens=400, answer_tokens=100)
+    texts = find_texts(parse_run_config({"train.max-length": 256}), 8, told)
+    ((prompt, answer),) = {(len(text.prompt_ids), len(text.answer_ids)) for text in texts.shards[0]}
+    assert (prompt, answer) == (156, 100)
+    assert {len(text.prompt_ids) + len(text.answer_ids) for text in texts.test} == {500}  # the models can read 512
+    assert {(len(text.prompt_ids), len(text.answer_ids)) for text in texts.lessons} == {(256, 32)}
+    assert "that training cuts these texts at train.max-length, 256 tokens" in " ".join(texts.assumed)
+    told = dataclasses.replace(TOLD, prompt_tokens=400, answer_tokens=300)
+    (text, *_) = find_texts(parse_run_config({"train.max-length": 256}), 8, told).shards[0]
+    assert (len(text.prompt_ids), len(text.answer_ids)) == (128, 128)
+
+
+def test_where_the_number_of_examples_is_told_the_data_is_not_dealt_out():
+    texts = find_texts(parse_run_config({}), 100, Told(examples=500))  # of eight sites, each on one device
+    assert [len(shard) for shard in texts.shards.values()] == [500] * 100
+    assert len({len(text.prompt_ids) for text in texts.shards[0]}) > 1
+    assert not texts.assumed
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Told)])
+def test_more_than_a_plan_can_count_is_refused_with_its_option(name):
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(
+        ConfigError, match=f"^{option}: a plan counts from 1 to 1,000,000 of them, got 1000001; say fewer"
+    ):
+        Told(**{name: 1_000_001})
+
+
+def test_more_than_a_plan_can_count_is_refused_of_devices_and_of_what_the_config_says():
+    with pytest.raises(ConfigError, match="^--devices: a plan counts up to 1,000,000"):
+        plan_of(num_devices=1_000_001)
+    with pytest.raises(ConfigError, match="^--test-items: a plan counts from 1 to 1,000,000"):
+        find_texts(parse_run_config(QWEN | {"scoring.num-items": 10**9}), 8, Told())
+
+
 def test_what_nobody_tells_is_assumed_and_said_with_the_option_that_tells_it():
     config = parse_run_config(QWEN)
     assumed = " ".join(find_texts(config, 8, Told()).assumed)
@@ -340,7 +385,12 @@ def test_a_model_is_the_same_by_name_by_folder_and_by_its_config_file(tmp_path):
             ModelError,
             "nothing is downloaded .*, got 'owner/nobody.*; give the",
         ),
-        ({"model.small": "/nowhere/config.json"}, ModelError, "/nowhere/config.json: must be a config that"),
+        (
+            {"model.small": "/nowhere/config.json"},
+            ModelError,
+            r"^model.small: cannot be read \(No such file or directory\), got '/nowhere/config.json'",
+        ),
+        ({"model.small": "acme/Qwen2.5-0.5B"}, ModelError, "model.small: this model is not known here"),
         ({"model.large": "/nowhere"}, ModelError, "model.large: a model's path must be a folder"),
         (QWEN | {"model.large": "Llama-3.1-70B"}, VocabularyMismatch, "they have 128,256 and 151,936 entries"),
         ({"model.small": "SmolLM2-135M"}, VocabularyMismatch, "they have 1,024 and 49,152 entries"),
@@ -382,7 +432,7 @@ def test_a_model_whose_memory_cannot_be_told_is_one_sentence(tmp_path):
 def test_a_file_that_is_no_config_says_so(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ModelError, match="config.json: must be a config that transformers knows"):
+    with pytest.raises(ModelError, match="must be a config that transformers knows.*config.json'"):
         find_architecture(str(path))
 
 
@@ -418,6 +468,19 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(tmp_path):
     assert large["device_state_bytes"] == 4 * 4 * 5136
     assert ours["money"] == pytest.approx(ours["server_large_tokens"] * 0.3 / 1e6)
     assert "money" not in large_lora
+
+
+def test_a_plan_is_not_written_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="^--json: there is no such folder, got .*/nope'; make it, or name another"):
+        fedpt("--json", str(tmp_path / "nope" / "plan.json"))
+    assert not (tmp_path / "nope").exists()
+
+
+def test_what_goes_through_the_large_model_has_one_name_in_a_plan():
+    for alpha, name in ((1.0, "to draw the curve of alphas"), ("auto", "to choose alpha and mask")):
+        plan = plan_of({"proxy.alpha": alpha}, told=TOLD)
+        for table in (plan_table(plan), beside_run(plan, plan.columns[0].to_json())):
+            assert name in {row[0].strip() for row in table}
 
 
 def test_a_large_model_behind_an_api_is_not_asked_and_only_its_tokens_are_counted(few):

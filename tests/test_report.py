@@ -1,6 +1,7 @@
 """The page of a run and of a comparison: what is on it, what is left out, and that nothing gets out of it."""
 
 import copy
+import csv
 import itertools
 import json
 import random
@@ -14,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fedpt_flwr import cli, report
+from fedpt_flwr.compare.summary import COLUMNS
 from fedpt_flwr.errors import RunError
 from fedpt_flwr.report import PAGE, find_folder, make_report
 from fedpt_flwr.report.attack import attack_sections
-from fedpt_flwr.report.comparison import comparison_page
+from fedpt_flwr.report.comparison import COSTS, comparison_page
 from fedpt_flwr.report.page import Cell, Examples, Page, Plots, Prose, Section, Table, Verdicts, render
 from fedpt_flwr.report.plots import (
     DARK,
@@ -171,7 +173,9 @@ def whole_comparison():
                 {"world": "demo", "mode": "carry", "against": "tuned", "measure": "exact_match", "value": 0.7}
                 | {"ci95": [0.6, 0.8], "by_seed": estimated(0.7, 0.72), "p_holm": 0.0004}
             ],
-            "cost_ratios": [{"world": "demo", "mode": "carry", "against": "large_federated", "device_flops": 0.05}],
+            "cost_ratios": [
+                {"world": "demo", "mode": "carry", "against": "large_federated"} | {"device_flops_per_round": 0.05}
+            ],
             "curves": [
                 {"world": "demo", "mode": "carry", "row": name}
                 | {"points": [{"round": at, "exact_match": value * at / 2, "bytes": 5e6 * at} for at in (1, 2)]}
@@ -218,8 +222,9 @@ def whole_comparison():
                 for rate, value in ((0.001, 0.1), (0.003, 0.2))
             ],
             "costs": [
-                {"world": "demo", "mode": "carry", "row": "proxy", "kind": "fedpt", "device_bytes_up": 5e6}
-                | {"device_flops_per_round": 2e9, "seconds": 12.5}
+                {"world": "demo", "mode": "carry", "row": "proxy", "kind": "fedpt", "cell_seconds": 12.5}
+                | {"bytes_up_per_device_and_round": 5e6, "device_flops_per_round": 2e9}
+                | {"tokens_per_second_tuned": 70.0, "tokens_per_second_proxy": 7.0}
             ],
         },
         "cells/demo-0.json": {"name": "demo-0", "kind": "fedpt", "world": "demo", "seed": 0, "mode": "carry"}
@@ -301,6 +306,11 @@ def plots(page):
 
 def section(page, name):
     return next(section for section in page.sections if section.id == name)
+
+
+def texts(rows):
+    """The cells of a table as they are read, without what stands behind them."""
+    return [[cell if isinstance(cell, str) else cell.text for cell in row] for row in rows]
 
 
 def sentences(page):
@@ -443,8 +453,10 @@ def test_every_plot_is_a_whole_png_file(made, page):
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(compared, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot be written .*; free some space, or give .* with --out"):
+    with pytest.raises(RunError, match="^--out: must be a folder, and is a file, got .*/file'; name a folder"):
         make_report(compared, tmp_path / "file")
+    with pytest.raises(RunError, match="cannot be written .*; free some space, or give .* with --out"):
+        make_report(compared, tmp_path / "file" / "within")
 
 
 # --- texts that want out ---
@@ -634,7 +646,7 @@ def test_shards_are_stacked_bars_and_a_table(page):
     assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 200), (200, 40), (0, 100), (0, 0)]
     table = next(block for block in section(page, "shards").blocks if isinstance(block, Table))
     # Boilers are 200/340 of all, 200/240 of device 0 (0.245 more) and none of device 1 (0.588 less).
-    assert table.rows == [
+    assert texts(table.rows) == [
         ["0", "boiler 200, camera 40", "0.25", "240"],
         ["1", "camera 100", "0.59", "100"],
         ["2", "-", "-", "0"],
@@ -860,7 +872,10 @@ def test_a_comparison_has_a_table_and_plots_for_each_world(compared, comparison)
     means, values = (block for block in comparison.sections[0].blocks if isinstance(block, Table))
     assert means.rows[0][:3] == ["tuned", "carry", "2"]
     assert (means.rows[0][3].text, means.rows[0][3].extra) == ("21.0", "[11.0, 31.0]")
-    assert values.rows[0] == ["tuned", "carry", "20.0, 22.0", "0.8, 0.82"]
+    assert texts(values.rows)[0] == ["tuned", "carry", "20.0, 22.0", "0.8, 0.82"]
+    said = [block.text for block in comparison.sections[0].blocks if isinstance(block, Prose)]
+    assert len(said) == 1
+    assert "may go beyond 0 and 100 %, and of two seeds they say little" in said[0]
 
 
 def test_every_seed_of_a_comparison_is_a_dot(comparison):
@@ -879,31 +894,37 @@ def test_a_comparison_shows_gap_costs_learning_rates_and_cells(comparison):
     }
     assert tables["gap"].rows[0][2:4] == ["proxy", "large_federated"]
     assert tables["gap"].rows[0][4] == "exact match"
-    assert (tables["gap"].rows[0][5].text, tables["gap"].rows[0][6]) == ("91.0", "[85.0, 95.0]")
-    assert tables["costs"].head[3:] == ["device MB up", "device GFLOP per round", "seconds"]
-    assert tables["costs"].rows == [["demo", "carry", "proxy", "5.00", "2.00", "12.5"]]
-    low, high = tables["learning-rates"].rows
-    assert low == ["demo", "large_federated", "0.001", "10.0", "-"]
-    assert (high[2].text, high[2].extra, high[3]) == ("0.003", "chosen", "20.0")
-    assert tables["cells"].rows == [["demo-0", "fedpt", "demo", "carry", "0", "tuned 20.0", "31.0"]]
+    assert texts(tables["gap"].rows)[0][5:7] == ["91.0", "[85.0, 95.0]"]
+    assert tables["costs"].head[3:] == ["MB up", "GFLOP", "tokens/s", "cell seconds"]
+    assert texts(tables["costs"].rows) == [["demo", "carry", "proxy", "5.00", "2.00", "7.00", "12.5"]]
+    assert texts(tables["learning-rates"].rows) == [
+        ["demo", "large_federated", "-", "0.001", "10.0", "-"],
+        ["demo", "large_federated", "yes", "0.003", "20.0", "-"],
+    ]
+    assert texts(tables["cells"].rows) == [["demo-0", "fedpt", "demo", "carry", "0", "tuned 20.0", "31.0"]]
+
+
+def test_costs_have_the_same_names_in_the_report_and_on_the_terminal():
+    assert {name: COSTS[name][0] for name in COLUMNS} == {name: title for name, (title, _) in COLUMNS.items()}
 
 
 def test_a_comparison_shows_differences_views_ablations_and_calibration(comparison):
     tables = {part.id: [block for block in part.blocks if isinstance(block, Table)] for part in comparison.sections}
     (difference,) = tables["differences"][0].rows
     assert difference[:4] == ["demo", "carry", "tuned", "exact match"]
-    assert [difference[4].text, difference[4].extra, difference[6]] == ["70.0", "[60.0, 80.0]", "0.0004"]
-    assert tables["costs"][1].rows == [["demo", "carry", "large_federated", "5.0"]]
+    assert [difference[4].text, difference[4].extra, difference[6].text] == ["70.0", "[60.0, 80.0]", "0.0004"]
+    assert tables["costs"][1].head[3:] == ["GFLOP %"]
+    assert texts(tables["costs"][1].rows) == [["demo", "carry", "large_federated", "5.0"]]
     by_bytes, by_flops, targets, spread = tables["views"]
-    assert (by_bytes.head, by_bytes.rows) == (["row", "5.00", "20.0"], [["proxy (carry)", "-", "90.0"]])
+    assert (by_bytes.head, texts(by_bytes.rows)) == (["MB", "proxy (carry) %"], [["5.00", "-"], ["20.0", "90.0"]])
     assert "GFLOP" in by_flops.caption
-    assert targets.rows == [
-        ["demo", "proxy (carry)", "90", "2 of 2", "1.50", "7.00", "3.00", "4.00"],
-        *(["World <b>2</b>", "proxy (carry)", share, "1 of 2", "-", "-", "-", "-"] for share in ("50", "90")),
+    assert texts(targets.rows) == [
+        ["demo", "proxy (carry)", "90", "2", "2", "1.50", "7.00", "3.00", "4.00"],
+        *(["World <b>2</b>", "proxy (carry)", share, "2", "1", "-", "-", "-", "-"] for share in ("50", "90")),
     ]
     (why,) = [block.text for block in section(comparison, "views").blocks if isinstance(block, Prose)]
     assert why.startswith("Cost to reach a target, world World <b>2</b>: no costs: with seed 1 large_federated gains")
-    assert spread.rows == [["demo", "tuned_local", "10.0", "-", "0.0", "-"]]
+    assert texts(spread.rows) == [["demo", "tuned_local", "10.0", "-", "0.0", "-"]]
     assert tables["ablations"][0].rows[0][:6] == [
         "demo", "proxy.alpha", "0.5", "proxy.plausibility = 0", "proxy", "2"
     ]  # fmt: skip
@@ -927,10 +948,23 @@ def test_calibration_and_cost_plots_show_the_hand_computed_places(comparison):
 
 def test_the_tables_of_a_comparison_are_files_for_programs_and_papers(compared):
     folder = compared / "tables"
-    lines = (folder / "gap.csv").read_text().splitlines()
-    assert lines[0] == 'world,mode,row,to,by,gap closed %,"gap closed %, interval",over the items,by seed'
-    assert lines[1].startswith('demo,carry,proxy,large_federated,exact match,91.0,"[81.0, 101.0]"')
-    latex = (folder / "gap.tex").read_text()
+    assert sorted(path.stem for path in folder.glob("*.csv")) == [
+        *("ablations", "calibration", "cells", "config", "cost-ratios", "cost-to-target", "costs", "devices"),
+        *("differences", "gap-closed", "learning-rates", "quality-by-gflop", "quality-by-mb", "robustness"),
+        *("scores", "scores-by-seed"),
+    ]
+    lines = (folder / "gap-closed.csv").read_text().splitlines()
+    assert lines[0] == (
+        "world,mode,row,to,by,gap closed %,gap closed %_low,gap closed %_high,"
+        "over the items %_low,over the items %_high,by seed %_1,by seed %_2"
+    )
+    assert lines[1] == "demo,carry,proxy,large_federated,exact match,91,81,101,85,95,90,92"
+    assert (folder / "quality-by-mb.csv").read_text() == "world,MB,proxy (carry) %\ndemo,5,\ndemo,20,90\n"
+    assert (folder / "learning-rates.csv").read_text().splitlines()[1] == "demo,large_federated,,0.001,10,"
+    scores = list(csv.DictReader((folder / "scores.csv").read_text().splitlines()))
+    assert [row["world"] for row in scores] == ["demo"] * 6 + ["World <b>2</b>"] * 6
+    assert float(scores[0]["exact match %_low"]) == pytest.approx(11)
+    latex = (folder / "gap-closed.tex").read_text()
     assert "\\begin{tabular}{lllllrrr}" in latex
     assert (
         "demo & carry & proxy & large\\_federated & exact match & 91.0 [81.0, 101.0] & [85.0, 95.0] & 90.0, 92.0 \\\\"
@@ -939,11 +973,12 @@ def test_the_tables_of_a_comparison_are_files_for_programs_and_papers(compared):
 
 
 def test_a_table_as_a_file_is_nothing_that_a_program_would_run():
-    table = Table(caption="50 % & more", head=["a", "b"], rows=[["=cmd()", "-1.5"], ["[x]", Cell("-", "~")]], texts=1)
-    assert as_csv(table) == 'a,b,"b, interval"\n\'=cmd(),-1.5,\n[x],-,~\n'
-    latex = as_latex(table)
+    rows = [["=cmd()", "-"], ["[x]", Cell("-104,688", "~", {"": -104688.25, "_low": None})]]
+    table = Table(caption="50 % & more", head=["a", "b"], rows=rows, texts=1)
+    assert as_csv([table]) == "a,b,b_low\n'=cmd(),,\n[x],-104688.25,\n"
+    latex = as_latex([table])
     assert latex.startswith("% 50 \\% \\& more\n")
-    assert "{}[x] & - \\textasciitilde{} \\\\" in latex
+    assert "{}[x] & -104,688 \\textasciitilde{} \\\\" in latex
 
 
 def test_more_lines_than_colours_are_told_apart():
@@ -954,12 +989,19 @@ def test_more_lines_than_colours_are_told_apart():
 
 
 def test_a_comparison_that_has_just_begun_makes_a_page_of_sentences(tmp_path):
-    write(tmp_path, {"summary.json": {"title": "x", "errors": {"demo-1": "no disk"}}, "cells/a.json": {}})
+    summary = {"title": "x", "rows": [], "errors": {"demo-1": "no disk"}}
+    write(tmp_path, {"summary.json": summary, "cells/a.json": {}})
     (tmp_path / "cells" / "b.json").write_text('{"name": "b')
     page = comparison_page(tmp_path)
     assert all(found for found in sentences(page).values())
     assert page.notes[0] == "The cell demo-1 failed: no disk"
     assert "cells/b.json is damaged" in page.notes[1]
+
+
+@pytest.mark.parametrize("summary", [{}, []])
+def test_a_summary_without_tables_is_refused(summary, tmp_path):
+    with pytest.raises(RunError, match=r"summary.json: must hold a comparison's tables; make the comparison again"):
+        comparison_page(write(tmp_path, {"summary.json": summary}))
 
 
 def test_answers_are_those_of_cells_that_count(tmp_path):
@@ -983,7 +1025,7 @@ def test_a_seed_without_a_value_keeps_its_place(tmp_path):
     files["summary.json"]["gap_closed"][0]["why"] = "no share: it gained nothing"
     page = comparison_page(write(tmp_path, files))
     table, said = section(page, "gap").blocks
-    assert table.rows == [["demo", "off", "proxy", "large_federated", "exact match", "-", "-", "-, 50.0"]]
+    assert texts(table.rows) == [["demo", "off", "proxy", "large_federated", "exact match", "-", "-", "-, 50.0"]]
     assert said.text == "World demo, mode off: no share: it gained nothing."
 
 

@@ -71,7 +71,9 @@ def test_a_run_is_never_made_in_the_folder_of_another(tmp_path):
 
 def test_a_root_that_is_a_file_is_reported_in_a_sentence(tmp_path):
     (tmp_path / "runs").write_text("")
-    with pytest.raises(RunError, match=r"cannot be written \(Not a directory\); free some space or set output-dir"):
+    with pytest.raises(
+        RunError, match=r"cannot be written \(Not a directory\); free some space or write .*set output-dir"
+    ):
         RunFolder.create(tmp_path / "runs", 5, now=NOW)
 
 
@@ -779,7 +781,7 @@ except RunError as error:
 
 
 SENTENCE = (
-    "cannot be written (File too large); free some space or set output-dir to another disk; "
+    "cannot be written (File too large); free some space or write elsewhere (a run: set output-dir); "
     "what was written before is whole"
 )
 

@@ -113,11 +113,18 @@ def test_a_key_of_the_test_is_in_no_other_part(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"shares": {"test": 1.0}}, "share of test: must be at least 0 and below 1"),
-        ({"shares": {"test": 0.5, "public": 0.5}}, "the shares leave nothing for the devices"),
-        ({"given": {"test": "/t.jsonl"}}, "test is given as a file and as a share"),
-        ({"key_fields": []}, "at least one field must decide"),
-        ({"public_groups": ["a"], "group_field": ""}, "public groups need the field"),
+        ({"shares": {"test": 1.0}}, "--test-share: must be at least 0 and below 1"),
+        ({"shares": {"public": float("nan")}}, "--public-share: must be at least 0 and below 1, got nan"),
+        (
+            {"shares": {"test": 0.5, "public": 0.5}},
+            r"--test-share and --public-share: the shares leave nothing for the devices, got \[0.5, 0.5\]; their sum",
+        ),
+        ({"given": {"test": "/t.jsonl"}}, "--test and --test-share: test is given as a file and as a share"),
+        ({"key_fields": []}, "--key: at least one field must decide"),
+        (
+            {"public_groups": ["a"], "group_field": ""},
+            "--public-group: public groups need the field .*; name it with --group-field, or",
+        ),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(tmp_path, settings, match):
@@ -128,7 +135,10 @@ def test_plans_that_make_no_sense_are_refused(tmp_path, settings, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"public_groups": ["z"]}, r"there is no such group in 'site', got \['z'\]; there are a, b, c, d"),
+        (
+            {"public_groups": ["z"]},
+            r"--public-group: there is no such group in 'site', got \['z'\]; there are a, b, c, d",
+        ),
         ({"key_fields": ["query"]}, "record 1: the record has no field 'query'"),
         ({"shares": {"test": 1e-9}}, "nothing is left for test"),
     ],
@@ -178,6 +188,27 @@ def test_the_command_takes_key_and_groups_from_the_tasks_config(tmp_path):
     assert described["parts"]["public"]["groups"] == {"c": 50}
     keys = tomllib.loads((out / "run-config.toml").read_text())
     assert keys["model.large"] == str(tmp_path / "pair" / "large")
+    assert "distillation.mode" not in keys
+
+
+def test_where_nothing_is_public_the_config_distils_nothing_and_the_command_says_so(tmp_path):
+    source, out = write(tmp_path / "all.jsonl", records(100)), tmp_path / "out"
+    config = tmp_path / "task.toml"
+    config.write_text(
+        '"data.template" = "Q: {question}\\n"\n"data.group-field" = "site"\n"distillation.mode" = "carry"\n'
+    )
+    arguments = ["split", "--config", str(config), "--train", source, "--test-share", "0.2", "--out", str(out)]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert 'Nothing is public to distil on, so the run config has distillation.mode = "off"' in result.output
+    parse_run_config(tomllib.loads((out / "run-config.toml").read_text()))
+
+
+@pytest.mark.parametrize("name", ["nope", "nope.toml", "task.md"])
+def test_a_tasks_config_that_is_no_toml_file_is_refused(name, tmp_path):
+    (tmp_path / "task.md").write_text("# Task\n")
+    arguments = ["split", "--config", str(tmp_path / name), "--train", "/all.jsonl", "--out", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="^--config: must be a TOML file that is there, got '.*/" + name):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

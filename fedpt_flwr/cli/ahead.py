@@ -15,6 +15,7 @@ from fedpt_flwr.cli.console import OUT, say, text_table
 from fedpt_flwr.cli.loading import open_run
 from fedpt_flwr.cli.options import App, Overrides
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
+from fedpt_flwr.paths import is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def check_config(
         sys.stdout.write(settings_markdown())
         return
     flat = flat_config(app_dir, overrides)
-    problems = _config_problems(flat, num_devices)
+    problems = config_problems(flat, num_devices)
     if problems:
         raise ConfigError.of(problems)
     say(f"The run config is fine: {len(flat)} keys.")
@@ -58,7 +59,7 @@ def check_config(
             say(line)
 
 
-def _config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
+def config_problems(flat: dict[str, Any], num_devices: int | None) -> list[FedPTError]:
     """Everything that would stop a run of this config before its first round, as far as it shows without weights."""
     from fedpt_flwr.accounting import privacy_outlook
     from fedpt_flwr.config import examine_run_config
@@ -227,6 +228,10 @@ def plan(
     """
     if run is not None and (overrides or num_devices is not None):
         raise ConfigError("a run has its own config and devices", place="--run", remedy="leave -c and --devices out")
+    if json_file is not None and not is_folder(json_file.absolute().parent):
+        raise ConfigError(
+            "there is no such folder", value=str(json_file.parent), place="--json", remedy="make it, or name another"
+        )
     costs: dict[str, float] = {}
     if run is not None:
         folder, config = open_run(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ def split(
     from fedpt_flwr import split as splitting
     from fedpt_flwr.config import parse_run_config
 
-    given = given_config([str(config)], place="--config") if config else {}
+    given = _task_config(config) if config else {}
     data = parse_run_config(given).data
     fields, contexts = (listed(key), []) if key or not config else prompt_fields(data)
     if not fields:
@@ -104,6 +105,8 @@ def split(
         left_out = f", {row['dropped']} left out" if row["dropped"] else ""
         line = f"{part:<10} {row['records']:>7} records{left_out}{': ' if groups else ''}{groups}"
         say(line)
+    if "public" not in made["parts"]:
+        say('Nothing is public to distil on, so the run config has distillation.mode = "off"')
     said = f"Run with: flwr run . --stream --run-config {out.absolute() / 'run-config.toml'}"
     say(said)
 
@@ -123,7 +126,7 @@ def pretrain(
     ] = "standard",
     small: Annotated[str, typer.Option(help="Small model as WIDTHxLAYERSxHEADS, such as 64x3x2.")] = "",
     large: Annotated[str, typer.Option(help="Large model, the same way.")] = "",
-    tokens: Annotated[float | None, typer.Option(min=0.0, help="Million tokens that each model learns from.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Million tokens that each model learns from.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=258, help="Tokens of the tokenizer.")] = None,
     window: Annotated[int | None, typer.Option(min=2, max=512, help="Tokens that are read at once.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per step.")] = None,
@@ -139,7 +142,7 @@ def pretrain(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Files and folders to leave out by name, such as `test*`; repeatable.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0: as many as there are cores.")] = 0,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the text.")] = 0,
 ) -> None:
@@ -165,7 +168,7 @@ def pretrain(
     changes: dict[str, Any] = {
         "small": _shape(small, "--small"),
         "large": _shape(large, "--large"),
-        "num_tokens": None if tokens is None else round(tokens * 1e6),
+        "num_tokens": None if tokens is None else _num_tokens(tokens),
         "vocab_size": vocab_size,
         "window": window,
         "batch_size": batch_size,
@@ -174,7 +177,8 @@ def pretrain(
         "seed": seed,
     }
     chosen = replace(RECIPES[recipe], **{name: value for name, value in changes.items() if value is not None})
-    sources = [Source.parse(each) for each in text]
+    with naming("--text"):
+        sources = list(dict.fromkeys(map(Source.parse, text)))  # a text that is named twice is one text
     transformers_logging.disable_progress_bar()
     try:
         with training_progress() as progress, cpu_threads(threads or os.cpu_count() or 1):
@@ -207,6 +211,27 @@ def _absolute(source: str) -> str:
     """A data source as a run config wants it: a path that is there becomes absolute, a hub id stays."""
     path = expanded(source)
     return str(path.absolute()) if is_there(path) else source
+
+
+def _task_config(path: Path) -> dict[str, Any]:
+    if path.suffix != ".toml" or not is_there(path):
+        raise ConfigError(
+            "must be a TOML file that is there", value=str(path), place="--config", remedy="check the path"
+        )
+    return given_config([str(path)], place="--config")
+
+
+def _num_tokens(millions: float) -> int:
+    """Millions of tokens as their number, which is at least one."""
+    number = millions * 1e6
+    if not 1 <= number < math.inf:
+        raise ConfigError(
+            "must be a finite number of millions, at least 0.000001",
+            value=millions,
+            place="--tokens",
+            remedy="such as 5",
+        )
+    return round(number)
 
 
 def _shape(text: str, place: str) -> Any:

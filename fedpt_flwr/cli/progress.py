@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fedpt_flwr.cli.console import ERR, note
 
@@ -85,18 +86,39 @@ def training_progress() -> Iterator[Any]:
 
 
 @contextmanager
-def cell_progress(done: int, total: int) -> Iterator[Any]:
-    """A callback for cells of a comparison that have ended: a bar on a terminal, a line for each elsewhere."""
+def cell_progress(done: int, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
+    """Two callbacks, for a cell that begins, by its name, and for one that has ended.
+
+    On a terminal there is a bar, with what runs now, and a line above it for each failure; elsewhere there are lines.
+    """
+
+    def say(cell: Any) -> None:
+        outcome = f"failed: {cell.error.splitlines()[0]}" if cell.error else f"{cell.seconds:.0f} s"
+        note(f"[{cell.done}/{cell.total}] {cell.name}: {outcome}")
+
     if not ERR.is_terminal:
-
-        def say(cell: Any) -> None:
-            outcome = f"failed: {cell.error.splitlines()[0]}" if cell.error else f"{cell.seconds:.0f} s"
-            line = f"[{cell.done}/{cell.total}] {cell.name}: {outcome}"
-            note(line)
-
-        yield say
+        yield lambda name: note(f"{name} begins"), say
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=ERR) as bars:
-        task = bars.add_task("federations", completed=done, total=total)
-        yield lambda cell: bars.update(task, completed=cell.done)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[running]}", markup=False, table_column=Column(overflow="fold")),
+    )
+    with Progress(*columns, console=ERR) as bars:
+        task = bars.add_task("federations", completed=done, total=total, running="")
+        running: dict[str, None] = {}
+
+        def begin(name: str) -> None:
+            running[name] = None
+            bars.update(task, running="\n".join(running), refresh=True)
+
+        def end(cell: Any) -> None:
+            running.pop(cell.name, None)
+            bars.update(task, running="\n".join(running), completed=cell.done)
+            if cell.error:
+                say(cell)
+
+        yield begin, end

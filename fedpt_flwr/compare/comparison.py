@@ -108,6 +108,7 @@ class Comparison:
         jobs: int,
         keep_runs: bool = False,
         apart: bool = False,
+        on_begin: Callable[[str], None] | None = None,
         on_cell: Callable[[Progress], None] | None = None,
     ) -> None:
         """Run what is missing.
@@ -119,9 +120,18 @@ class Comparison:
             keep_runs: Whether run folders are kept.
             apart: Whether one cell of each kind measures a device's memory in a process of its own, and how fast its
                 models write. What a cell computes is the same.
+            on_begin: Called with the name of a cell that begins.
             on_cell: Called whenever a cell has ended.
         """
         told = WorkerSettings(run=run_in_worker, folder=self.folder, app=self._app, keep_runs=keep_runs)
+
+        def take() -> Task | None:
+            if not self._open:
+                return None
+            task = self._task(self._open.pop(0), apart=apart)
+            if on_begin is not None:
+                on_begin(task.name)
+            return task
 
         def ended(task: Task, said: str, seconds: float) -> None:
             error = self._settle(task.cell, said)
@@ -129,12 +139,7 @@ class Comparison:
                 on_cell(self._progress(task.cell, error, seconds))
 
         try:
-            run_all(
-                told,
-                jobs=jobs,
-                take=lambda: self._task(self._open.pop(0), apart=apart) if self._open else None,
-                ended=ended,
-            )
+            run_all(told, jobs=jobs, take=take, ended=ended)
         finally:
             shutil.rmtree(self.folder / "work", ignore_errors=True)
 
@@ -264,7 +269,11 @@ def refuse_other_plan(plan: Mapping[str, Any], path: Path, *, what: str) -> None
         if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
             raise RunError(f"must be a new folder or that of {_a(what)}", place=str(folder))
         return
-    was, now = _flat(read_json(path)), _flat(dict(plan))
+    try:
+        was, now = _flat(read_json(path)), _flat(dict(plan))
+    except RunError as error:
+        error.remedy = f"give another --out: what this {what} was about is no longer known"
+        raise
     differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if differing:
         shown = [f"{key} (was {was.get(key, 'absent')!r}, is {now.get(key, 'absent')!r})" for key in differing]

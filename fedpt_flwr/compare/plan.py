@@ -7,7 +7,7 @@ import re
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpt_flwr.compare.kinds import FEDPT, FEW_SHOT_SMALL, KINDS, LARGE, LARGE_LORA
@@ -111,11 +111,17 @@ class Ablation:
         Raises:
             ConfigError: It is nothing of that kind.
         """
-        first, *others = _pairs(text)
+        first, *others = pairs = _pairs(text)
         key, listed = first
-        values = tuple(_value(part) for part in re.split(r",(?=(?:[^']*'[^']*')*[^']*$)", listed) if part.strip())
-        if not values:
-            raise ConfigError("must have at least one value", value=text, place="--ablate")
+        parts = re.split(r",(?=(?:[^']*'[^']*')*[^']*$)", listed)
+        values = tuple(_value(part) for part in parts)
+        for rule, is_broken in (
+            ("must name each key once", len({name for name, _ in pairs}) < len(pairs)),
+            ("must have a value before and after each comma", not all(map(str.strip, parts))),
+            ("must not name a value twice", len(set(map(str, values))) < len(values)),
+        ):
+            if is_broken:
+                raise ConfigError(rule, value=text, place="--ablate", remedy=_ABLATE_EXAMPLE)
         return cls(key=key, values=values, fixed={name: _value(value) for name, value in others})
 
     def to_json(self) -> dict[str, Any]:
@@ -127,14 +133,15 @@ class Ablation:
         return {**IMPLIED.get(self.key, {}), **self.fixed, self.key: value}
 
 
+_ABLATE_EXAMPLE = "for example 'proxy.alpha=0.25,0.5,1' or 'devices=4,16'"
+
+
 def _pairs(text: str) -> list[tuple[str, str]]:
     found = re.findall(r"([\w.-]+)\s*=\s*((?:'[^']*'|[^\s'])+)", text)
     rest = re.sub(r"([\w.-]+)\s*=\s*((?:'[^']*'|[^\s'])+)", "", text)
     if not found or rest.strip():
         rule = "must be a key with its values, perhaps followed by others that go with it"
-        raise ConfigError(
-            rule, value=text, place="--ablate", remedy="for example 'proxy.alpha=0.25,0.5,1' or 'devices=4,16'"
-        )
+        raise ConfigError(rule, value=text, place="--ablate", remedy=_ABLATE_EXAMPLE)
     return found
 
 
@@ -189,6 +196,12 @@ class Plan:
             problems += _list_problems("--ablate-kinds", self.ablated_kinds, self.kinds)
             if self.ablation_seeds:
                 problems += _list_problems("--ablation-seeds", self.ablation_seeds)
+            varied = [
+                " ".join(f"{key}={value}" for key, value in {ablation.key: value, **ablation.fixed}.items())
+                for ablation in self.ablations
+                for value in ablation.values
+            ]
+            problems += _list_problems("--ablate", varied)
         for kind in self.kinds:
             if kind not in KINDS:
                 continue
@@ -239,7 +252,7 @@ class Plan:
         for cell in dict.fromkeys([*cells, *others]):
             for problem in self._problems_of(cell):
                 if problem.place == "seed":  # the world's own is refused above
-                    problem.place = "--seeds"
+                    problem.place = "--seeds" if cell.seed in self.seeds else "--ablation-seeds"
                 elif cell.changes:
                     problem.place = f"--ablate, {problem.place}"
                 add(cell.world, problem)
@@ -255,7 +268,7 @@ class Plan:
 
     def _named(self, found: Mapping[tuple[str, str], FedPTError]) -> list[FedPTError]:
         for (world, _), problem in found.items():
-            if world and len(self.worlds) > 1 and problem.place != "--seeds":
+            if world and len(self.worlds) > 1 and problem.place not in ("--seeds", "--ablation-seeds"):
                 problem.place = f"world {world}, {problem.place}"
         return list(found.values())
 
@@ -348,6 +361,19 @@ class Plan:
         ordered = sorted([*found, *self.ablation_cells(settled)], key=lambda cell: -kinds.index(cell.kind))
         return list(dict.fromkeys(ordered))
 
+    def unlike_cells(self) -> list[Cell]:
+        """One cell for each world, kind, mode and value of an ablation, whatever its seed and learning rate."""
+        cells = [
+            *(
+                Cell(world=world, kind=kind, seed=self.seeds[0], mode=mode)
+                for world in self.worlds
+                for kind in self.kinds_of(world)
+                for mode in self._modes_of(kind)
+            ),
+            *self.ablation_cells({}, any_rate=True),
+        ]
+        return list(dict.fromkeys(replace(cell, seed=self.seeds[0], learning_rate=None) for cell in cells))
+
     @property
     def num_cells(self) -> int:
         """How many cells there are to be run in all."""
@@ -408,7 +434,7 @@ class Plan:
     # --- what a cell's run is told ---
 
     def devices_of(self, cell: Cell) -> int:
-        """The devices that a cell's training data is dealt out to."""
+        """The devices that a cell's training data is dealt out to, unless one has all of it."""
         return dict(cell.changes).get(DEVICES, self.num_devices)  # type: ignore[return-value]
 
     def run_config(self, cell: Cell) -> dict[str, Scalar]:

@@ -25,7 +25,7 @@ from fedpt_flwr.compare.views import (
     ratios,
     robustness,
 )
-from fedpt_flwr.uncertainty import gap_closed
+from fedpt_flwr.uncertainty import T_INTERVALS, gap_closed
 from fedpt_flwr.verdict import render_table
 
 RIVALS = ("tuned", LARGE, LARGE_LORA)
@@ -231,7 +231,7 @@ def _learning_rates(plan: Plan, settled: Mapping[str, Result | None]) -> list[di
             candidates = plan.candidates(world, kind)
             if not KINDS[kind].judged or candidates[0].learning_rate is None:
                 continue
-            chosen, is_known = plan.rate(world, kind, settled)
+            chosen = {cell.learning_rate for cell in plan.chosen(world, kind, settled) if settled.get(cell.name)}
             for cell in candidates:
                 row = (settled.get(cell.name) or {}).get("validation_rows", {}).get(KINDS[kind].main_row, {})
                 found.append(
@@ -242,7 +242,7 @@ def _learning_rates(plan: Plan, settled: Mapping[str, Result | None]) -> list[di
                         "learning_rate": cell.learning_rate,
                         "exact_match": row.get("exact_match"),
                         "loss": row.get("loss"),
-                        "chosen": is_known and cell.learning_rate == chosen,
+                        "chosen": cell.learning_rate in chosen,  # where nothing ran, nothing is
                     }
                 )
     return found
@@ -297,7 +297,7 @@ def _epsilon(cells: Sequence[Result]) -> dict[str, float]:
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
-_COLUMNS = {
+COLUMNS = {
     "trained_parameters": ("trained", 1.0),
     "bytes_up_per_device_and_round": ("MB up", 1e-6),
     "bytes_down_per_device_and_round": ("MB down", 1e-6),
@@ -326,8 +326,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         "Ablations: exact match on the test items, %": _ablations_table(summary),
     }
     parts = [f"{title}\n\n{render_table(table)}" for title, table in tables.items() if len(table) > 1]
+    notes = [T_INTERVALS] if any(row["exact_match"]["ci95"] for row in summary["rows"]) else []
     whys = [f"Gap closed, {', '.join(_place(row))}: {row['why']}" for row in summary["gap_closed"] if "why" in row]
-    return "\n\n".join([*parts, *whys])
+    return "\n\n".join([*parts, *notes, *whys])
 
 
 def _scores_table(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -403,7 +404,7 @@ def _rates_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _costs_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    columns = {name: column for name, column in _COLUMNS.items() if any(name in row for row in summary["costs"])}
+    columns = {name: column for name, column in COLUMNS.items() if any(name in row for row in summary["costs"])}
     return [
         ["world", "mode", "row", *(title for title, _ in columns.values())],
         *(
@@ -414,9 +415,9 @@ def _costs_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _ratios_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    names = [name for name in _COLUMNS if any(name in row for row in summary["cost_ratios"])]
+    names = [name for name in COLUMNS if any(name in row for row in summary["cost_ratios"])]
     return [
-        ["world", "mode", "against", *(name.removesuffix("_per_device_and_round") for name in names)],
+        ["world", "mode", "against", *(COLUMNS[name][0] for name in names)],
         *(
             [*_place(row), row["against"], *(_number(row.get(name), 100) for name in names)]
             for row in summary["cost_ratios"]

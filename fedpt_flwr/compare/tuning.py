@@ -15,7 +15,7 @@ from typing import Any
 from fedpt_flwr.compare.kinds import KINDS
 from fedpt_flwr.compare.plan import Plan, Result
 from fedpt_flwr.config import Scalar, settings
-from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.errors import ConfigError, RunError
 from fedpt_flwr.runs import read_json
 
 FILE = "tuning.json"
@@ -50,11 +50,12 @@ def _rates(plan: Plan, world: str, settled: Mapping[str, Result | None]) -> dict
     for kind in plan.kinds_of(world):
         if not KINDS[kind].judged:
             continue
+        candidates = plan.candidates(world, kind)
         rate, is_known = plan.rate(world, kind, settled)
-        if not is_known or rate is None:
+        if not is_known or rate is None or not any(settled.get(cell.name) for cell in candidates):
             continue
         tried = []
-        for cell in plan.candidates(world, kind):
+        for cell in candidates:
             rows = (settled.get(cell.name) or {}).get("validation_rows", {})
             scores = {
                 row: {measure: scored[measure] for measure in ("exact_match", "loss") if measure in scored}
@@ -104,19 +105,29 @@ def read_tuning(
         ConfigError: It is no such file, or about none of these worlds.
         RunError: It cannot be read.
     """
-    held = read_json(path)
+    place, remedy = f"--tuning, {path}" if is_asked_for else str(path), "name a tuning.json that `--tune` wrote"
+    try:
+        held = read_json(path)
+    except RunError as error:
+        error.place, error.remedy = place, remedy
+        raise
     known = held.get("worlds") if isinstance(held, dict) else None
     if not isinstance(known, dict):
-        raise ConfigError("must be a file that `fedpt compare --tune` wrote", place=str(path))
+        raise ConfigError("must be a file that `fedpt compare --tune` wrote", place=place, remedy=remedy)
     if is_asked_for and not known.keys() & worlds.keys():
-        raise ConfigError("is about other worlds", value=sorted(known), place=str(path))
+        raise ConfigError(
+            f"must be about one of the worlds {', '.join(worlds)}",
+            value=sorted(known),
+            place=place,
+            remedy="give --world a file in a folder of such a name, or choose learning rates with --tune",
+        )
     tuned, notes = {}, []
     for label in [label for label in worlds if label in known]:
         try:
             rates = {kind: float(part["learning_rate"]) for kind, part in known[label]["rates"].items()}
             was = _bound(dict(known[label]["run_config"]))  # a file of before a key was there had its default
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError("must be a file that `fedpt compare --tune` wrote", place=str(path)) from error
+            raise ConfigError("must be a file that `fedpt compare --tune` wrote", place=place, remedy=remedy) from error
         now = _bound(worlds[label])
         differing = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
         if held.get("devices") != num_devices:
@@ -124,7 +135,7 @@ def read_tuning(
         tuned[label] = {kind: rate for kind, rate in rates.items() if kind in KINDS}
         if differing:
             notes.append(
-                f"World {label}: the learning rates were chosen with other settings ({', '.join(differing)}); "
-                "--tune chooses them anew"
+                f"World {label}: the learning rates were chosen with other settings ({', '.join(differing)}) and are "
+                "used all the same; --tune chooses them anew"
             )
     return tuned, notes

@@ -43,6 +43,7 @@ DEVICE_FLOPS = 1e11
 SERVER_FLOPS = 1e14
 """Assumed of the server: about a third of what a data-centre GPU of 2020 is said to do in bfloat16."""
 
+_DRAWN_ROUNDS = 4096  # whose devices are drawn; the mean over more rounds is that over these
 _SHOWN_ITEMS = 12  # answers that a run keeps token by token
 _MOMENTS = {"FedAvgM": 1, "FedAdagrad": 2, "FedAdam": 2, "FedYogi": 2}  # models that a strategy carries along
 
@@ -233,11 +234,13 @@ class Counting:
                 batches = num_steps(config.train, len(shard)) * config.train.accumulation_steps
                 known[id(shard)] = num_drawn(len(shard), config.train.batch_size, batches) * mean(map(length, shard))
         tokens = {device: known[id(shard)] for device, shard in self._texts.shards.items()}
+        if self._sampled == len(tokens) or len(known) == 1:
+            return mean(tokens.values())
         sampled = (
             sample_devices(
                 list(tokens), config.fraction_train, config.replies_needed, seed=config.seed, server_round=server_round
             )
-            for server_round in range(1, config.num_server_rounds + 1)
+            for server_round in range(1, min(config.num_server_rounds, _DRAWN_ROUNDS) + 1)
         )
         return mean(tokens[device] for devices in sampled for device in devices)
 
@@ -246,7 +249,8 @@ class Counting:
         config = self._config
         size = config.train.batch_size
         fedprox_mu = config.train.fedprox_mu or config.strategy.parsed_arguments().get("proximal_mu", 0.0)
-        largest = max(self._texts.shards.values(), key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
+        shards = {id(shard): shard for shard in self._texts.shards.values()}.values()  # most may share one list
+        largest = max(shards, key=lambda shard: min(size, len(shard)) * max(map(length, shard)))
         is_clipped = config.privacy.clips_on_devices
         return self._memory_of(
             config.train, largest, batch_size=size, with_fedprox=fedprox_mu > 0, with_clipping=is_clipped

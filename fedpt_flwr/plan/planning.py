@@ -11,7 +11,7 @@ from fedpt_flwr.config import RunConfig
 from fedpt_flwr.errors import ConfigError, naming
 from fedpt_flwr.models import check_context
 from fedpt_flwr.plan.counting import FEDPT, LARGE, LARGE_LORA, Column, Counting, Rates
-from fedpt_flwr.plan.texts import Told, find_texts
+from fedpt_flwr.plan.texts import MOST, Told, find_texts
 from fedpt_flwr.strategy import num_sampled
 
 
@@ -70,6 +70,10 @@ def make_plan(config: RunConfig, num_devices: int, *, told: Told | None = None, 
             value=config.min_devices,
             place="min-devices",
             remedy="plan with more (--devices), or lower min-devices",
+        )
+    if num_devices > MOST:
+        raise ConfigError(
+            f"a plan counts up to {MOST:,} of them", value=num_devices, place="--devices", remedy="plan fewer"
         )
     is_remote = bool(config.model.large_url)
     with naming("model.small"):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fedpt_flwr.architectures import find_architecture
-from fedpt_flwr.config import ModelConfig, RunConfig
+from fedpt_flwr.config import DataConfig, ModelConfig, RunConfig
 from fedpt_flwr.data import TokenizedExample, tokenize_answers, tokenize_examples, tokenize_prompts
-from fedpt_flwr.errors import DataError
+from fedpt_flwr.errors import ConfigError, DataError
 from fedpt_flwr.models import load_tokenizer, resolve_model
 from fedpt_flwr.paths import expanded
 from fedpt_flwr.sources import (
@@ -20,6 +20,7 @@ from fedpt_flwr.sources import (
     held_out_items,
     public_prompts,
     public_texts,
+    training_records,
 )
 from fedpt_flwr.vocabulary import match_vocabularies
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Texts = Sequence[TokenizedExample]
+_Cut = Callable[[TokenizedExample], TokenizedExample]
 
 _Found = TypeVar("_Found")
+
+MOST = 1_000_000
+"""Devices, texts and tokens of a text that are counted at most: a plan walks through them."""
 
 _SOME, _MANY = 100, 1000  # validation items; examples, test items and prompts, where nobody says how many
 
@@ -44,6 +49,9 @@ class Told:
         validation_items: The server's validation items.
         test_items: The server's test items.
         prompts: Public prompts or texts to distil on.
+
+    Raises:
+        ConfigError: One is out of range.
     """
 
     examples: int | None = None
@@ -52,6 +60,19 @@ class Told:
     validation_items: int | None = None
     test_items: int | None = None
     prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            number = getattr(self, field.name)
+            if number is not None:
+                _check_number(number, f"--{field.name.replace('_', '-')}")
+
+
+def _check_number(number: int, option: str) -> None:
+    if not 1 <= number <= MOST:
+        raise ConfigError(
+            f"a plan counts from 1 to {MOST:,} of them", value=number, place=option, remedy="say fewer with this option"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,53 +120,74 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
     stand_in = TokenizedExample([0] * prompt, [0] * answer)
     assumed: list[str] = []
 
+    longest = config.train.max_length
+    if prompt + answer > longest:
+        assumed.append(
+            f"that training cuts these texts at train.max-length, {longest} tokens: the beginning of the prompt, down "
+            "to half of that, then the end of the answer"
+        )
     all_lengths = told.prompt_tokens is not None and told.answer_tokens is not None
 
     def unless_told(number: int | None, find: Callable[[], _Found | None]) -> _Found | None:
         """Texts of which everything is told are not looked for."""
         return None if all_lengths and number is not None else find()
 
-    def fit(found: Texts | None, number: int | None, default: int, what: str) -> Texts:
-        """As many texts as there are or as are told, as long as they are or as is told."""
+    def fit(found: Texts | None, number: int | None, default: int, what: str, option: str, cut: _Cut) -> Texts:
+        """As many texts as there are or as are told, as long as they are or as is told and a run would read."""
         if found is None:
             if number is None:
-                assumed.append(f"{default:,} {what}")
-            return [stand_in] * (number or default)
-        chosen = [found[index % len(found)] for index in range(number or len(found))]
-        if told.prompt_tokens is None and told.answer_tokens is None:
-            return chosen
-        return [
-            TokenizedExample(
-                text.prompt_ids if told.prompt_tokens is None else stand_in.prompt_ids,
-                text.answer_ids if told.answer_tokens is None else stand_in.answer_ids,
-            )
-            for text in chosen
-        ]
+                _check_number(default, option)
+                assumed.append(f"{default:,} {what} ({option})")
+            return [cut(stand_in)] * (number or default)
+        if told.prompt_tokens is not None or told.answer_tokens is not None:
+            found = [
+                cut(
+                    TokenizedExample(
+                        text.prompt_ids if told.prompt_tokens is None else stand_in.prompt_ids,
+                        text.answer_ids if told.answer_tokens is None else stand_in.answer_ids,
+                    )
+                )
+                for text in found
+            ]
+        number = number or len(found)
+        return [found[index * len(found) // number] for index in range(number)]  # from all over: they may be sorted
 
-    found_shards = unless_told(told.examples, lambda: _shards(config, num_devices, tokenizer))
-    if found_shards is None and not all_lengths:
+    def fit_shard(found: Texts | None) -> Texts:
+        return fit(found, told.examples, _MANY, "examples on every device", "--examples", _cut_at(longest))
+
+    # Where their number is told, the data says how long they are, and is not dealt out.
+    dealt = _shards(config, num_devices, tokenizer) if told.examples is None else None
+    alike = None if told.examples is None else unless_told(told.examples, lambda: _training_texts(config, tokenizer))
+    if dealt is None and alike is None and not all_lengths:
         assumed.append(
             f"{prompt} tokens of prompt and {answer} of answer in every text, as long as train.max-length and "
             "scoring.max-new-tokens allow (--prompt-tokens, --answer-tokens)"
         )
-    if found_shards is None:
-        shards = dict.fromkeys(
-            range(num_devices), fit(None, told.examples, _MANY, "examples on every device (--examples)")
-        )
+    if dealt is None:
+        shards = dict.fromkeys(range(num_devices), fit_shard(alike))
     else:
-        shards = {device: fit(shard, told.examples, _MANY, "") for device, shard in found_shards.items()}
+        shards = {device: fit_shard(shard) for device, shard in dealt.items()}
+    as_scored = _cut_at(context or longest)  # losses are of as much as the models can read
     validation = fit(
         unless_told(told.validation_items, lambda: _items(config, "validation", tokenizer, context)),
         told.validation_items,
         max(_SOME, scoring.round_items),
-        "validation items (--validation-items)",
+        "validation items",
+        "--validation-items",
+        as_scored,
     )
     test = fit(
         unless_told(told.test_items, lambda: _items(config, "test", tokenizer, context)),
         told.test_items,
         scoring.num_items or _MANY,
-        "test items (--test-items)",
+        "test items",
+        "--test-items",
+        as_scored,
     )
+
+    def as_asked(text: TokenizedExample) -> TokenizedExample:
+        return TokenizedExample(text.prompt_ids[-longest:], text.answer_ids[: scoring.max_new_tokens])
+
     lessons: Texts = ()
     if config.distillation.mode != "off":
         written = round(mean(len(text.answer_ids) for text in validation))
@@ -153,7 +195,9 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
             unless_told(told.prompts, lambda: _lessons(config, tokenizer, written)),
             told.prompts,
             max(_MANY, config.distillation.num_prompts, config.distillation.final_num_prompts),
-            "public prompts (--prompts)",
+            "public prompts",
+            "--prompts",
+            as_asked if data.prompts else _cut_at(longest),
         )
     shot_tokens = 0.0
     if scoring.few_shot and data.public:
@@ -170,6 +214,16 @@ def find_texts(config: RunConfig, num_devices: int, told: Told) -> PlannedTexts:
         context=context,
         assumed=assumed,
     )
+
+
+def _cut_at(longest: int) -> _Cut:
+    """As ``data.tokenize_examples`` cuts."""
+
+    def cut(text: TokenizedExample) -> TokenizedExample:
+        prompt = text.prompt_ids[-max(longest // 2, longest - len(text.answer_ids)) :]
+        return TokenizedExample(prompt, text.answer_ids[: longest - len(prompt)])
+
+    return cut
 
 
 def _tokenizer_here(model: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -193,9 +247,22 @@ def _is_here(source: str) -> bool:
     return source.startswith("demo:") or Path(source).is_absolute()
 
 
+def _training_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> Texts | None:
+    """All that devices train on, together."""
+    if tokenizer is None or not _is_dealt_from_here(config.data):
+        return None
+    records = training_records(config.data, seed=config.seed, tokenizer=tokenizer)
+    examples = [example for record in records for example in record.examples]
+    return _some(tokenize_examples(examples, tokenizer, max_length=config.train.max_length)[0], "data.train")
+
+
+def _is_dealt_from_here(data: DataConfig) -> bool:
+    return data.partitioner != "node-local" and _is_here(data.train)
+
+
 def _shards(config: RunConfig, num_devices: int, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, Texts] | None:
     data, longest = config.data, config.train.max_length
-    if tokenizer is None or data.partitioner == "node-local" or not _is_here(data.train):
+    if tokenizer is None or not _is_dealt_from_here(data):
         return None
     shards: dict[int, Texts] = {}
     for device in range(num_devices):

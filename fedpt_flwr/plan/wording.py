@@ -11,7 +11,8 @@ from fedpt_flwr.plan.planning import Plan
 
 _PURPOSES: Mapping[str, Sequence[str]] = {
     "to score": ("validation", "test", "examples"),
-    "to choose alpha and mask": ("shift", "curve"),
+    "to choose alpha and mask": ("shift",),
+    "to draw the curve of alphas": ("curve",),
     "to distil": ("distillation", "device"),
 }
 
@@ -70,7 +71,7 @@ def plan_notes(plan: Plan) -> list[str]:
             "so that written answers cost more there (remote.token-budget is a limit; docs/remote.md)."
         )
     if plan.assumed:
-        notes.append("Assumed, since nothing here says: " + "; ".join(plan.assumed) + ".")
+        notes.append("Assumed: " + "; ".join(plan.assumed) + ".")
     return notes
 
 

@@ -70,6 +70,8 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
             place=str(folder),
             remedy=f"the command that began it writes it: `fedpt compare … --out {folder}` goes on",
         )
+    if out is not None and out.exists() and not out.is_dir():
+        raise RunError("must be a folder, and is a file", value=str(out), place="--out", remedy="name a folder")
     is_comparison = (folder / SUMMARY).is_file()
     is_attack = not is_comparison and (folder / ATTACK).is_file()
     page = (comparison_page if is_comparison else attack_page if is_attack else run_page)(folder)
@@ -78,9 +80,9 @@ def make_report(folder: Path, out: Path | None = None) -> Path:
     try:
         for plot in page.plots():
             write_file(out / f"{plot.name}.png", plot.png())
-        for name, table in tables_of(page) if is_comparison or is_attack else ():
-            write_file(out / TABLES / f"{name}.csv", as_csv(table).encode("utf-8", "replace"))
-            write_file(out / TABLES / f"{name}.tex", as_latex(table).encode("utf-8", "replace"))
+        for name, tables in tables_of(page).items() if is_comparison or is_attack else ():
+            write_file(out / TABLES / f"{name}.csv", as_csv(tables).encode("utf-8", "replace"))
+            write_file(out / TABLES / f"{name}.tex", as_latex(tables).encode("utf-8", "replace"))
         write_file(out / PAGE, html)
     except RunError as error:
         error.remedy = "free some space, or give a folder that can be written with --out"

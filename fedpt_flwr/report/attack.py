@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from fedpt_flwr.errors import RunError
-from fedpt_flwr.report.page import LONG_TABLE, Block, Cell, Code, Page, Plots, Section, Table, Terms, absent, estimate
+from fedpt_flwr.report.page import (
+    LONG_TABLE,
+    Block,
+    Cell,
+    Code,
+    Page,
+    Plots,
+    Section,
+    Table,
+    Terms,
+    absent,
+    estimate,
+    listed,
+)
 from fedpt_flwr.report.plots import Plot, Point, plot_points
 from fedpt_flwr.report.reading import Reader, as_interval, as_mapping, as_mappings, as_number, as_text, as_whole
 from fedpt_flwr.report.wording import count_of, percent
@@ -91,14 +104,14 @@ def _shortened(found: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return {**found, **shortened}, " ".join(part for part in next(iter(changes.values())) if part in common)
 
 
-def _epsilon(row: Mapping[str, Any]) -> str:
+def _epsilon(row: Mapping[str, Any]) -> Cell:
     value = as_number(row.get("epsilon"))
-    return "infinite" if value is None else f"{value:.3g}"
+    return Cell("infinite", raw={"": "inf"}) if value is None else Cell(f"{value:.3g}", raw={"": value})
 
 
 def _place(row: Mapping[str, Any]) -> str:
     """What a setting promises, and the setting."""
-    return f"epsilon {_epsilon(row)}, {as_text(row.get('setting'))}"
+    return f"epsilon {_epsilon(row).text}, {as_text(row.get('setting'))}"
 
 
 def _measured(value: Any, write: Callable[[float], str]) -> str | Cell:
@@ -118,6 +131,7 @@ def _membership(found: Mapping[str, Any]) -> Section:
     if not rows:
         return Section(id="membership", title=title, blocks=[absent("No federation was attacked yet.")])
     table = Table(
+        name="membership",
         caption="How well an attacker tells records that devices trained on from others of the same kind. Guessing "
         "gives an AUC of 0.5 and a true positive rate as large as the false positive rate: 1 % and 0.1 % here. "
         "In brackets 95 % intervals over records; a dash: there are too few records for that rate. The last column is "
@@ -131,13 +145,14 @@ def _membership(found: Mapping[str, Any]) -> Section:
                 as_text(row.get("attack")).replace("_", " "),
                 _measured(row.get("auc"), "{:.3f}".format),
                 *(_measured(row.get(f"tpr_at_{rate}_percent"), percent) for rate in ("1", "0.1")),
-                _allowed(row),
+                estimate(1.0 if (most := as_number(row.get("allowed_at_1_percent"))) is None else most, None, percent),
             ]
             for row in rows
         ],
         texts=4,
     )
     by_seed = Table(
+        name="membership-by-seed",
         caption="The same seed by seed: AUC",
         head=["setting", "target", "attack", "AUC of each seed"],
         rows=[
@@ -145,7 +160,7 @@ def _membership(found: Mapping[str, Any]) -> Section:
                 as_text(row.get("setting")),
                 as_text(row.get("target")),
                 as_text(row.get("attack")).replace("_", " "),
-                ", ".join(f"{value:.3f}" for value in _seeds(row)) or "-",
+                listed(_seeds(row), "{:.3f}".format),
             ]
             for row in rows
         ],
@@ -154,11 +169,6 @@ def _membership(found: Mapping[str, Any]) -> Section:
     )
     blocks: list[Block] = [*_plot("plot-membership", "The strongest attack on each target", _auc_points(rows), "AUC")]
     return Section(id="membership", title=title, blocks=[*blocks, table, by_seed])
-
-
-def _allowed(row: Mapping[str, Any]) -> str:
-    value = as_number(row.get("allowed_at_1_percent"))
-    return "100.0" if value is None else percent(value)
 
 
 def _seeds(row: Mapping[str, Any]) -> list[float]:
@@ -200,6 +210,7 @@ def _exposure(found: Mapping[str, Any]) -> Section:
             id="exposure", title=title, blocks=[absent("No secrets were hidden, or none was looked for yet.")]
         )
     table = Table(
+        name="exposure",
         caption="How many bits of a secret the target gives away, by how often it stood in one device's data; 1.44 "
         "bits are what guessing gives. In brackets 95 % intervals over canaries. Found at once: the share of secrets "
         "that are the likeliest of all candidates.",
@@ -211,8 +222,8 @@ def _exposure(found: Mapping[str, Any]) -> Section:
                 as_text(row.get("target")),
                 as_text(row.get("copies")),
                 _measured(row, "{:.2f}".format),
-                "-" if (most := as_number(row.get("most"))) is None else f"{most:.2f}",
-                "-" if (first := as_number(row.get("first"))) is None else percent(first),
+                estimate(as_number(row.get("most")), None, "{:.2f}".format),
+                estimate(as_number(row.get("first")), None, percent),
                 as_text(row.get("canaries")),
             ]
             for row in rows
@@ -244,6 +255,7 @@ def _about(found: Mapping[str, Any], common: str) -> Section:
     pool, canaries = as_mapping(found.get("pool")), as_mapping(found.get("canaries"))
     utility = _rows(found, "utility")
     worth = Table(
+        name="utility",
         caption="What the attacked models are worth: test questions right and loss, means over the seeds; in brackets "
         "the lowest and the highest",
         head=["setting", "epsilon", "tuned right %", "proxy right %", "tuned loss", "proxy loss"],

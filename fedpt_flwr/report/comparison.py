@@ -27,6 +27,7 @@ from fedpt_flwr.report.page import (
     Terms,
     absent,
     estimate,
+    listed,
 )
 from fedpt_flwr.report.plots import (
     MEASURES,
@@ -54,6 +55,7 @@ from fedpt_flwr.report.run import ROWS as ROWS_OF_A_RUN
 from fedpt_flwr.report.run import Run, shards_section
 from fedpt_flwr.report.wording import GIGA, MEGA, count_of, in_unit, nats, percent, short
 from fedpt_flwr.runs import read_json
+from fedpt_flwr.uncertainty import T_INTERVALS
 
 SUMMARY = "summary.json"
 _MOST_EXAMPLES = 8
@@ -91,20 +93,22 @@ class Estimated:
         """The mean with its interval."""
         return estimate(self.mean, self.ci95, write)
 
-    def by_seed(self, write: Callable[[float], str]) -> str:
+    def by_seed(self, write: Callable[[float], str]) -> str | Cell:
         """The seeds' values."""
-        return ", ".join("-" if value is None else write(value) for value in self.values) or "-"
+        return listed(self.values, write)
 
 
 def comparison_page(folder: Path) -> Page:
     """The page of a comparison.
 
     Raises:
-        RunError: ``summary.json`` cannot be read.
+        RunError: ``summary.json`` cannot be read, or holds no tables.
     """
     summary = read_json(folder / SUMMARY)
-    if not isinstance(summary, dict):
-        raise RunError("must hold an object", place=str(folder / SUMMARY), remedy="make the comparison again")
+    if not isinstance(summary, dict) or "rows" not in summary:
+        raise RunError(
+            "must hold a comparison's tables", place=str(folder / SUMMARY), remedy="make the comparison again"
+        )
     reader = Reader(folder)
     files = sorted((folder / "cells").glob("*.json"))
     counted = summary.get("counted")
@@ -197,6 +201,8 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings:
     invalid = [as_number(as_mapping(row.get("invalid_rate")).get("mean")) for row in rows]
     has_invalid = any(share is not None for share in invalid)
     means = Table(
+        name="scores",
+        world=world,
         caption="Means over the seeds; 95 % intervals over the seeds in brackets, where there are enough of them"
         + (". Answers from which nothing could be extracted are invalid, and wrong." if has_invalid else ""),
         head=[
@@ -211,13 +217,15 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings:
                 share.cell(percent),
                 *([rouge.cell(percent)] if has_rouge else []),
                 loss.cell(nats),
-                *(["-" if wrong is None else percent(wrong)] if has_invalid else []),
+                *([estimate(wrong, None, percent)] if has_invalid else []),
             ]
             for name, of, share, rouge, loss, wrong in zip(names, seeds, exact, rouges, losses, invalid, strict=True)
         ],
         texts=2,
     )
     values = Table(
+        name="scores-by-seed",
+        world=world,
         caption="The values of every seed",
         head=["row", "mode", "exact match %", "loss"],
         rows=[
@@ -229,8 +237,13 @@ def _world(number: int, world: str, rows: Sequence[Mapping[str, Any]], meanings:
     )
     known = {name: meanings[name] for name, _ in names if name in meanings}
     blocks: list[Block] = [Plots(plots=plots)] if plots else [absent("Neither exact match nor loss was written.")]
-    blocks += [means, values, *([Terms(terms=known)] if known else [])]
+    blocks += [means, *_said_of([*exact, *rouges]), values, *([Terms(terms=known)] if known else [])]
     return Section(id=f"world-{number}", title=_world_title(world), blocks=blocks)
+
+
+def _said_of(shares: Sequence[Estimated]) -> list[Prose]:
+    """What to say below a table of shares with intervals over the seeds."""
+    return [Prose(text=T_INTERVALS)] if any(share.ci95 for share in shares) else []
 
 
 def _world_title(world: str) -> str:
@@ -268,10 +281,11 @@ def _gap_closed(rows: Sequence[Mapping[str, Any]]) -> Section:
         title=title,
         blocks=[
             Table(
+                name="gap-closed",
                 caption="How much of the way from large to the large model tuned by the devices a row goes, on the "
                 "test items; 95 % intervals over the seeds in brackets. Of the world all, each value is a world's "
                 "mean.",
-                head=["world", "mode", "row", "to", "by", "gap closed %", "over the items", "by seed"],
+                head=["world", "mode", "row", "to", "by", "gap closed %", "over the items %", "by seed %"],
                 rows=[
                     [
                         as_text(row.get("world")),
@@ -301,8 +315,9 @@ def _measure(row: Mapping[str, Any]) -> str:
     return _MEASURES.get(name, name)
 
 
-def _ends(interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
-    return "-" if interval is None else f"[{write(interval[0])}, {write(interval[1])}]"
+def _ends(interval: tuple[float, float] | None, write: Callable[[float], str]) -> str | Cell:
+    cell = estimate(None if interval is None else interval[0], interval, write)
+    return cell if isinstance(cell, str) else Cell(cell.extra, raw={end: cell.raw[end] for end in ("_low", "_high")})
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
@@ -312,7 +327,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
     lines = []
     for row in rows:
         write = nats if row.get("measure") == "loss" else percent
-        value, p_value = as_number(row.get("value")), as_number(row.get("p_holm"))
+        value = as_number(row.get("value"))
         lines.append(
             [
                 as_text(row.get("world")),
@@ -321,10 +336,11 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
                 _measure(row),
                 estimate(value, as_interval(row.get("ci95")), write),
                 Estimated.of(row.get("by_seed")).cell(write),
-                "-" if p_value is None else f"{p_value:.2g}",
+                estimate(as_number(row.get("p_holm")), None, "{:.2g}".format),
             ]
         )
     table = Table(
+        name="differences",
         caption="Proxy minus the other, shares in points and loss in nats per answer token. First by the paired "
         "bootstrap over the test items, what all seeds made of an item drawn together; then the mean over the seeds "
         "with its interval over the seeds. The p value is raised by Holm's procedure for all lines with this measure.",
@@ -334,6 +350,23 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> Section:
     )
     return Section(id="differences", title=title, blocks=[table])
 
+
+COSTS: Mapping[str, tuple[str, float]] = {
+    "trained_parameters": ("trained", 1.0),
+    "bytes_up_per_device_and_round": ("MB up", MEGA),
+    "bytes_down_per_device_and_round": ("MB down", MEGA),
+    "device_seconds_per_round": ("seconds", 1.0),
+    "device_flops_per_round": ("GFLOP", GIGA),
+    "device_state_bytes": ("MB of state", MEGA),
+    "device_memory_growth_bytes": ("MB grown", MEGA),
+    "device_process_bytes": ("MB of the process", MEGA),
+    "server_large_tokens_needed": ("large tokens", 1.0),
+    "server_large_flops": ("server GFLOP", GIGA),
+    "tokens_per_second": ("tokens/s", 1.0),
+    "cell_seconds": ("cell seconds", 1.0),
+    "cell_processor_seconds": ("processor seconds", 1.0),
+}
+"""Costs that are shown: heading, as `fedpt compare` and the docs have it, and unit."""
 
 _PLOTTED_COSTS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
     ("bytes", "MB up and down per round", ("bytes_up_per_device_and_round", "bytes_down_per_device_and_round"), MEGA),
@@ -372,26 +405,24 @@ def _cost_plots(summary: Mapping[str, Any], number: int, world: str) -> Iterator
 
 
 def _compared_costs(summary: Mapping[str, Any], worlds: Sequence[str]) -> Section:
-    title, rows = "Costs", as_mappings(summary.get("costs"))
-    names = ("world", "mode", "row")
-    columns = [
-        key
-        for key in dict.fromkeys(itertools.chain.from_iterable(rows))
-        if key not in (*names, "kind") and any(as_number(row.get(key)) is not None for row in rows)
+    title = "Costs"
+    # Each row's own speed: a cell has that of all its rows.
+    rows = [
+        row | {"tokens_per_second": row.get(f"tokens_per_second_{as_text(row.get('row'))}")}
+        for row in as_mappings(summary.get("costs"))
     ]
+    names = ("world", "mode", "row")
+    columns = {key: part for key, part in COSTS.items() if any(as_number(row.get(key)) is not None for row in rows)}
     if not columns:
         return Section(id="costs", title=title, blocks=[absent("Not written in this comparison.")])
-    units = [_unit(column) for column in columns]
     table = Table(
-        caption="Costs as the cells wrote them",
-        head=[*names, *(head for head, _ in units)],
+        name="costs",
+        caption=f"Costs of a device in a round, of the server, and of whole cells; {SUMMARY} has the rest",
+        head=[*names, *(head for head, _ in columns.values())],
         rows=[
             [
                 *(as_text(row.get(name)) or "-" for name in names),
-                *(
-                    "-" if (value := as_number(row.get(key))) is None else short(in_unit(unit, value))
-                    for key, (_, unit) in zip(columns, units, strict=True)
-                ),
+                *(_amount(row, key, unit) for key, (_, unit) in columns.items()),
             ]
             for row in rows
         ],
@@ -403,21 +434,24 @@ def _compared_costs(summary: Mapping[str, Any], worlds: Sequence[str]) -> Sectio
     if plots:
         blocks.append(Plots(plots=plots))
     shares = as_mappings(summary.get("cost_ratios"))
-    keys = [
-        key for key in dict.fromkeys(itertools.chain.from_iterable(shares)) if key not in ("world", "mode", "against")
-    ]
+    keys = [key for key in COSTS if any(as_number(row.get(key)) is not None for row in shares)]
     if keys:
         lines = [
             [
                 *(as_text(row.get(name)) or "-" for name in ("world", "mode", "against")),
-                *("-" if (value := as_number(row.get(key))) is None else percent(value) for key in keys),
+                *(estimate(as_number(row.get(key)), None, percent) for key in keys),
             ]
             for row in shares
         ]
-        head = ["world", "mode", "against", *(key.replace("_", " ") for key in keys)]
+        head = ["world", "mode", "against", *(f"{COSTS[key][0]} %" for key in keys)]
         caption = "What the proxy costs a device, in per cent of the large model tuned by the devices"
-        blocks.append(Table(caption=caption, head=head, rows=lines, texts=3))
+        blocks.append(Table(name="cost-ratios", caption=caption, head=head, rows=lines, texts=3))
     return Section(id="costs", title=title, blocks=blocks)
+
+
+def _amount(row: Mapping[str, Any], key: str, unit: float) -> str | Cell:
+    value = as_number(row.get(key))
+    return estimate(None if value is None else in_unit(unit, value), None, short)
 
 
 def _courses(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Section:
@@ -450,19 +484,28 @@ def _views(summary: Mapping[str, Any]) -> Section:
         world, cost = place
         same = [row for row in budgets if (as_text(row.get("world")), as_text(row.get("cost"))) == place]
         unit, name = (MEGA, "MB") if cost == "bytes" else (GIGA, "GFLOP")
-        heads = [short(value / unit) for value in as_numbers(same[0].get("budgets"))]
-        lines = []
-        for row in same:
-            values = row.get("exact_match")
-            shown = [as_number(value) for value in values] if isinstance(values, list) else []
-            lines.append([_named(row), *("-" if value is None else percent(value) for value in shown)])
+        budgets_here = as_numbers(same[0].get("budgets"))
+        reached = {
+            _named(row): list(map(as_number, values))
+            for row in same
+            if isinstance(values := row.get("exact_match"), list) and len(values) == len(budgets_here)
+        }
         blocks.append(
             Table(
-                caption=f"Quality under a budget, {world}: the best exact match % on validation items that a row has "
+                name=f"quality-by-{name.lower()}",
+                world=world,
+                caption=f"Quality under a budget, {world}: the best exact match on validation items that each row has "
                 f"reached when each device has spent so many {name}",
-                head=["row", *heads],
-                rows=[line for line in lines if len(line) == len(heads) + 1],
-                folded=len(lines) > LONG_TABLE,
+                head=[name, *(f"{row} %" for row in reached)],
+                rows=[
+                    [
+                        estimate(budget / unit, None, short),
+                        *(estimate(part[place], None, percent) for part in reached.values()),
+                    ]
+                    for place, budget in enumerate(budgets_here)
+                ],
+                texts=0,
+                folded=len(budgets_here) > LONG_TABLE,
             )
         )
     targets = [row for row in as_mappings(summary.get("cost_to_target")) if as_number(row.get("share")) is not None]
@@ -477,36 +520,36 @@ def _views(summary: Mapping[str, Any]) -> Section:
             [
                 as_text(row.get("world")),
                 _named(row),
-                *("-" if (value := as_number(row.get(key))) is None else percent(value) for key in keys),
+                *(estimate(as_number(row.get(key)), None, percent) for key in keys),
             ]
             for row in spread
         ]
         caption = (
             "Robustness: the worst and the best seed and, of those tuned alone, device; exact match % on test items"
         )
-        heads = ["world", "row", *(key.replace("_", " ") for key in keys)]
-        blocks.append(Table(caption=caption, head=heads, rows=rows, texts=2, folded=len(rows) > LONG_TABLE))
+        heads = ["world", "row", *(f"{key.replace('_', ' ')} %" for key in keys)]
+        blocks.append(
+            Table(name="robustness", caption=caption, head=heads, rows=rows, texts=2, folded=len(rows) > LONG_TABLE)
+        )
     sentence = "Not computed in this comparison."
     return Section(id="views", title="Quality beside cost", blocks=blocks or [absent(sentence)])
 
 
 def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
-    def cell(row: Mapping[str, Any], key: str, unit: float) -> str:
-        value = as_number(row.get(key))
-        return "-" if value is None else short(value / unit)
-
     return Table(
+        name="cost-to-target",
         caption="Cost to reach a target: what each device has spent when a row first closes so much of the gap from "
         "large to large_federated, on the validation items that score rounds; - where not every seed gets there",
-        head=["world", "row", "gap closed %", "seeds there", "rounds", "MB", "GFLOP", "seconds"],
+        head=["world", "row", "gap closed %", "seeds", "seeds there", "rounds", "MB", "GFLOP", "seconds"],
         rows=[
             [
                 as_text(row.get("world")),
                 _named(row),
                 f"{100 * (as_number(row.get('share')) or 0):.0f}",
-                f"{as_text(row.get('seeds_reached'))} of {as_text(row.get('seeds'))}",
+                as_text(row.get("seeds")),
+                as_text(row.get("seeds_reached")),
                 *(
-                    cell(row, key, unit)
+                    _amount(row, key, unit)
                     for key, unit in (("round", 1.0), ("bytes", MEGA), ("flops", GIGA), ("seconds", 1.0))
                 ),
             ]
@@ -519,20 +562,22 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _ablations(rows: Sequence[Mapping[str, Any]]) -> Section:
     title = "Ablations"
-    lines = []
+    lines, shares = [], list[Estimated]()
     has_epsilon = any(as_number(part.get("epsilon")) is not None for part in rows)  # some cells are private
     for part in rows:
         fixed = ", ".join(f"{key} = {as_text(value)}" for key, value in as_mapping(part.get("with")).items())
-        value = as_text(part.get("value")) + (" (as it is)" if part.get("is_base") is True else "")
+        value = as_text(part.get("value"))
+        shown = Cell(value, "(as it is)", {"": value, "_as_it_is": "yes"}) if part.get("is_base") is True else value
         for row in as_mappings(part.get("rows")):
-            place = [as_text(part.get("world")), as_text(part.get("key")), value, fixed or "-", as_text(row.get("row"))]
+            place = [as_text(part.get("world")), as_text(part.get("key")), shown, fixed or "-", as_text(row.get("row"))]
             exact, loss = Estimated.of(row.get("exact_match")), Estimated.of(row.get("loss"))
-            epsilon = as_number(part.get("epsilon"))
-            spent = [] if not has_epsilon else ["-" if epsilon is None else f"{epsilon:.4g}"]
+            spent = [estimate(as_number(part.get("epsilon")), None, nats)] if has_epsilon else []
+            shares.append(exact)
             lines.append([*place, as_text(row.get("n_seeds")), *spent, exact.cell(percent), loss.cell(nats)])
     if not lines:
         return Section(id="ablations", title=title, blocks=[absent("None: no key was varied (--ablate).")])
     table = Table(
+        name="ablations",
         caption="One key varied, all else as it is; test items, 95 % intervals over the seeds",
         head=[
             *("world", "varied", "value", "with", "row", "seeds"),
@@ -542,7 +587,7 @@ def _ablations(rows: Sequence[Mapping[str, Any]]) -> Section:
         rows=lines,
         texts=5,
     )
-    return Section(id="ablations", title=title, blocks=[table])
+    return Section(id="ablations", title=title, blocks=[table, *_said_of(shares)])
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Section:
@@ -570,15 +615,21 @@ def _calibration(rows: Sequence[Mapping[str, Any]], worlds: Sequence[str]) -> Se
                     caption="Where a model is well calibrated, both are equal.",
                 )
             )
+    errors = [Estimated.of(row.get("ece")) for row in rows]
     table = Table(
+        name="calibration",
         caption="Expected calibration error in points, on the validation items: how far the probability that a model "
         "gives to the answer it writes (or to its choice, among all choices) is from the share of those answers that "
         "are right, in ten bins",
-        head=["world", "row", "calibration error"],
-        rows=[[as_text(row.get("world")), _named(row), Estimated.of(row.get("ece")).cell(percent)] for row in rows],
+        head=["world", "row", "calibration error %"],
+        rows=[
+            [as_text(row.get("world")), _named(row), error.cell(percent)]
+            for row, error in zip(rows, errors, strict=True)
+        ],
         texts=2,
     )
-    return Section(id="calibration", title=title, blocks=[*([Plots(plots=plots)] if plots else []), table])
+    blocks: list[Block] = [*([Plots(plots=plots)] if plots else []), table, *_said_of(errors)]
+    return Section(id="calibration", title=title, blocks=blocks)
 
 
 def _plain_cells(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -626,6 +677,8 @@ def _examples(cells: Sequence[Mapping[str, Any]]) -> Section:
 def _config(worlds: Mapping[str, Any]) -> Section:
     tables = [
         Table(
+            name="config",
+            world=name,
             caption=f"World {name}: the whole run config, but for what a kind of cell sets itself",
             head=["key", "value"],
             rows=[[key, as_text(value)] for key, value in as_mapping(flat).items()],
@@ -639,39 +692,27 @@ def _config(worlds: Mapping[str, Any]) -> Section:
     return Section(id="config", title="Config", blocks=tables or [absent(sentence)])
 
 
-def _unit(key: str) -> tuple[str, float]:
-    """The heading of a cost, and the unit to divide it by, from its name."""
-    words = key.replace("_", " ").replace("-", " ")
-    if "bytes" in key:
-        return re.sub(r"\bbytes\b", "MB", words), MEGA
-    if "flops" in key:
-        return re.sub(r"\bflops\b", "GFLOP", words), GIGA
-    return words, 1.0
-
-
 def _learning_rates(rows: Sequence[Mapping[str, Any]]) -> Section:
     title = "Learning rates tried"
     if not rows:
         return Section(id="learning-rates", title=title, blocks=[absent("None: every row used the one of the config.")])
-    lines: list[list[str | Cell]] = []
-    for row in rows:
-        rate = as_number(row.get("learning_rate"))
-        written = "-" if rate is None else f"{rate:g}"
-        lines.append(
+    table = Table(
+        name="learning-rates",
+        caption="What each learning rate gave on the validation items; the one that was chosen is marked",
+        head=["world", "row", "chosen", "learning rate", "exact match %", "loss"],
+        rows=[
             [
                 as_text(row.get("world")),
                 as_text(row.get("row")),
-                Cell(written, "chosen") if row.get("chosen") is True else written,
+                "yes" if row.get("chosen") is True else "-",
+                estimate(as_number(row.get("learning_rate")), None, "{:g}".format),
                 estimate(as_number(row.get("exact_match")), None, percent),
                 estimate(as_number(row.get("loss")), None, nats),
             ]
-        )
-    table = Table(
-        caption="What each learning rate gave on the validation items; the one that was chosen is marked",
-        head=["world", "row", "learning rate", "exact match %", "loss"],
-        rows=lines,
-        texts=2,
-        folded=len(lines) > LONG_TABLE,
+            for row in rows
+        ],
+        texts=3,
+        folded=len(rows) > LONG_TABLE,
     )
     return Section(id="learning-rates", title=title, blocks=[table])
 
@@ -684,13 +725,14 @@ def _cells(cells: Sequence[Mapping[str, Any]], command: str) -> Section:
     if found:
         names = ("name", "kind", "world", "mode", "seed")
         table = Table(
+            name="cells",
             caption=f"The {count_of(len(found), 'cell')} that count; learning rates that were not chosen have others",
             head=[*names, "rows", "seconds"],
             rows=[
                 [
                     *(as_text(cell.get(name)) or "-" for name in names),
                     ", ".join(_cell_rows(cell.get("rows"))) or "-",
-                    "-" if (seconds := as_number(cell.get("seconds"))) is None else short(seconds),
+                    _amount(cell, "seconds", 1.0),
                 ]
                 for cell in found
             ],

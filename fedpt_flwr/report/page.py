@@ -6,12 +6,13 @@ A section is a list of blocks; ``templates/report.html`` writes each kind, with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedpt_flwr.report.plots import DARK, LIGHT, Plot
+from fedpt_flwr.report.wording import percent
 
 LONG_TABLE = 12
 """Rows; a longer table is folded where something else says the gist."""
@@ -19,10 +20,17 @@ LONG_TABLE = 12
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A table's cell with something less important behind it, such as an interval."""
+    """A table's cell that is more than its text.
+
+    Attributes:
+        text: As a person reads it.
+        extra: Something less important behind it, such as an interval.
+        raw: What programs read instead, by what is added to the column's name: a number and the ends of its interval.
+    """
 
     text: str
-    extra: str
+    extra: str = ""
+    raw: Mapping[str, float | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +71,10 @@ class Table:
     """A table.
 
     Attributes:
+        name: Of its files; a comparison's tables of one name are one file. Empty: it has none.
+        world: The world that all of it is about, for the files; empty: it says so itself.
         caption: What it shows.
-        head: Names of the columns.
+        head: Names of the columns, with units.
         rows: Its cells; the first of each row names the row.
         foot: A last row that sums up, or nothing.
         texts: Number of columns, from the left, that hold texts; the others hold numbers.
@@ -72,6 +82,8 @@ class Table:
     """
 
     kind: ClassVar[str] = "table"
+    name: str = ""
+    world: str = ""
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -186,7 +198,20 @@ def absent(text: str) -> Prose:
 
 
 def estimate(value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str]) -> str | Cell:
-    """A value with its interval as a cell."""
+    """A value with its interval as a cell; what is written in per cent is so for programs, too."""
     if value is None:
         return "-"
-    return Cell(write(value), f"[{write(interval[0])}, {write(interval[1])}]") if interval else write(value)
+    scale = 100 if write is percent else 1
+    raw: dict[str, float | str | None] = {"": scale * value}
+    if interval is None:
+        return Cell(write(value), raw=raw)
+    low, high = interval
+    return Cell(write(value), f"[{write(low)}, {write(high)}]", raw | {"_low": scale * low, "_high": scale * high})
+
+
+def listed(values: Sequence[float | None], write: Callable[[float], str]) -> str | Cell:
+    """Several values in a cell; for programs each in a column of its own, counted from 1."""
+    cells = [estimate(value, None, write) for value in values]
+    text = ", ".join(cell if isinstance(cell, str) else cell.text for cell in cells)
+    raw = {f"_{n}": None if isinstance(cell, str) else cell.raw[""] for n, cell in enumerate(cells, 1)}
+    return Cell(text, raw=raw) if cells else "-"

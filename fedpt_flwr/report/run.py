@@ -647,14 +647,15 @@ def shards_section(run: Run) -> Section:
         blocks.append(absent("The examples belong to no groups (data.group-field)."))
     blocks.append(
         Table(
+            name="devices",
             caption="Training examples of each device by group",
             head=["device", "groups", "differs by", "examples"],
             rows=[
                 [
                     device,
                     ", ".join(f"{name} {groups[name]:,}" for name in order if name in groups) or "-",
-                    "-" if distance is None else f"{distance:.2f}",
-                    f"{total:,}",
+                    estimate(distance, None, "{:.2f}".format),
+                    estimate(total, None, "{:,}".format),
                 ]
                 for (device, total, groups), distance in zip(shards, found.distances, strict=True)
             ],

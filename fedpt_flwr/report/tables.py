@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedpt_flwr.report.page import Cell, Page, Table
 
@@ -23,57 +23,64 @@ _LATEX = {
 }
 
 
-def tables_of(page: Page) -> Iterator[tuple[str, Table]]:
-    """Every table with a name that is fit for a file: its section's, and a number where that has several."""
+def tables_of(page: Page) -> dict[str, list[Table]]:
+    """The tables that have a name, by it."""
+    found: dict[str, list[Table]] = {}
     for section in page.sections:
-        tables = [block for block in section.blocks if isinstance(block, Table)]
-        for number, table in enumerate(tables, 1):
-            yield section.id + (f"-{number}" if len(tables) > 1 else ""), table
+        for block in section.blocks:
+            if isinstance(block, Table) and block.name:
+                found.setdefault(block.name, []).append(block)
+    return found
 
 
-def as_csv(table: Table) -> str:
-    """A table as CSV; what stands behind a value, such as its interval, is a column of its own."""
-    has_extra = [
-        any(isinstance(row[place], Cell) for row in table.rows if place < len(row)) for place in range(len(table.head))
-    ]
+def as_csv(tables: Sequence[Table]) -> str:
+    """Tables as one in CSV: numbers as they are, an interval's ends in columns of their own, nothing for a dash."""
+    records: list[dict[str, str]] = []
+    heads: dict[str, None] = {}
+    for table in tables:
+        heads |= dict.fromkeys(["world"] if table.world else [])
+        for place, head in enumerate(table.head):
+            heads |= dict.fromkeys(f"{head}{added}" for added in _added([row[place] for row in table.rows]))
+        for row in table.rows:
+            record = {"world": _written(table.world)} if table.world else {}
+            for head, cell in zip(table.head, row, strict=True):
+                raw = cell.raw if isinstance(cell, Cell) else {"": "" if cell == "-" else cell}
+                record |= {f"{head}{added}": _written(value) for added, value in raw.items()}
+            records.append({name: value for name, value in record.items() if name in heads})
     written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    heads = [
-        name
-        for head, extra in zip(table.head, has_extra, strict=True)
-        for name in ((head, f"{head}, interval") if extra else (head,))
-    ]
-    writer.writerow(heads)
-    for row in table.rows:
-        cells: list[str] = []
-        for cell, extra in zip(row, has_extra, strict=False):
-            text, behind = (cell.text, cell.extra) if isinstance(cell, Cell) else (cell, "")
-            cells += [_inert(text), behind] if extra else [_inert(text)]
-        writer.writerow(cells)
+    writer = csv.DictWriter(written, list(heads), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     return written.getvalue()
 
 
-def _inert(text: str) -> str:
-    """A text that a spreadsheet takes for a formula gets a quote in front; numbers stay."""
-    if text[:1] not in ("=", "+", "-", "@", "\t") or text == "-":
-        return text
-    try:
-        float(text.replace(",", ""))
-    except ValueError:
-        return f"'{text}"
-    return text
+def _added(cells: Sequence[str | Cell]) -> Iterable[str]:
+    """What the columns of these cells add to its name: one column, or those of the numbers in them."""
+    return dict.fromkeys(added for cell in cells if isinstance(cell, Cell) for added in cell.raw) or ("",)
 
 
-def as_latex(table: Table) -> str:
-    r"""A table as LaTeX, for ``\input`` into a document that uses the package booktabs."""
+def _written(value: float | str | None) -> str:
+    """A number as programs read it; a text that a spreadsheet takes for a formula with a quote in front."""
+    if isinstance(value, str):
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value
+    return "" if value is None else f"{value:.15g}"
+
+
+def as_latex(tables: Sequence[Table]) -> str:
+    r"""Tables as LaTeX, for ``\input`` into a document that uses the package booktabs."""
+    return "".join(map(_tabular, tables))
+
+
+def _tabular(table: Table) -> str:
     columns = "l" * table.texts + "r" * (len(table.head) - table.texts)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _line(table.head), r"\midrule"]
     lines += [_line(row) for row in table.rows]
-    return "\n".join([f"% {_escaped(table.caption)}", *lines, r"\bottomrule", r"\end{tabular}", ""])
+    caption = f"World {table.world}. {table.caption}" if table.world else table.caption
+    return "\n".join([f"% {_escaped(caption)}", *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def _line(cells: Sequence[str | Cell]) -> str:
-    texts = [f"{cell.text} {cell.extra}" if isinstance(cell, Cell) else cell for cell in cells]
+    texts = [f"{cell.text} {cell.extra}".rstrip() if isinstance(cell, Cell) else cell for cell in cells]
     line = " & ".join(_escaped(text) for text in texts)
     # A bracket at the beginning of a line would be taken for an argument of the \\ before it.
     return (f"{{}}{line}" if line.startswith("[") else line) + r" \\"
