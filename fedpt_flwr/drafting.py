@@ -3,8 +3,8 @@
 A round of speculative decoding drafts ``k`` tokens and gets up to ``k + 1``. With independent acceptance ``a`` of each
 draft it gets ``1 + a + … + a**k`` on average (Leviathan et al. 2023, arXiv:2211.17192), and costs one pass of the large
 and one of the untuned model over ``k + 1`` tokens, and ``k + 1`` passes of the tuned model over one; or, where weights
-of 8 bits can guess, ``k`` passes of these and one of the tuned model over all. Drafting nothing is one of the choices,
-so that a drafter which is always wrong costs next to nothing.
+rounded to bfloat16 can guess, ``k`` passes of these and one of the tuned model over all. Drafting nothing is one of the
+choices, so that a drafter which is always wrong costs next to nothing.
 
 None of this has a say in which tokens come out, only in how fast.
 """

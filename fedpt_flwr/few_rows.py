@@ -12,9 +12,8 @@ at the end. From :data:`MANY_ROWS` on, lanes are rows of the input: nothing is l
 fills are wasted.
 
 A weight of bfloat16 is read as it is, and becomes float32 in a register: sums are of float32, and the result is
-rounded once. So is one of whole numbers (:func:`rounded`), for who can do with nearly the same result. Every sum is
-added up in an order that depends on nothing but its length, the processor and the way, so results depend neither on the
-number of threads nor on what the other rows are.
+rounded once. Every sum is added up in an order that depends on nothing but its length, the processor and the way, so
+results depend neither on the number of threads nor on what the other rows are.
 """
 
 from __future__ import annotations
@@ -42,9 +41,6 @@ MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
 
 MANY_ROWS = 16
 """From so many on, each lane is a row."""
-
-_KINDS = {torch.float32: "float32", torch.bfloat16: "int16", torch.int8: "int8"}
-"""Of weights, and as what numpy sees them."""
 
 _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
@@ -114,11 +110,11 @@ def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], A
         num_rows: Of the input, fewer than :data:`MANY_ROWS`.
 
     Returns:
-        A function of a weight ``(out_features, in_features)``, float32, int8 or the bits of bfloat16
-        (:func:`bits_of`); the input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
+        A function of a weight ``(out_features, in_features)``, float32 or the bits of bfloat16 (:func:`bits_of`); the
+        input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
     """
     kernel: Callable[[npt.NDArray[Any], Array, Array], None] = _kernel(
-        _KINDS[dtype], num_rows % _GROUP, torch.get_num_threads() > 1
+        "int16" if dtype == torch.bfloat16 else "float32", num_rows % _GROUP, torch.get_num_threads() > 1
     )
     return kernel
 
@@ -127,24 +123,6 @@ def bits_of(held: Tensor) -> npt.NDArray[Any]:
     """A tensor as numpy sees it where it lies: bfloat16, which numpy does not know, as int16."""
     array: npt.NDArray[Any] = (held.view(torch.int16) if held.dtype == torch.bfloat16 else held).numpy()
     return array
-
-
-def rounded(weight: Tensor) -> tuple[npt.NDArray[np.int8], Array]:
-    """A weight in 8 bits a number.
-
-    Args:
-        weight: ``(out_features, in_features)`` on the CPU.
-
-    Returns:
-        Whole numbers from -127 to 127, ``(out_features, in_features)``; and what a product with those of each output is
-        to be multiplied with, ``(out_features,)``. A number is wrong by half of that at most.
-    """
-    largest = torch.maximum(weight.amax(1), -weight.amin(1))  # and not abs(), which would copy the weight
-    scales = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / 127
-    whole = torch.empty(weight.shape, dtype=torch.int8)
-    for numbers, scale, part in zip(weight.split(_AT_MOST), scales.split(_AT_MOST), whole.split(_AT_MOST), strict=True):
-        part.copy_((numbers.float() / scale[:, None]).round_())
-    return whole.numpy(), scales.numpy()
 
 
 def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
@@ -250,6 +228,7 @@ def _prefetch(builder: Any, address: Any) -> None:
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
     number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
+    short = ir.IntType(16)
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
@@ -270,15 +249,9 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
         return builder.load(address, align=num_bytes)  # of one number: rows may have any length
 
     def load_weight(begin: Any, k: Any, kind: Any) -> Any:
-        if signature.args[0].dtype == types.float32:
+        if signature.args[0].dtype != types.int16:
             return load(begin, k, kind)
-        num_bytes = signature.args[0].dtype.bitwidth // 8
-        stored = ir.IntType(8 * num_bytes)
-        loaded = load(begin, k, stored if kind is number else ir.VectorType(stored, _LANES), num_bytes)
-        if num_bytes == 2:
-            return widened(builder, loaded)
-        whole = ir.IntType(32)
-        return builder.sitofp(builder.sext(loaded, whole if kind is number else ir.VectorType(whole, _LANES)), kind)
+        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, _LANES), 2))
 
     def add(sums: Any, k: Any, kind: Any) -> None:
         fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block
-from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, rounded, widened
+from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -64,8 +64,6 @@ class _Norm(NamedTuple):
 
 class _Product(NamedTuple):
     weight: Any
-    scales: Array | None
-    """Of each output, where the weight is in whole numbers."""
     bias: Array | None
     num_out: int
 
@@ -92,7 +90,7 @@ class Layers:
 
     Args:
         blocks: The model's layers, of a kind that the loops know.
-        head: What gives scores. With it, all weights are copied in 8 bits, and what comes out is nearly the same.
+        head: What gives scores. With it, weights are copied and rounded to bfloat16; what comes out is nearly the same.
 
     Attributes:
         blocks: These.
@@ -101,7 +99,7 @@ class Layers:
     def __init__(self, blocks: Sequence[Block], head: Any = None) -> None:
         is_rough = head is not None
         self.blocks = blocks
-        self._dtype = torch.int8 if is_rough else _dtype(blocks[0].down)
+        self._dtype = torch.bfloat16 if is_rough else _dtype(blocks[0].down)
         self._layers = [_layer(block, is_rough) for block in blocks]
         self._head = _product(head, is_rough) if is_rough else None
 
@@ -190,9 +188,13 @@ def layers_of(blocks: Sequence[Block], head: Any = None) -> Layers | None:
 
     Args:
         blocks: The layers.
-        head: See :class:`Layers`.
+        head: See :class:`Layers`; None comes out, too, where nothing is to be rounded.
     """
-    return Layers(blocks, head) if _are_known(blocks) and (head is None or _is_known(head)) else None
+    if not _are_known(blocks):
+        return None
+    if head is not None and not (_is_known(head) and _dtype(head) == _dtype(blocks[0].down) == torch.float32):
+        return None
+    return Layers(blocks, head)
 
 
 def _is_known(part: Any) -> bool:
@@ -250,16 +252,15 @@ def _norm(norm: Any) -> _Norm:
 
 
 def _product(part: Any, is_rough: bool) -> _Product:
-    weight, scales = rounded(part.plain_weight()) if is_rough else (bits_of(part.plain_weight()), None)
-    return _Product(weight, scales, None if part.bias is None else _array(part.bias), part.out_features)
+    weight = part.plain_weight()
+    bits = bits_of(weight.bfloat16() if is_rough else weight)
+    return _Product(bits, None if part.bias is None else _array(part.bias), part.out_features)
 
 
 def _multiplied(loop: Callable[..., None], part: Any, given: Array, out: Array | None = None) -> Array:
     """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``; into ``out`` if there is one."""
     found = np.empty((len(given), part.num_out), np.float32) if out is None else out
     loop(part.weight, given, found)
-    if part.scales is not None:
-        found *= part.scales
     if part.bias is not None:
         found += part.bias
     return found

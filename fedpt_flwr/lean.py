@@ -61,7 +61,7 @@ class LeanStepper(Stepper):
     Attributes:
         build: This one.
         fuses: Whether a few tokens on a GPU may go through kernels of our own.
-        is_rough: Whether a few tokens on a CPU go through compiled layers with weights of 8 bits.
+        is_rough: Whether a few tokens on a CPU go through compiled layers with weights rounded to bfloat16.
 
     Raises:
         ModelError: The model cannot be called this way.
@@ -123,7 +123,7 @@ class LeanStepper(Stepper):
 
     @property
     def rough(self) -> LeanStepper | None:
-        """See :attr:`fedpt_flwr.ragged.Stepper.rough`: in 8 bits, where a prepared model has compiled layers."""
+        """See :attr:`fedpt_flwr.ragged.Stepper.rough`: where a prepared model of float32 has compiled layers."""
         if self.device.type != "cpu":
             return None
         if self._rough is None:

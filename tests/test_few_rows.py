@@ -35,23 +35,6 @@ def test_products_of_bfloat16_are_rounded_once(num_rows, size):
         torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=2**-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [*SIZES, (1030, 3)])
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 8])
-def test_weights_of_8_bits_are_wrong_by_half_a_step_and_multiplied_as_they_are(num_rows, size, dtype):
-    x, weight, _ = case(num_rows, size)
-    weight = weight.to(dtype)
-    weight[0] = 0.0
-    whole, scales = few_rows.rounded(weight)
-    meant = torch.from_numpy(whole).double() * torch.from_numpy(scales).double()[:, None]
-    steps = weight.double().abs().amax(1, keepdim=True) / 127
-    assert bool(((meant - weight.double()).abs() <= 0.5001 * steps).all())
-    product = torch.empty(num_rows, size[0])
-    few_rows.loop_for(torch.int8, num_rows)(whole, x.numpy(), product.numpy())
-    expected = x.double() @ torch.from_numpy(whole).double().T
-    torch.testing.assert_close(product.double(), expected, atol=1e-2, rtol=1e-5)
-
-
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 12, 20, 40])
 @pytest.mark.parametrize("size", [(130, 257), (31, 2050)])
 def test_the_number_of_threads_changes_no_bit(size, num_rows):
