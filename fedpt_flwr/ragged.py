@@ -196,7 +196,7 @@ class RaggedCache(Cache):
             lengths: How many tokens each row keeps, at most as many as it has.
             clear: Whether what they left is written over: whoever comes next masks it, but 0 * NaN would be NaN.
         """
-        for layer in self.layers if clear else ():
+        for layer in (layer for layer in self.layers if clear and layer.is_initialized):
             for stored in (layer.keys, layer.values):
                 for row, kept in enumerate(lengths):
                     stored[row, :, kept:] = 0
