@@ -104,7 +104,8 @@ class StepCosts:
 
     def drafts_roughly(self, num_rows: int, num_drafts: int) -> bool:
         """Whether it is cheaper to guess roughly and to read all guesses again (``speculative.draft``)."""
-        return self._rough_drafting(num_rows, num_drafts) < self._exact_drafting(num_rows, num_drafts)
+        rough = self._rough_drafting(num_rows, num_drafts)
+        return math.isfinite(rough) and rough < self._exact_drafting(num_rows, num_drafts)  # else nothing is timed
 
     def _exact_drafting(self, num_rows: int, num_drafts: int) -> float:
         return (num_drafts + 1) * self.seconds("tuned", num_rows)

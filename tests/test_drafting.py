@@ -63,6 +63,12 @@ def test_passes_beside_each_other_cost_as_much_as_the_longest():
     assert DraftLength(after).choose(texts(0.3), 1) > DraftLength(beside).choose(texts(0.3), 1)
 
 
+@pytest.mark.parametrize(("rough", "num_drafts"), [(None, 3), (SimpleNamespace(), 0)])
+def test_nothing_is_timed_where_there_is_nothing_to_choose(rough, num_drafts):
+    costs = StepCosts({"tuned": SimpleNamespace(rough=rough)})  # which cannot be called
+    assert not costs.drafts_roughly(1, num_drafts)
+
+
 def test_passes_are_timed_on_no_longer_texts_than_a_model_takes():
     assert StepCosts({"large": Stepper(tiny_gpt2())}).seconds("large", 1024) > 0  # it has 64 positions
 
