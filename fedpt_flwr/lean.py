@@ -192,7 +192,7 @@ class _Appended:
         groups, num_new = blocks[0].num_heads // blocks[0].num_key_heads, positions.shape[1]
         self._folded = groups if num_new <= _FOLD_UP_TO else 1
         windows = set(cache.windows)
-        # A mask of a long prompt would take more memory than its scores' model.
+        # A mask of a long prompt can take more memory than the model.
         self._causal = {window for window in windows if num_new > _FOLD_UP_TO and cache.begins_with(num_new, window)}
         self._masks = {
             window: mask if mask is None or self._folded == 1 else mask.repeat(1, 1, self._folded, 1)
@@ -424,13 +424,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: _Mask, scale: f
     queries = queries.transpose(1, 2)
     if folded > 1:
         queries = queries.reshape(rows, shared, folded * new, size)
-    is_causal = isinstance(mask, str)
     mixed = F.scaled_dot_product_attention(
         queries,
         keys,
         values,
         attn_mask=None if isinstance(mask, str) else mask,
-        is_causal=is_causal,
+        is_causal=isinstance(mask, str),
         scale=scale,
         enable_gqa=queries.shape[1] != shared,
     )
