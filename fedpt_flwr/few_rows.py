@@ -54,7 +54,7 @@ _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
 
 _STEPS = 16
-"""Numbers of a row of the weight that are multiplied without looking whether there are more: 64 bytes, a cache line."""
+"""Numbers of a row of the weight for which the next ones are asked for at once: 64 bytes, a cache line."""
 
 _AT_MOST = 1024
 """Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
@@ -307,12 +307,13 @@ def _loop_of_tiles() -> Any:
             for block in prange(num_blocks):
                 i = block * num_weights
                 for tile in range(num_tiles):
-                    _sums(weight, i, x, tile * num_rows, product, start, num_vectors, num_weights)
+                    first, last = num_weights * tile // num_tiles, num_weights * (tile + 1) // num_tiles
+                    _sums(weight, i, x, tile * num_rows, product, start, first, last, num_vectors, num_weights)
                 if begin < num_columns:
-                    _sums(weight, i, x, begin, product, start, 1, num_weights)
+                    _sums(weight, i, x, begin, product, start, 0, num_weights, 1, num_weights)
             for i in range(num_blocks * num_weights, num_out):
                 for column in range(0, num_columns, lanes):
-                    _sums(weight, i, x, column, product, start, 1, 1)
+                    _sums(weight, i, x, column, product, start, 0, 1, 1, 1)
 
     return loop
 
@@ -326,15 +327,19 @@ def _sums(
     column: Any,
     product: Any,
     start: Any,
+    first: Any,
+    last: Any,
     num_vectors: Any,
     num_weights: Any,
 ) -> Any:
     """Machine code for so many vectors of rows of x times so many rows of a weight, each from a given one on.
 
-    It adds up :data:`_AT_MOST` numbers of each, or as many as there are, from a given one on.
+    It adds up :data:`_AT_MOST` numbers of each, or as many as there are, from a given one on. Of as many rows of the
+    weight behind these it asks for those from the ``first`` to before the ``last``: all tiles have a share in that, or
+    one would wait for the memory and the others leave it idle.
     """
     emit = functools.partial(_emit_sums, num_vectors=num_vectors.literal_value, num_weights=num_weights.literal_value)
-    return types.void(weight, i, x, column, product, start, num_vectors, num_weights), emit
+    return types.void(weight, i, x, column, product, start, first, last, num_vectors, num_weights), emit
 
 
 def _emit_sums(
@@ -346,6 +351,9 @@ def _emit_sums(
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
     i, column, start = arguments[1], arguments[3], arguments[5]
+    asked_from, asked_to = (
+        context.cast(builder, arguments[place], signature.args[place], types.int64) for place in (6, 7)
+    )
     _, length = cgutils.unpack_tuple(builder, weight.shape)
     _, width = cgutils.unpack_tuple(builder, x.shape)
     size = length.type
@@ -368,17 +376,20 @@ def _emit_sums(
             for value, total in zip(values, held, strict=True):
                 builder.store(builder.call(fma, [factor, value, builder.load(total)]), total)
 
-    block = builder.mul(length, size(num_weights))  # the next one is asked for, as for few rows
+    behind_these = builder.gep(weights[0], [builder.mul(length, size(num_weights))])
     for total in (total for held in sums for total in held):
         builder.store(ir.Constant(lanes, None), total)
-    behind = builder.add(start, size(_AT_MOST))
-    stop = builder.select(builder.icmp_signed("<", behind, length), behind, length)
+    beyond = builder.add(start, size(_AT_MOST))
+    stop = builder.select(builder.icmp_signed("<", beyond, length), beyond, length)
     end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_STEPS - 1)))
     with cgutils.for_range_slice(builder, start, end, size(_STEPS), size) as (k, _):
-        for row in weights:
-            _prefetch(builder, builder.gep(row, [builder.add(k, block)]))
-        for number in range(_STEPS):
-            step(builder.add(k, size(number)))
+        with cgutils.for_range_slice(builder, asked_from, asked_to, size(1), size) as (place, _):
+            _prefetch(builder, builder.gep(behind_these, [builder.add(k, builder.mul(place, length))]))
+        # More at once, and LLVM keeps so many of them that sums have to leave the registers.
+        at_once = 4 if num_vectors == 1 else 1
+        with cgutils.for_range_slice(builder, k, builder.add(k, size(_STEPS)), size(at_once), size) as (first_of, _):
+            for number in range(at_once):
+                step(builder.add(first_of, size(number)))
     with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
         step(k)
     for place, held in zip(places, sums, strict=True):
