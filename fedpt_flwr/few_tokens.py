@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block
 from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
+from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
@@ -97,11 +98,11 @@ class Layers:
     """
 
     def __init__(self, blocks: Sequence[Block], head: Any = None) -> None:
-        is_rough = head is not None
         self.blocks = blocks
-        self._dtype = torch.bfloat16 if is_rough else _dtype(blocks[0].down)
-        self._layers = [_layer(block, is_rough) for block in blocks]
-        self._head = _product(head, is_rough) if is_rough else None
+        self._dtype = torch.bfloat16 if head is not None else _dtype(blocks[0].down)
+        room = None if head is None else _room(blocks, head)
+        self._layers = [_layer(block, room) for block in blocks]
+        self._head = None if head is None else _product(head, room)
 
     def takes(self, num_tokens: int, width: int) -> bool:
         """Whether it pays to put tokens through the loops.
@@ -204,10 +205,7 @@ def _is_known(part: Any) -> bool:
 def _are_known(blocks: Sequence[Block]) -> bool:
     dtypes = set()
     for block in blocks:
-        parts = (*block.projections, block.attention_out, block.gate, block.up, block.down)
-        for part in parts:
-            if part is None:
-                continue
+        for part in _products(block):
             if not _is_known(part):
                 return False
             dtypes.add(part.weight.dtype)
@@ -219,6 +217,19 @@ def _are_known(blocks: Sequence[Block]) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
+def _products(block: Block) -> list[Any]:
+    """The linear layers of one of the model's."""
+    parts = (*block.projections, block.attention_out, block.gate, block.up, block.down)
+    return [part for part in parts if part is not None]
+
+
+def _room(blocks: Sequence[Block], head: Any) -> Room:
+    """Room for the weights of all linear layers, rounded to bfloat16."""
+    parts = [*(part for block in blocks for part in _products(block)), head]
+    num_bytes = sum(rounded_up(part.weight.numel() * torch.bfloat16.itemsize) for part in parts)
+    return Room(num_bytes, num_bytes)
+
+
 def _is_known_norm(norm: nn.Module) -> bool:
     weights = [
         weight for weight in (norm._parameters.get("weight"), norm._parameters.get("bias")) if weight is not None
@@ -227,20 +238,20 @@ def _is_known_norm(norm: nn.Module) -> bool:
     return len(weights) == needed and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
 
 
-def _layer(block: Block, is_rough: bool) -> _Layer:
+def _layer(block: Block, room: Room | None) -> _Layer:
     head_norm = block.query_norm
     return _Layer(
         block=block,
         attention_norm=_norm(block.attention_norm),
-        projections=tuple(_product(part, is_rough) for part in block.projections),
+        projections=tuple(_product(part, room) for part in block.projections),
         query_norm=_NONE if head_norm is None else _norm(head_norm).weight,
         key_norm=_NONE if block.key_norm is None else _norm(block.key_norm).weight,
         head_eps=_ZERO if head_norm is None else _norm(head_norm).eps,
-        attention_out=_product(block.attention_out, is_rough),
+        attention_out=_product(block.attention_out, room),
         mlp_norm=_norm(block.mlp_norm),
-        gate=None if block.gate is None else _product(block.gate, is_rough),
-        up=_product(block.up, is_rough),
-        down=_product(block.down, is_rough),
+        gate=None if block.gate is None else _product(block.gate, room),
+        up=_product(block.up, room),
+        down=_product(block.down, room),
         scaling=np.float32(block.scaling),
     )
 
@@ -251,9 +262,10 @@ def _norm(norm: Any) -> _Norm:
     return _Norm(_array(norm.weight), None, np.float32(norm.variance_epsilon))
 
 
-def _product(part: Any, is_rough: bool) -> _Product:
+def _product(part: Any, room: Room | None) -> _Product:
+    """What a layer multiplies with; a rounded copy of it, in some room, if there is one."""
     weight = part.plain_weight()
-    bits = bits_of(weight.bfloat16() if is_rough else weight)
+    bits = bits_of(weight if room is None else room.moved(weight.bfloat16()))
     return _Product(bits, None if part.bias is None else _array(part.bias), part.out_features)
 
 

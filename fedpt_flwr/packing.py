@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.huge_pages import Room, rounded_up
 
 # Builds of torch without oneDNN have neither.
 _pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -176,18 +177,20 @@ class PackedLinear(nn.Module):
     answered, but has no values: whatever would read or write them fails instead of being wrong. ``state_dict()`` is
     right, for it unpacks.
 
-    A weight that is an embedding's as well is left where it is.
-
     Args:
-        layer: The layer that this one stands for. **Its weight is given up**: it gets the one without values.
+        layer: The layer that this one stands for. **Its weight is given up**, unless it is an embedding's as well: it
+            gets the one without values.
         product: The layout.
+        room: Where a weight that stays plain is to lie; one that is shared lies there already.
         is_shared: Whether something else needs the weight; only in a layout that keeps it plain.
     """
 
     prepared_for_decoding = True
     """What ``models.check_plain`` looks for."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows, *, is_shared: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows, room: Room, *, is_shared: bool = False
+    ) -> None:
         super().__init__()
         self._product = product
         self._is_shared = is_shared
@@ -197,7 +200,7 @@ class PackedLinear(nn.Module):
         rows = dense.t() if self._is_transposed else dense
         self.out_features: int = rows.shape[0]
         self.in_features: int = rows.shape[1]
-        self._packed: Tensor = product.pack(rows)
+        self._packed: Tensor = product.pack(room.moved(rows) if product.keeps_plain and not is_shared else rows)
         if not is_shared:
             layer.weight = _WithoutValues(dense, weight.requires_grad)
         self.weight = layer.weight
@@ -315,25 +318,40 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
         How many layers were packed; 0 where this machine has no kernel for them.
     """
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    files = _mapped_files()
-    num_packed = 0
+    chosen = []
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
         if _reads_base_weight(parent, name):
             continue
+        product = _product(layer.weight.dtype, for_loops)
+        is_shared = uses[id(layer.weight)] > 1
+        if product is None or not _can_pack(layer, product):
+            continue
+        if is_shared and not (product.keeps_plain and isinstance(layer, nn.Linear) and layer.weight.is_contiguous()):
+            continue
+        chosen.append((parent, name, layer, product, is_shared))
+
+    files = _mapped_files()
+    room = _room(chosen, files)
+    for weight in {id(layer.weight): layer.weight for _, _, layer, _, is_shared in chosen if is_shared}.values():
+        lay_there = weight.detach()
+        weight.data = room.moved(lay_there)
+        if weight.data_ptr() != lay_there.data_ptr():
+            _let_go(lay_there, files)
+    for parent, name, layer, product, is_shared in chosen:
         weight = layer.weight
-        product = _product(weight.dtype, for_loops)
-        is_shared = uses[id(weight)] > 1
-        if product is None:
-            continue
-        if is_shared and not (product.keeps_plain and isinstance(layer, nn.Linear) and weight.is_contiguous()):
-            continue
-        if _can_pack(layer, product):
-            packed = PackedLinear(layer, product, is_shared=is_shared)
-            setattr(parent, name, packed)
-            if not packed.shows(weight):
-                _let_go(weight, files)
-            num_packed += 1
-    return num_packed
+        packed = PackedLinear(layer, product, room, is_shared=is_shared)
+        setattr(parent, name, packed)
+        if not packed.shows(weight):
+            _let_go(weight, files)
+    return len(chosen)
+
+
+def _room(chosen: Sequence[tuple[Any, str, Any, _OneDnn | _FewRows, bool]], files: Sequence[range]) -> Room:
+    """Room for the weights that stay plain. They are moved one by one, and but for files make room for each other."""
+    weights = {id(layer.weight): layer.weight for _, _, layer, product, _ in chosen if product.keeps_plain}.values()
+    sizes = [rounded_up(weight.nbytes) for weight in weights]
+    from_files = (size for weight, size in zip(weights, sizes, strict=True) if _shows_file(weight, files))
+    return Room(sum(sizes), sum(from_files) + max(sizes, default=0))
 
 
 @torch.inference_mode(False)
@@ -485,6 +503,10 @@ def _mapped_files() -> list[range]:
     return ranges
 
 
+def _shows_file(weight: Tensor, files: Sequence[range]) -> bool:
+    return any(weight.data_ptr() in file for file in files)
+
+
 def _let_go(weight: Tensor, files: Sequence[range]) -> None:
     """Have the system take back the memory of a weight that is not needed, if it shows a file.
 
@@ -493,6 +515,6 @@ def _let_go(weight: Tensor, files: Sequence[range]) -> None:
     """
     begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (weight.data_ptr() + weight.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0 and any(begin in file for file in files):
+    if size > 0 and _shows_file(weight, files):
         page_out = 21  # Linux' MADV_PAGEOUT
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), page_out)

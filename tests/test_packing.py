@@ -1,6 +1,7 @@
 """Weights prepared for decoding, against the layers and models as they were."""
 
 import copy
+import math
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedpt_flwr import packing
+from fedpt_flwr import huge_pages, packing
 from fedpt_flwr.config import TuningConfig
 from fedpt_flwr.errors import ModelError
 from fedpt_flwr.models import (
@@ -31,9 +32,21 @@ from fedpt_flwr.proxy import ProxyModel
 pytest.importorskip("numba", reason="compiled loops need the extra fast")
 
 
-@pytest.fixture(autouse=True, params=[packing._OneDnn, packing._FewRows], ids=["onednn", "few rows"])
+KINDS = {
+    "onednn": (packing._OneDnn, math.inf),
+    "few rows": (packing._FewRows, math.inf),
+    "few rows, moved": (packing._FewRows, 1),
+}
+"""How weights are laid out, and how many bytes of them are moved into large pages."""
+
+
+@pytest.fixture(autouse=True, params=KINDS)
 def product(request, monkeypatch):
-    product = request.param()
+    make_product, least_bytes = KINDS[request.param]
+    if least_bytes == 1 and not huge_pages._page_bytes():
+        pytest.skip("this system has no huge pages")
+    product = make_product()
+    monkeypatch.setattr(huge_pages, "_LEAST_BYTES", least_bytes)
     if not packing._has_kernel(torch.float32, product):
         pytest.skip("oneDNN is not on this machine")
     monkeypatch.setattr(packing, "_product", lambda *_: product)
@@ -323,7 +336,7 @@ def test_packing_never_holds_more_than_one_layer_twice(product, monkeypatch):
 
 
 def test_a_checkpoint_is_let_go_while_it_is_packed(product, tmp_path):
-    if product.keeps_plain:
+    if product.keeps_plain and huge_pages._LEAST_BYTES > 1:
         pytest.skip("weights stay where they are")
     tiny_llama(hidden_size=512, intermediate_size=1536, num_attention_heads=8).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path))

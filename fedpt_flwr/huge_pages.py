@@ -1,0 +1,86 @@
+"""Weights in pages of 2 MB, which Linux gives to whoever asks for them.
+
+Decoding reads every weight once a pass, and the processor has to look up where each page of it lies. Pages are 4 KB
+otherwise, more than the processor keeps in mind, and a look-up in a virtual machine is two: weights are read a seventh
+to a third slower then (``benchmarks/products.py``, columns with and without).
+
+torch has no way to say where one tensor should lie, so what is moved here lies in memory of our own, one weight behind
+the other, and that is given back when the last of them is gone. Each is a tensor like any other, with a storage of
+its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+_GROUP = Path("/sys/fs/cgroup")
+"""What limits a container."""
+_LEAST_BYTES = 1 << 24
+"""Less than this lies in a cache, or is read in no time."""
+_MOST_PAGE_BYTES = 1 << 25
+"""Where pages are larger, half a page too much would be a lot."""
+_ALIGNMENT = 64
+"""Bytes of a cache line."""
+
+
+class Room:
+    """Memory for tensors of a known size together; none, and then nothing is moved, where it would not help.
+
+    It does not help where the system has no such pages, and for little; and it must not be taken where so much is not
+    free: a checkpoint that is seen as memory can be larger than that.
+
+    Args:
+        num_bytes: Of all tensors that will be moved, each rounded up by :func:`rounded_up`.
+        num_further: Bytes that have to be free.
+    """
+
+    def __init__(self, num_bytes: int, num_further: int) -> None:
+        self._memory: mmap.mmap | None = None
+        page = _page_bytes()
+        if not page or num_bytes < _LEAST_BYTES or num_further > _free_bytes():
+            return
+        with suppress(OSError):  # there is no room
+            self._memory = mmap.mmap(-1, num_bytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            begin = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+            self._offset = -begin % page
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A copy of a CPU tensor in this memory, with rows one behind the other; itself where there is none."""
+        if self._memory is None:
+            return tensor
+        copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._offset)
+        self._offset += rounded_up(tensor.nbytes)
+        return copy.view(tensor.shape).copy_(tensor)
+
+
+def rounded_up(num_bytes: int) -> int:
+    """What a tensor of so many bytes takes: each begins with a cache line."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _page_bytes() -> int:
+    """Size of a huge page; 0 where the system has none, or keeps them to itself."""
+    try:
+        mode, size = ((_SETTINGS / name).read_text() for name in ("enabled", "hpage_pmd_size"))
+    except OSError:
+        return 0
+    is_given = "[never]" not in mode and hasattr(mmap, "MADV_HUGEPAGE") and int(size) <= _MOST_PAGE_BYTES
+    return int(size) if is_given else 0
+
+
+def _free_bytes() -> int:
+    """Bytes that this process could still take, as the system tells it, and its container's limit."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    with suppress(OSError, ValueError):  # there is no limit, or it cannot be told
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(counts["file"]))
+    return free
