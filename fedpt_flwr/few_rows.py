@@ -19,6 +19,7 @@ results depend neither on the number of threads nor on what the other rows are.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -55,6 +56,11 @@ _TILE = 2, 12 if _HAS_AVX512 else 6
 
 _STEPS = 16
 """Numbers of a row of the weight for which the next ones are asked for at once: 64 bytes, a cache line."""
+
+_MOST_SCRATCH_BYTES = 1 << 23
+"""What a thread keeps of each matrix that it needs on the way."""
+
+_held = threading.local()
 
 _AT_MOST = 1024
 """Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
@@ -95,11 +101,26 @@ def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, num_in = x.shape
     num_lanes = -(-num_rows // _LANES) * _LANES
-    turned = torch.zeros(num_in, num_lanes, dtype=torch.float32, device=x.device)
+    turned, product = _scratch(num_in, num_lanes), _scratch(len(weight), num_lanes, place=1)
     turned[:, :num_rows] = x.t()
-    product = torch.zeros(len(weight), num_lanes, dtype=torch.float32, device=x.device)
+    turned[:, num_rows:] = 0
     _many_rows(torch.get_num_threads() > 1)(bits_of(weight), turned.numpy(), product.numpy())
     return product[:, :num_rows].t().contiguous()
+
+
+def _scratch(num_rows: int, num_columns: int, place: int = 0) -> Tensor:
+    """A matrix of float32 of whatever lies there, this thread's own until it asks again, at one of several places.
+
+    Memory that comes and goes is cleared by the system each time, which can take as long as a product.
+    """
+    size = num_rows * num_columns
+    if 4 * size > _MOST_SCRATCH_BYTES:
+        return torch.empty(num_rows, num_columns, dtype=torch.float32)
+    held = _held.__dict__.setdefault(place, torch.empty(0))
+    if held.numel() < size:
+        with torch.inference_mode(False):  # who asks next may not be in it
+            held = _held.__dict__[place] = torch.empty(size, dtype=torch.float32)
+    return held[:size].view(num_rows, num_columns)
 
 
 def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], Array, Array], None]:
@@ -298,7 +319,7 @@ def _loop_of_tiles() -> Any:
     num_rows = num_vectors * lanes
 
     def loop(weight: Any, x: Any, product: Any) -> None:
-        """Adds to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
+        """Writes to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
         num_out, num_columns = weight.shape[0], x.shape[1]
         num_tiles = num_columns // num_rows
         begin = num_tiles * num_rows
@@ -392,9 +413,11 @@ def _emit_sums(
                 step(builder.add(first_of, size(number)))
     with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
         step(k)
+    is_first = builder.icmp_signed("==", start, size(0))  # nothing was written yet
     for place, held in zip(places, sums, strict=True):
         begin = builder.gep(product.data, [builder.add(builder.mul(width, place), column)])
         for number, total in enumerate(held):
             address = vector(begin, number)
-            builder.store(builder.fadd(builder.load(address, align=4), builder.load(total)), address, align=4)
+            before = builder.select(is_first, ir.Constant(lanes, None), builder.load(address, align=4))
+            builder.store(builder.fadd(before, builder.load(total)), address, align=4)
     return context.get_dummy_value()
