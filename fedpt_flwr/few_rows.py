@@ -61,6 +61,7 @@ _MOST_SCRATCH_BYTES = 1 << 23
 """What a thread keeps of each matrix that it needs on the way."""
 
 _held = threading.local()
+_NOTHING = torch.empty(0)
 
 _AT_MOST = 1024
 """Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
@@ -101,25 +102,26 @@ def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, num_in = x.shape
     num_lanes = -(-num_rows // _LANES) * _LANES
-    turned, product = _scratch(num_in, num_lanes), _scratch(len(weight), num_lanes, place=1)
+    turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
     turned[:, :num_rows] = x.t()
     turned[:, num_rows:] = 0
     _many_rows(torch.get_num_threads() > 1)(bits_of(weight), turned.numpy(), product.numpy())
     return product[:, :num_rows].t().contiguous()
 
 
-def _scratch(num_rows: int, num_columns: int, place: int = 0) -> Tensor:
-    """A matrix of float32 of whatever lies there, this thread's own until it asks again, at one of several places.
+def _scratch(place: str, num_rows: int, num_columns: int) -> Tensor:
+    """A matrix of float32 of whatever lies at a place of this thread, its own until it asks for that place again.
 
     Memory that comes and goes is cleared by the system each time, which can take as long as a product.
     """
     size = num_rows * num_columns
     if 4 * size > _MOST_SCRATCH_BYTES:
         return torch.empty(num_rows, num_columns, dtype=torch.float32)
-    held = _held.__dict__.setdefault(place, torch.empty(0))
+    held: Tensor = getattr(_held, place, _NOTHING)
     if held.numel() < size:
         with torch.inference_mode(False):  # who asks next may not be in it
-            held = _held.__dict__[place] = torch.empty(size, dtype=torch.float32)
+            held = torch.empty(size, dtype=torch.float32)
+        setattr(_held, place, held)
     return held[:size].view(num_rows, num_columns)
 
 

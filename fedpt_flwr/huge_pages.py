@@ -1,8 +1,11 @@
-"""Weights in pages of 2 MB, which Linux gives to whoever asks for them.
+"""Memory in pages of 2 MB, which Linux gives to whoever asks for them.
 
 Decoding reads every weight once a pass, and the processor has to look up where each page of it lies. Pages are 4 KB
 otherwise, more than the processor keeps in mind, and a look-up in a virtual machine is two: weights are read a seventh
 to a third slower then (``benchmarks/products.py``, columns with and without).
+
+Memory that is new has to be cleared, which is one page at a time, too: so this is the place for what a long prompt
+needs on the way (``lean.py``).
 
 torch has no way to say where one tensor should lie, so what is moved here lies in memory of our own, one weight behind
 the other, and that is given back when the last of them is gone. Each is a tensor like any other, with a storage of
@@ -11,7 +14,9 @@ its own.
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from torch import Tensor
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _GROUP = Path("/sys/fs/cgroup")
 """What limits a container."""
-_LEAST_BYTES = 1 << 24
+_LEAST_BYTES = 1 << 22
 """Less than this lies in a cache, or is read in no time."""
 _MOST_PAGE_BYTES = 1 << 25
 """Where pages are larger, half a page too much would be a lot."""
@@ -53,11 +58,16 @@ class Room:
 
     def moved(self, tensor: Tensor) -> Tensor:
         """A copy of a CPU tensor in this memory, with rows one behind the other; itself where there is none."""
+        return tensor if self._memory is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in this memory, of whatever lies there; in torch's own where there is none."""
         if self._memory is None:
-            return tensor
-        copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._offset)
-        self._offset += rounded_up(tensor.nbytes)
-        return copy.view(tensor.shape).copy_(tensor)
+            return torch.empty(shape, dtype=dtype)
+        count = math.prod(shape)
+        begin = self._offset
+        self._offset += rounded_up(count * dtype.itemsize)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=begin).view(shape)
 
 
 def rounded_up(num_bytes: int) -> int:

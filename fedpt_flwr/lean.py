@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpt_flwr.builds import Block, Build, build_of
+from fedpt_flwr.huge_pages import Room
 from fedpt_flwr.models import input_device
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache, Stepper, agree
@@ -43,6 +45,9 @@ _CAUSAL: Final = "causal"
 """In place of a mask: each token sees those before it and itself, and there are no others."""
 
 _Mask = Tensor | Literal["causal"] | None
+
+_MANY_ROWS = 64
+"""Rows beyond which torch multiplies plain weights, and what comes out is long."""
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
@@ -252,31 +257,67 @@ def _through(
 ) -> Tensor:
     """Any number of tokens through all layers, ``(rows * new, hidden)``; ``shape`` is rows and new ones."""
     rotation = None if angles is None else _rotation(*angles, shape[0])
+    reused = _Reused()
     for number, block in enumerate(blocks):
-        states = _normed(block.attention_norm, x)
-        queries, keys, values = _heads(block, states, *shape)
+        states = _normed(block.attention_norm, x, reused)
+        products = [reused.product(f"product {place}", part, states) for place, part in enumerate(block.projections)]
+        queries, keys, values = _heads(block, products, *shape)
         if block.query_norm is not None and block.key_norm is not None:
             queries, keys = _normed(block.query_norm, queries), _normed(block.key_norm, keys)
         if rotation is not None:
-            queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
+            queries = _rotated(queries, rotation, functools.partial(reused.like, "turned queries"))
+            keys = _rotated(keys, rotation, functools.partial(reused.like, "turned keys"))
         mixed = attention(number, block, queries, keys, values)
         if mixed is None:
             break
-        change = _linear(block.attention_out, mixed)
+        change = reused.product("change", block.attention_out, mixed)
         if block.is_parallel:
-            states, x = _normed(block.mlp_norm, x), x + change
+            states = _normed(block.mlp_norm, x, reused)
+            x.add_(change)
         else:
-            x = x + change
-            states = _normed(block.mlp_norm, x)
-        up = _linear(block.up, states)
-        gated = block.activation(up) if block.gate is None else block.activation(_linear(block.gate, states)) * up
-        x = x + _linear(block.down, gated)
+            x.add_(change)
+            states = _normed(block.mlp_norm, x, reused)
+        inner = reused.product("inner", block.up if block.gate is None else block.gate, states)
+        inner = F.silu(inner, inplace=True) if block.activation_name == "silu" else block.activation(inner)
+        if block.gate is not None:
+            inner.mul_(reused.product("up", block.up, states))
+        x.add_(reused.product("change", block.down, inner))
     return x
 
 
-def _heads(block: Block, states: Tensor, num_rows: int, num_new: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values, ``(rows, new, heads, head_dim)``."""
-    products = [_linear(part, states) for part in block.projections]
+class _Reused:
+    """Memory for what comes between the weights, by name, which one layer after the other uses again.
+
+    Of a long prompt each is tens of megabytes, and the system clears what a process gets: that took a quarter of the
+    time of the products.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def like(self, name: str, shape: Sequence[int], x: Tensor) -> Tensor:
+        """A tensor of whatever was left there, of the dtype and device of another."""
+        held = self._held.get(name)
+        if held is None or held.shape != tuple(shape):
+            num_bytes = math.prod(shape) * x.dtype.itemsize
+            on_cpu = x.device.type == "cpu"
+            held = Room(num_bytes, num_bytes).empty(shape, x.dtype) if on_cpu else x.new_empty(shape)
+            self._held[name] = held
+        return held
+
+    def product(self, name: str, layer: Any, x: Tensor) -> Tensor:
+        """What :func:`_linear` gives; in memory of that name, if the weight is plain and there are many rows."""
+        is_plain = type(layer) is PackedLinear and layer.is_plain and x.dtype == layer.weight.dtype == torch.float32
+        if not is_plain or len(x) <= _MANY_ROWS:
+            return _linear(layer, x)
+        product = self.like(name, (len(x), layer.out_features), x)
+        if layer.bias is None:
+            return torch.mm(x, layer.plain_weight().t(), out=product)
+        return torch.addmm(layer.bias, x, layer.plain_weight().t(), out=product)
+
+
+def _heads(block: Block, products: list[Tensor], num_rows: int, num_new: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, ``(rows, new, heads, head_dim)``, of what the projections gave."""
     shape = (num_rows, num_new, -1, block.head_dim)
     if len(products) == 1 and block.is_by_head:
         return products[0].view(num_rows, num_new, -1, 3, block.head_dim).unbind(3)
@@ -382,9 +423,13 @@ def _scores(head: Any, x: Tensor) -> Tensor:
     return scores.view(*x.shape[:-1], scores.shape[-1])
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
+def _normed(norm: Any, x: Tensor, reused: _Reused | None = None) -> Tensor:
     if type(norm) is nn.LayerNorm:
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    if reused is not None and len(x) > _MANY_ROWS and x.dtype == norm.weight.dtype == torch.float32:
+        normed = torch.mul(x, x, out=reused.like("normed", x.shape, x))
+        factors = normed.mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
+        return torch.mul(x, factors, out=normed).mul_(norm.weight)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -404,13 +449,17 @@ def _rotation(cos: Tensor, sin: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return whole[0].view(shape), whole[1].view(shape)
 
 
-def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor], room: Callable[[Sequence[int], Tensor], Tensor]) -> Tensor:
     """Queries or keys turned by their positions as far as there are angles, ``(rows, new, heads, head_dim)``."""
     cos, signed_sin = rotation
     size = cos.shape[-1]
     if size < x.shape[-1]:
-        return torch.cat((_rotated(x[..., :size], rotation), x[..., size:]), -1)
-    return torch.addcmul(x * cos, x.roll(size // 2, -1), signed_sin)
+        return torch.cat((_rotated(x[..., :size], rotation, room), x[..., size:]), -1)
+    half = size // 2
+    turned = torch.mul(x, cos, out=room(x.shape, x))
+    turned[..., :half].addcmul_(x[..., half:], signed_sin[..., :half])
+    turned[..., half:].addcmul_(x[..., :half], signed_sin[..., half:])
+    return turned
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: _Mask, scale: float, folded: int) -> Tensor:

@@ -7,7 +7,7 @@ from test_packing import adapted
 from test_ragged import FAMILIES, alone, make, random_ids, read
 from torch import nn
 
-from fedpt_flwr import lean
+from fedpt_flwr import huge_pages, lean
 from fedpt_flwr.lean import LeanStepper, step_function
 from fedpt_flwr.models import set_arrays
 from fedpt_flwr.packing import prepare, restore
@@ -60,9 +60,12 @@ def _without_gradients():
         yield
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True, "as of many rows"])
 @pytest.mark.parametrize("name", TAKEN)
-def test_rows_that_come_and_go_score_as_transformers_says(name, packed):
+def test_rows_that_come_and_go_score_as_transformers_says(name, packed, monkeypatch):
+    if packed == "as of many rows":
+        monkeypatch.setattr(lean, "_MANY_ROWS", 1)
+        monkeypatch.setattr(huge_pages, "_LEAST_BYTES", 1)
     family, settings = TAKEN[name]
     plain = make(family, **settings)
     model = make(family, **settings)
@@ -260,9 +263,12 @@ def test_a_text_that_is_only_read_is_remembered_like_one_that_is_scored(family, 
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True, "as of many rows"])
 @pytest.mark.parametrize("name", TAKEN)
-def test_prompts_of_unequal_lengths_are_read_side_by_side(name, packed):
+def test_prompts_of_unequal_lengths_are_read_side_by_side(name, packed, monkeypatch):
+    if packed == "as of many rows":
+        monkeypatch.setattr(lean, "_MANY_ROWS", 1)
+        monkeypatch.setattr(huge_pages, "_LEAST_BYTES", 1)
     family, settings = TAKEN[name]
     model, plain = make(family, **settings), make(family, **settings)
     if packed:
@@ -305,7 +311,7 @@ def test_prompts_are_in_the_cache_in_their_order_whoever_reads_them(name):
 
 
 def test_a_model_that_scores_otherwise_takes_the_ordinary_way(monkeypatch):
-    monkeypatch.setattr(lean, "_normed", lambda norm, x: x * 1.001)
+    monkeypatch.setattr(lean, "_normed", lambda norm, x, *_: x * 1.001)
     assert type(step_function(make("llama"))) is Stepper
 
 
