@@ -18,7 +18,7 @@ results; each is the median over the turns. Times include the prompt's forward p
 over the bytes of weights that a token makes it read. Peak memory is that of a fresh process each, less what importing
 takes.
 
-A full run takes about half an hour on one core, ``--size small`` a third of that, ``--quick`` less than a minute.
+A full run takes about three quarters of an hour on one core, ``--size small`` a third of that, ``--quick`` less than a minute.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def run(method: Method, prompts: Prompts, wanted: Reference) -> None:
 def measure(models: Models, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """All methods of a setting in turns, every turn with other prompts."""
     models.use(setting.workload)
-    num_new = args.new_tokens if setting.batch == 1 else args.new_tokens // 2
+    num_new = args.new_tokens
     reference = Method("reference", lambda *_: torch.empty(0), sum(models.bytes_read), is_proxy=False)
     methods = models.methods(setting)
     bandwidths, right = [], []
@@ -597,7 +597,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[*SETTINGS, MEMORY], help="only these settings")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each setting")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64, help="of one row; of several, half as many each")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of each row")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", type=Path, help="keep the models in this folder; else they are made anew")
