@@ -1,9 +1,10 @@
-"""What a few rows times a weight cost, against one row: plain torch, oneDNN's layout, and loops compiled for few rows.
+"""What a few rows times a weight cost: plain torch, oneDNN's layout, and loops for few rows, also in large pages.
 
     OMP_NUM_THREADS=1 python benchmarks/products.py
 
 Prints for each number of rows how fast the weights are read, in GB/s, best of several turns. There are so many weights
-of each size that no cache holds them. ``prepare()`` takes one of the last two (``fedpt_flwr/packing.py``).
+of each size that no cache holds them. ``prepare()`` takes oneDNN's layout or large pages (``fedpt_flwr/packing.py``,
+``huge_pages.py``; where the system has none of these, the last column is the one before it once more).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedpt_flwr import packing
+from fedpt_flwr.huge_pages import Room, rounded_up
 
 Product = Callable[[Tensor, int], object]
 
@@ -25,7 +27,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["2048x2048", "2048x5632", "960x2560", "640x1728"], metavar="OxI")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=200, help="weights of each size, together")
@@ -37,10 +39,16 @@ def main() -> None:
         num_bytes = dtype.itemsize * num_out * num_in
         weights = [torch.randn(num_out, num_in).to(dtype) for _ in range(max(2, asked.megabytes * 10**6 // num_bytes))]
         laid_out = {"torch": lambda x, number, weights=weights: F.linear(x, weights[number])}
-        for name, layout in (("oneDNN", packing._OneDnn()), ("few rows", packing._FewRows())):
+        room = Room(sum(rounded_up(weight.nbytes) for weight in weights), 0)
+        in_pages = [room.moved(weight) for weight in weights]
+        for name, layout, held in (
+            ("oneDNN", packing._OneDnn(), weights),
+            ("few rows", packing._FewRows(), weights),
+            ("in pages of 2 MB", packing._FewRows(), in_pages),
+        ):
             if not packing._has_kernel(dtype, layout):
                 continue
-            packed = [layout.pack(weight) for weight in weights]
+            packed = [layout.pack(weight) for weight in held]
             laid_out[name] = lambda x, number, packed=packed, layout=layout: layout.multiply(x, packed[number], None)
         for num_rows in asked.rows:
             x = torch.randn(num_rows, num_in).to(dtype)

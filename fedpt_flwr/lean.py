@@ -426,7 +426,8 @@ def _scores(head: Any, x: Tensor) -> Tensor:
 def _normed(norm: Any, x: Tensor, reused: _Reused | None = None) -> Tensor:
     if type(norm) is nn.LayerNorm:
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    if reused is not None and len(x) > _MANY_ROWS and x.dtype == norm.weight.dtype == torch.float32:
+    is_float = x.dtype == norm.weight.dtype == torch.float32 and x.device.type == "cpu"
+    if reused is not None and len(x) > _FEW_TOKENS and is_float:
         normed = torch.mul(x, x, out=reused.like("normed", x.shape, x))
         factors = normed.mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
         return torch.mul(x, factors, out=normed).mul_(norm.weight)

@@ -2,7 +2,8 @@
 
 Decoding multiplies a few rows by every weight of a model, and torch takes two to three times as long for four rows as
 for one. Two things help, and :func:`_product` says which for what: plain weights and loops that are compiled for few
-rows (``few_rows.py``: float32 and bfloat16 with AVX2 or AVX512; needs the package numba); or oneDNN's own layout, in
+rows (``few_rows.py``: float32 and bfloat16 with AVX2 or AVX512; needs the package numba), in large pages
+(``huge_pages.py``); or oneDNN's own layout, in
 which a few rows cost little more than one, but one row of float32 costs more than in plain weights.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
