@@ -18,7 +18,8 @@ results; each is the median over the turns. Times include the prompt's forward p
 over the bytes of weights that a token makes it read. Peak memory is that of a fresh process each, less what importing
 takes.
 
-A full run takes about three quarters of an hour on one core, ``--size small`` a third of that, ``--quick`` less than a minute.
+A full run takes about three quarters of an hour on one core, ``--size small`` a third of that, ``--quick`` less than a
+minute.
 """
 
 from __future__ import annotations
