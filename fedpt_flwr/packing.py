@@ -240,7 +240,10 @@ class PackedLinear(nn.Module):
         """Give the plain layer its weight back. This layer is not usable any more."""
         (layer,) = self._plain
         if not self._is_shared:
-            layer.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
+            dense = self.dense_weight()
+            if dense.is_inference():  # of a model that was made in that mode: it could never be trained
+                dense = dense.clone()
+            layer.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         del self._packed
         layer.train(self.training)
         return layer
@@ -334,6 +337,8 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     files = _mapped_files()
     room = _room(chosen, files)
     for weight in {id(layer.weight): layer.weight for _, _, layer, _, is_shared in chosen if is_shared}.values():
+        if weight.is_inference():  # it would not be one any more, and be refused wherever it is used
+            continue
         lay_there = weight.detach()
         weight.data = room.moved(lay_there)
         if weight.data_ptr() != lay_there.data_ptr():
@@ -374,6 +379,8 @@ def join(model: nn.Module) -> int:
     for parent, parts in _shared_inputs(model):
         kinds = {(type(part), part.bias is None, part.weight.dtype, part.weight.device) for part in parts}
         if len(kinds) > 1 or type(parts[0]) is not nn.Linear or joined_weights(parts) is not None:
+            continue
+        if any(tensor.is_inference() for part in parts for tensor in part.parameters()):  # as in prepare()
             continue
         for tensors in zip(*(part.parameters() for part in parts), strict=True):  # the weights, and the biases
             pieces = torch.cat([tensor.data for tensor in tensors]).split([len(tensor) for tensor in tensors])

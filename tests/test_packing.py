@@ -26,7 +26,7 @@ from fedpt_flwr.models import (
     set_arrays,
     tunable_arrays,
 )
-from fedpt_flwr.packing import PackedLinear, is_prepared, prepare, restore, suits_single_rows
+from fedpt_flwr.packing import PackedLinear, is_prepared, join, prepare, restore, suits_single_rows
 from fedpt_flwr.proxy import ProxyModel
 
 pytest.importorskip("numba", reason="compiled loops need the extra fast")
@@ -312,6 +312,22 @@ def test_layers_with_hooks_or_without_a_kernel_stay_as_they_are(monkeypatch):
     assert prepare(in_a_model(nn.Linear(16, 24).double())) == 0
     monkeypatch.setattr(packing, "_has_kernel", lambda dtype, product: False)
     assert prepare(tiny_llama()) == 0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_that_was_made_for_inference_only_is_packed_like_any_other(is_tied):
+    model = tiny_llama(tie_word_embeddings=is_tied)
+    model = model.from_pretrained(None, config=model.config, state_dict=weights(model)).eval()
+    assert model.lm_head.weight.is_inference()
+    ids = random_ids(2, 7) % VOCAB
+    before = model(ids).logits
+    assert prepare(model) > 0
+    torch.testing.assert_close(model(ids).logits, before)
+    restore(model)
+    assert torch.equal(model(ids).logits, before)
+    join(model)
+    torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_packing_never_holds_more_than_one_layer_twice(product, monkeypatch):
