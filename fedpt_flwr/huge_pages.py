@@ -1,8 +1,8 @@
 """Memory in pages of 2 MB, which Linux gives to whoever asks for them.
 
 Decoding reads every weight once a pass, and the processor has to look up where each page of it lies. Pages are 4 KB
-otherwise, more than the processor keeps in mind, and a look-up in a virtual machine is two: weights are read a seventh
-to a third slower then (``benchmarks/products.py``, columns with and without).
+otherwise, more than the processor keeps in mind, and a look-up in a virtual machine is two: few rows took up to
+a third longer to multiply (``benchmarks/products.py``).
 
 Memory that is new has to be cleared, which is one page at a time, too: so this is the place for what a long prompt
 needs on the way (``lean.py``).
