@@ -3,8 +3,8 @@
 Decoding multiplies a few rows by every weight of a model, and torch takes two to three times as long for four rows as
 for one. Two things help, and :func:`_product` says which for what: plain weights and loops that are compiled for few
 rows (``few_rows.py``: float32 and bfloat16 with AVX2 or AVX512; needs the package numba), in large pages
-(``huge_pages.py``); or oneDNN's own layout, in
-which a few rows cost little more than one, but one row of float32 costs more than in plain weights.
+(``huge_pages.py``); or oneDNN's own layout, in which a few rows cost little more than one, but one row of float32 costs
+more than in plain weights.
 :func:`prepare` exchanges the linear layers of a model for :class:`PackedLinear`, under which transformers' own
 forward passes go on as ever; :func:`restore` brings the very layers back, bit for bit. There is one copy of a weight
 at any time, packed or not; also where the plain one was a file, seen as memory.
@@ -337,12 +337,8 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     files = _mapped_files()
     room = _room(chosen, files)
     for weight in {id(layer.weight): layer.weight for _, _, layer, _, is_shared in chosen if is_shared}.values():
-        if weight.is_inference():  # it would not be one any more, and be refused wherever it is used
-            continue
-        lay_there = weight.detach()
-        weight.data = room.moved(lay_there)
-        if weight.data_ptr() != lay_there.data_ptr():
-            _let_go(lay_there, files)
+        if not weight.is_inference():  # it would not be one any more, and be refused wherever it is used
+            _move(weight, room, files)
     for parent, name, layer, product, is_shared in chosen:
         weight = layer.weight
         packed = PackedLinear(layer, product, room, is_shared=is_shared)
@@ -350,6 +346,14 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
         if not packed.shows(weight):
             _let_go(weight, files)
     return len(chosen)
+
+
+def _move(weight: nn.Parameter, room: Room, files: Sequence[range]) -> None:
+    """Have a weight lie in some room, for all that use it."""
+    lay_there = weight.detach()
+    weight.data = room.moved(lay_there)
+    if weight.data_ptr() != lay_there.data_ptr():
+        _let_go(lay_there, files)
 
 
 def _room(chosen: Sequence[tuple[Any, str, Any, _OneDnn | _FewRows, bool]], files: Sequence[range]) -> Room:
