@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import signal
@@ -257,10 +258,10 @@ def test_a_disk_that_fills_up_fails_the_run_with_a_sentence_and_it_goes_on_when_
     assert_same_arrays(alone, folder)
 
 
-NUM_BIG = 1900
-MAX_DATA_MB = 1750
-"""More than a ClientApp reserves for a moment while it imports its libraries (1520), less than what it has afterwards
-(about 470) and a batch of :data:`NUM_BIG` (about 1600) need together."""
+NUM_BIG = 6000
+MAX_DATA_MB = 2500
+"""Far more than a ClientApp reserves for a moment while it imports its libraries (1520), and far less than a batch of
+:data:`NUM_BIG` needs (1900 take 1260 to 1560 besides the 470 of the libraries)."""
 
 
 @pytest.fixture
@@ -268,7 +269,7 @@ def unequal(tmp_path):
     """Three devices: one with limits, one that has too little memory and knows, one that has and does not."""
     files, _ = write_own_data(tmp_path / "data")
     files.append(tmp_path / "data" / "big.jsonl")
-    big = read_records("demo:train")[:NUM_BIG]
+    big = itertools.islice(itertools.cycle(read_records("demo:train")), NUM_BIG)
     files[2].write_text("".join(json.dumps(record) + "\n" for record in big))
     node_settings = {
         0: {"limits": 'max-batch-size=5 max-steps=1 dtype="bfloat16" threads=2 memory-limit-mb=4000'},
