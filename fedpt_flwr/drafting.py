@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,6 +33,9 @@ _SLOW_S = 0.05
 """A pass that takes so long is timed twice, and others three times."""
 
 _ROUGH = "rough"  # what the tuned model's rough step function is called beside the three
+
+_NUM_RECENT = 5
+"""Rounds of which the shortest tells what a round costs beyond its passes: the machine does other things, too."""
 
 _FORGETTING = 0.9
 _PRIOR_WEIGHT = 3.0
@@ -73,6 +77,10 @@ class StepCosts:
     counts is where the cost begins to rise with the number of tokens, and that differs between machines, dtypes and
     packings. Behind four it may jump, because rows are often multiplied in blocks of four.
 
+    A round takes more than that, however many tokens it drafts: keys and values of the text so far are read, those of
+    every row, and the passes that are timed have short texts in few rows. On a CPU real rounds tell how much; on a GPU
+    it is little, and a remote model's passes are seen anyway.
+
     Args:
         steps: A step function for each of ``large``, ``tuned`` and ``untuned``.
 
@@ -83,6 +91,8 @@ class StepCosts:
     def __init__(self, steps: Mapping[str, Stepper]) -> None:
         self.steps = steps
         self._timed: dict[tuple[str, int], float] = {}
+        # Seconds beyond those of the passes, in recent rounds, by the number of binary digits of the number of rows.
+        self._beyond: dict[int, deque[float]] = {}
 
     def seconds(self, name: str, num_tokens: int) -> float:
         """Of one pass of a model over so many tokens of all rows together."""
@@ -95,6 +105,16 @@ class StepCosts:
 
     def of_round(self, num_rows: int, num_drafts: int) -> float:
         """Seconds of a round that drafts so many tokens for each of so many rows."""
+        beyond = self._beyond.get(num_rows.bit_length(), ())
+        return self._of_passes(num_rows, num_drafts) + max(0.0, min(beyond, default=0.0))
+
+    def observe(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        """Take up what a round took that drafted so many tokens for each of so many rows."""
+        if all(not step.is_remote and step.device.type == "cpu" for step in self.steps.values()):
+            beyond = self._beyond.setdefault(num_rows.bit_length(), deque(maxlen=_NUM_RECENT))
+            beyond.append(seconds - self._of_passes(num_rows, num_drafts))
+
+    def _of_passes(self, num_rows: int, num_drafts: int) -> float:
         verified = num_rows * (num_drafts + 1)
         drafting = min(self._exact_drafting(num_rows, num_drafts), self._rough_drafting(num_rows, num_drafts))
         judging = self.seconds("large", verified), self.seconds("untuned", verified)

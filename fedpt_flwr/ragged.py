@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COLUMNS_AT_ONCE = 64
-"""Columns by which a cache grows: copying it every so many tokens costs next to nothing."""
+"""Columns by which a cache grows, at least half of them spare: to copy it right behind a prompt, before a token is
+written, took two thirds of a round of 32 rows."""
 
 _WASTE = 0.75
 """Prompts are read together if the shortest has at least this share of the longest's tokens: the rest is padding."""
@@ -105,9 +106,10 @@ class _RaggedLayer(CacheLayerMixin):
         if num_rows <= rows and width <= columns:
             return
         wanted_rows = max(rows, num_rows)
-        wanted_columns = columns if width <= columns else -(-width // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
-        self.keys = _enlarged(self.keys, wanted_rows, wanted_columns)
-        self.values = _enlarged(self.values, wanted_rows, wanted_columns)
+        if width > columns:
+            columns = -(-(width + _COLUMNS_AT_ONCE // 2) // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
+        self.keys = _enlarged(self.keys, wanted_rows, columns)
+        self.values = _enlarged(self.values, wanted_rows, columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Columns that attention sees, and the first of them."""

@@ -15,6 +15,7 @@ here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -222,9 +223,12 @@ class Speculation:
                 longest = min(longest, self._context - 2 - max(lengths))
             longest = max(0, longest)
             num_drafts = self.length.choose(texts, longest) if draft_tokens == "auto" else min(draft_tokens, longest)
+            begun = time.perf_counter()
             rules.begin(rows, num_drafts + 1)
             is_rough = self.length.costs.drafts_roughly(len(rows), num_drafts)
             asked = ask(self.steps, caches, torch.tensor(last_ids)[:, None], num_drafts, rules.draft, is_rough=is_rough)
+            if draft_tokens == "auto":
+                self.length.costs.observe(len(rows), num_drafts, time.perf_counter() - begun)
             if num_drafts and is_spoilt(asked.large, asked.tuned, asked.untuned):
                 for cache in caches.values():
                     cache.cut(lengths, clear=True)

@@ -11,9 +11,14 @@ from fedpt_flwr.ragged import Stepper
 class Costs(StepCosts):
     """Costs that are given instead of timed: a pass over n tokens costs ``base + slope * n``."""
 
-    def __init__(self, *, beside=False, **models):
-        rough = SimpleNamespace() if "rough" in models else None
-        super().__init__({name: SimpleNamespace(runs_beside=beside, rough=rough) for name in models})
+    def __init__(self, *, beside=False, device="cpu", is_remote=False, **models):
+        step = SimpleNamespace(
+            runs_beside=beside,
+            rough=SimpleNamespace() if "rough" in models else None,
+            device=torch.device(device),
+            is_remote=is_remote,
+        )
+        super().__init__(dict.fromkeys(models, step))
         self.models = models
 
     def _timing(self, name, num_tokens):
@@ -144,3 +149,45 @@ def test_passes_are_timed_once_and_interpolated():
     assert len(passes) == number
     assert costs.seconds("large", 16) > 0  # more than one row
     assert passes[-1] == 16
+
+
+SLOPING = {"large": (10.0, 4.0), "tuned": (0.0, 0.1), "untuned": (0.0, 0.1)}
+
+
+def test_what_rounds_take_beyond_their_passes_makes_drafts_pay_sooner():
+    length = DraftLength(Costs(**SLOPING))
+    assert length.choose(texts(0.25), 100) == 0
+    length.costs.observe(1, 0, 30.0)  # its passes were timed with 14.2
+    assert length.costs.of_round(1, 0) == pytest.approx(30.0)
+    assert length.costs.of_round(1, 1) == pytest.approx(30.0 + 4.2)
+    assert length.choose(texts(0.25), 100) == 1
+
+
+def test_the_shortest_of_the_last_rounds_counts_and_no_round_takes_less_than_its_passes():
+    costs = Costs(**SLOPING)
+    timed = costs.of_round(1, 0)
+    for seconds in (100.0, 2 * timed, 1000.0, 500.0):
+        costs.observe(1, 0, seconds)
+    assert costs.of_round(1, 0) == pytest.approx(2 * timed)
+    for _ in range(5):
+        costs.observe(1, 0, 3 * timed)  # a longer text
+    assert costs.of_round(1, 0) == pytest.approx(3 * timed)
+    costs.observe(1, 0, timed / 2)
+    assert costs.of_round(1, 0) == timed
+
+
+def test_what_many_rows_take_says_nothing_about_few():
+    costs = Costs(**SLOPING)
+    before = [costs.of_round(rows, 1) for rows in (1, 31, 64)]
+    costs.observe(32, 1, 1000.0)
+    assert costs.of_round(32, 1) == 1000.0
+    assert costs.of_round(63, 1) > 1000.0  # about nearly as many it does
+    assert [costs.of_round(rows, 1) for rows in (1, 31, 64)] == before
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda"}, {"is_remote": True}])
+def test_elsewhere_rounds_have_no_say(settings):
+    costs = Costs(**SLOPING, **settings)
+    before = costs.of_round(1, 3)
+    costs.observe(1, 3, 1000.0)
+    assert costs.of_round(1, 3) == before

@@ -255,6 +255,31 @@ def test_drafts_that_another_model_guessed_change_nothing(start, monkeypatch):
     assert (3, 1) in asked
 
 
+@pytest.mark.parametrize(
+    ("draft_tokens", "others", "expected"),
+    [("auto", 1, 2), ("auto", 0, 1), (3, 1, 0)],
+    ids=["two texts", "one text", "of a given length"],
+)
+def test_what_rounds_of_texts_that_all_draft_took_is_taken_up(start, monkeypatch, draft_tokens, others, expected):
+    seen = []
+    monkeypatch.setattr("fedpt_flwr.drafting.StepCosts.observe", lambda _self, *given: seen.append(given))
+    version = make_version(make_proxy("related"), end_ids=frozenset())
+    tasks = [task(version, random_prompt(5, number), max_new_tokens=12) for number in range(1 + others)]
+    scheduler = start(version, draft_tokens=draft_tokens)
+    scheduler.submit(tasks)
+    for one in tasks:
+        one.sink.ended(1)
+    assert max((num_rows for num_rows, _, _ in seen), default=0) == expected
+    assert all(seconds > 0 for _, _, seconds in seen)
+    before = len(seen)
+    lengths = {"proxy": 12, "large": 20}  # which gets one token a round, so that the proxy's never goes on alone
+    mixed = [task(version, random_prompt(5, 1), model=model, max_new_tokens=new) for model, new in lengths.items()]
+    scheduler.submit(mixed)
+    for one in mixed:
+        one.sink.ended(1)
+    assert len(seen) == before
+
+
 @pytest.fixture
 def never_drafting(monkeypatch):
     """Drafting never pays, so that the scheduler only looks whether it would."""

@@ -173,6 +173,15 @@ def test_a_drafter_that_is_always_right_gives_all_its_tokens_and_one_more():
     assert texts == write([large, large, tuned], prompts([4, 4]), 0, alpha=0.0)[0]
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 2, "auto"])
+def test_what_every_round_took_is_taken_up_where_that_chooses(draft_tokens, monkeypatch):
+    seen = []
+    monkeypatch.setattr(StepCosts, "observe", lambda _self, *given: seen.append(given))
+    _, statistics = write(relatives(), prompts([4, 9]), draft_tokens)
+    assert len(seen) == (statistics.num_rounds if draft_tokens == "auto" else 0)
+    assert all(num_rows in (1, 2) and seconds > 0 for num_rows, _, seconds in seen)
+
+
 @pytest.fixture
 def guess_with(monkeypatch):
     """Has drafts guessed by another model, on the tuned one's cache, wherever that may be done."""

@@ -587,11 +587,14 @@ class Scheduler:
     def _decode(self) -> None:
         """Append a token to every text, or several."""
         texts = [text for texts in self._live.values() for text in texts]
-        num_drafts = self._num_drafts(texts)
+        num_drafts, chosen_by = self._num_drafts(texts)
         runners = list(self._runners.values())
         lengths = [list(runner.cache.lengths) for runner in runners]
         try:
+            begun = time.perf_counter()
             scored = self._ask(runners, num_drafts)
+            if chosen_by is not None and all(len(runner.choices) == len(texts) for runner in runners):
+                chosen_by.costs.observe(len(texts), num_drafts, time.perf_counter() - begun)
             if num_drafts and is_spoilt(*scored.values()):
                 for runner, before in zip(runners, lengths, strict=True):
                     runner.cache.cut(before, clear=True)
@@ -636,8 +639,8 @@ class Scheduler:
         begun = begun or {runner: runner.launch(num_drafts) for runner in judges}
         return scored | {runner: wait() for runner, wait in begun.items()}
 
-    def _num_drafts(self, texts: Sequence[_Choice]) -> int:
-        """Tokens to draft in this step: more than one text can get are of no use."""
+    def _num_drafts(self, texts: Sequence[_Choice]) -> tuple[int, DraftLength | None]:
+        """Tokens to draft in this step, and what has chosen that: more than one text can get are of no use."""
         drafting = [text for text in texts if text.task.settings.model == "proxy"]
         longest = max((text.task.settings.max_new_tokens - text.num_tokens for text in drafting), default=0) - 1
         for text in texts:  # those without drafts, too, take part in a pass of so many tokens
@@ -645,11 +648,11 @@ class Scheduler:
                 # No text fills the context: a remote model is asked for one token more, which must have room.
                 longest = min(longest, context - 1 - len(text.task.prompt_ids) - text.num_tokens)
         if longest < 1:
-            return 0
+            return 0, None
         if self.limits.draft_tokens != "auto":
-            return min(self.limits.draft_tokens, longest)
+            return min(self.limits.draft_tokens, longest), None
         length = self._length_of(drafting[0].task.version)
-        return length.choose([text.acceptance for text in drafting], longest)
+        return length.choose([text.acceptance for text in drafting], longest), length
 
     def _length_of(self, version: Version) -> DraftLength:
         """What chooses draft lengths; what passes cost is the same for all versions with one large model."""
