@@ -103,10 +103,13 @@ def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, num_in = x.shape
     num_lanes = -(-num_rows // _LANES) * _LANES
     turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
-    turned[:, :num_rows] = x.t()
+    found = torch.empty(num_rows, len(weight), dtype=torch.float32)
+    turn = _turner()
+    turn(x.contiguous().numpy(), turned.numpy(), num_rows, num_in)
     turned[:, num_rows:] = 0
     _many_rows(torch.get_num_threads() > 1)(bits_of(weight), turned.numpy(), product.numpy())
-    return product[:, :num_rows].t().contiguous()
+    turn(product.numpy(), found.numpy(), len(weight), num_rows)
+    return found
 
 
 def _scratch(place: str, num_rows: int, num_columns: int) -> Tensor:
@@ -167,6 +170,13 @@ def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
 def _many_rows(in_threads: bool) -> Any:
     """The compiled loop for many rows and weights of float32; in as many threads as torch."""
     return _in_threads(_loop_of_tiles(), "float32", np.zeros((1, _LANES), np.float32), in_threads)
+
+
+@cache
+def _turner() -> Any:
+    """The compiled loop that turns a matrix."""
+    matrix, whole = types.Array(types.float32, 2, "C", readonly=True), types.int64
+    return compiled(_loop_of_squares(), [types.void(matrix, types.float32[:, ::1], whole, whole)])
 
 
 def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
@@ -422,4 +432,58 @@ def _emit_sums(
             address = vector(begin, number)
             before = builder.select(is_first, ir.Constant(lanes, None), builder.load(address, align=4))
             builder.store(builder.fadd(before, builder.load(total)), address, align=4)
+    return context.get_dummy_value()
+
+
+def _loop_of_squares() -> Any:
+    """The loop that turns a matrix, square by square: torch does it number by number. Its sizes are its own, too."""
+    lanes = _LANES
+
+    def loop(matrix: Any, turned: Any, num_rows: int, num_columns: int) -> None:
+        """Writes the first rows and columns of ``matrix`` to the first columns and rows of ``turned``."""
+        whole_rows, whole_columns = num_rows // lanes * lanes, num_columns // lanes * lanes
+        for column in range(0, whole_columns, lanes):
+            for row in range(0, whole_rows, lanes):
+                _square(matrix, row, turned, column)
+        for row in range(num_rows):
+            for column in range(whole_columns if row < whole_rows else 0, num_columns):
+                turned[column, row] = matrix[row, column]
+
+    return loop
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _square(_context: Any, matrix: Any, row: Any, turned: Any, column: Any) -> Any:
+    """Machine code that turns a square of as many rows and columns as there are lanes, from a given place on."""
+    return types.void(matrix, row, turned, column), _emit_square
+
+
+def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """The instructions of :func:`_square`: numbers change places with those across the diagonal.
+
+    First neighbours do, then pairs of them, and so on: lanes are numbered in binary, and each step is a digit.
+    """
+    lanes, whole = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(32)
+    matrix, turned = (context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2))
+    row, column = arguments[1], arguments[3]
+
+    def places(array: Any, first_row: Any, first_column: Any) -> list[Any]:
+        _, width = cgutils.unpack_tuple(builder, array.shape)
+        begin = builder.gep(array.data, [builder.add(builder.mul(width, first_row), first_column)])
+        beginnings = [builder.gep(begin, [builder.mul(width, width.type(number))]) for number in range(_LANES)]
+        return [builder.bitcast(address, lanes.as_pointer()) for address in beginnings]
+
+    held = [builder.load(address, align=4) for address in places(matrix, row, column)]
+    digit = 1
+    while digit < _LANES:
+        # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
+        upper = [lane if not lane & digit else _LANES + lane - digit for lane in range(_LANES)]
+        lower = [lane + digit if not lane & digit else _LANES + lane for lane in range(_LANES)]
+        masks = [ir.Constant(ir.VectorType(whole, _LANES), chosen) for chosen in (upper, lower)]
+        for first in (number for number in range(_LANES) if not number & digit):
+            pair = held[first], held[first + digit]
+            held[first], held[first + digit] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        digit *= 2
+    for vector, address in zip(held, places(turned, column, row), strict=True):
+        builder.store(vector, address, align=4)
     return context.get_dummy_value()

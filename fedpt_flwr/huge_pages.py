@@ -5,7 +5,7 @@ otherwise, more than the processor keeps in mind, and a look-up in a virtual mac
 a third longer to multiply (``benchmarks/products.py``).
 
 Memory that is new has to be cleared, which is one page at a time, too: so this is the place for what a long prompt
-needs on the way (``lean.py``).
+needs on the way (``lean.py``), and for keys and values, of which many rows read as much as of weights (``ragged.py``).
 
 torch has no way to say where one tensor should lie, so what is moved here lies in memory of our own, one weight behind
 the other, and that is given back when the last of them is gone. Each is a tensor like any other, with a storage of
@@ -52,9 +52,15 @@ class Room:
             return
         with suppress(OSError):  # there is no room
             self._memory = mmap.mmap(-1, num_bytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
             begin = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
             self._offset = -begin % page
+            # What does not fill a page lies in small ones, or every tensor would take half a page more.
+            self._memory.madvise(mmap.MADV_HUGEPAGE, self._offset, num_bytes // page * page)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is any."""
+        return self._memory is not None
 
     def moved(self, tensor: Tensor) -> Tensor:
         """A copy of a CPU tensor in this memory, with rows one behind the other; itself where there is none."""
@@ -68,6 +74,15 @@ class Room:
         begin = self._offset
         self._offset += rounded_up(count * dtype.itemsize)
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of zeros of the dtype and on the device of another: on a CPU in such pages, if it is not small."""
+    num_bytes = math.prod(shape) * like.dtype.itemsize
+    room = Room(num_bytes, num_bytes) if like.device.type == "cpu" else None
+    if room is None or not room.is_there:
+        return like.new_zeros(shape)
+    return room.empty(shape, like.dtype)  # the system has cleared it
 
 
 def rounded_up(num_bytes: int) -> int:

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedpt_flwr.errors import ModelError
+from fedpt_flwr.huge_pages import zeros
 from fedpt_flwr.models import input_device, is_remote
 
 if TYPE_CHECKING:
@@ -482,7 +483,7 @@ def agree(one: Stepper, other: Stepper) -> bool:
 
 def _enlarged(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:
     rows, heads, columns, size = stored.shape
-    larger = stored.new_zeros((num_rows, heads, num_columns, size))
+    larger = zeros((num_rows, heads, num_columns, size), stored)
     larger[:rows, :, :columns] = stored
     return larger
 

@@ -57,6 +57,17 @@ def test_a_row_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size)
         assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 40), (16, 16), (37, 129), (64, 64), (8, 33)])
+def test_a_matrix_is_turned_and_nothing_beside_it_written(shape):
+    matrix = torch.arange(float(shape[0] * shape[1])).view(shape)
+    wide = torch.cat([matrix, torch.full((shape[0], 5), -1.0)], 1)
+    turned = torch.full((shape[1] + 2, shape[0] + 3), -2.0)
+    few_rows._turner()(wide.numpy(), turned.numpy(), *shape)
+    assert torch.equal(turned[: shape[1], : shape[0]], matrix.t())
+    assert bool((turned[shape[1] :] == -2).all())
+    assert bool((turned[:, shape[0] :] == -2).all())
+
+
 @pytest.mark.parametrize("num_rows", [3, 17])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(value, num_rows):

@@ -66,6 +66,27 @@ def test_the_system_gives_huge_pages_and_gets_them_back():
     assert bytes_of("Rss") < resident - 48 * MEGABYTE
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (4, 9, 300, 1000)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_like_those_of_torch(shape, dtype, monkeypatch):
+    like = torch.ones(2, dtype=dtype)
+    for setting in (huge_pages._SETTINGS, Path("/nowhere")):
+        monkeypatch.setattr(huge_pages, "_SETTINGS", setting)
+        made = huge_pages.zeros(shape, like)
+        assert torch.equal(made, like.new_zeros(shape))
+        made += 1  # nobody else's
+        assert not huge_pages.zeros(shape, like).any()
+    assert huge_pages.zeros(shape, like.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("num_bytes", [9 * MEGABYTE, 10 * MEGABYTE - 8])
+def test_no_page_is_taken_for_less_than_fills_it(num_bytes):
+    before = bytes_of("Rss")
+    made = [huge_pages.zeros((num_bytes,), torch.zeros(0, dtype=torch.uint8)).fill_(1) for _ in range(20)]
+    assert all(one.data_ptr() % huge_pages._page_bytes() == 0 for one in made)
+    assert bytes_of("Rss") - before < 20 * (num_bytes + MEGABYTE // 2)
+
+
 @pytest.mark.parametrize(
     ("enabled", "size", "is_used"),
     [
