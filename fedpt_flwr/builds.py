@@ -7,11 +7,13 @@ Nothing is computed here; ``lean.py`` and ``few_tokens.py`` do that, and compare
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
@@ -130,7 +132,8 @@ def _is_llama(base: Any) -> bool:
             if is_a(mlp, "MLP", "gate_proj up_proj down_proj act_fn")
             else [None]
         )
-        return all(is_a(norm, "RMSNorm", "") for norm in norms) and all(map(_is_linear, linear))
+        are_known = all(is_a(norm, "RMSNorm", "") for norm in norms) and all(map(_is_linear, linear))
+        return are_known and _is_activation(mlp.act_fn, base.config.hidden_act)
 
     return (
         is_a(base, "ForCausalLM", "model lm_head")
@@ -191,6 +194,7 @@ def _is_gpt2(base: Any) -> bool:
             and _is_a(layer.mlp, modeling_gpt2.GPT2MLP, "c_fc c_proj act dropout")
             and all(_is_a(norm, nn.LayerNorm, "") for norm in (layer.ln_1, layer.ln_2))
             and all(map(_is_linear, (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj)))
+            and _is_activation(layer.mlp.act, base.config.activation_function)
         )
 
     return (
@@ -254,6 +258,7 @@ def _is_neox(base: Any) -> bool:
             and all(_is_a(getattr(layer, name), nn.LayerNorm, "") for name in norms.split())
             and all(map(_is_linear, layer.attention._modules.values()))
             and all(map(_is_linear, (layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h)))
+            and _is_activation(layer.mlp.act, base.config.hidden_act)
         )
 
     return (
@@ -305,15 +310,25 @@ def _neox(base: Any) -> Build:
 
 def _is_a(part: Any, kind: type[nn.Module], children: str) -> bool:
     """Whether a module is of a class, with children of these names, and nobody has put a hand in."""
-    return (
-        part.__class__ is kind
-        and part._modules.keys() == set(children.split())
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
-    )
+    return part.__class__ is kind and part._modules.keys() == set(children.split()) and _is_untouched(part)
+
+
+def _is_untouched(part: Any) -> bool:
+    return not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+
+
+def _is_activation(part: Any, name: str) -> bool:
+    """Whether a module is what transformers calls by a name, because that is what is computed."""
+    return part.__class__ is _activation_class(name) and _is_untouched(part)
+
+
+@functools.cache
+def _activation_class(name: str) -> type[nn.Module]:
+    return type(ACT2FN[name])
 
 
 def _is_linear(part: Any) -> bool:
-    if part is None or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+    if part is None or not _is_untouched(part):
         return False
     if type(part) in (nn.Linear, Conv1D, PackedLinear):
         return True

@@ -35,7 +35,7 @@ _SLOW_S = 0.05
 _ROUGH = "rough"  # what the tuned model's rough step function is called beside the three
 
 _NUM_RECENT = 5
-"""Rounds of which the shortest tells what a round costs beyond its passes: the machine does other things, too."""
+"""Rounds of which the quickest tells what a round costs beyond its passes: the machine does other things, too."""
 
 _FORGETTING = 0.9
 _PRIOR_WEIGHT = 3.0
@@ -77,9 +77,9 @@ class StepCosts:
     counts is where the cost begins to rise with the number of tokens, and that differs between machines, dtypes and
     packings. Behind four it may jump, because rows are often multiplied in blocks of four.
 
-    A round takes more than that, however many tokens it drafts: keys and values of the text so far are read, those of
-    every row, and the passes that are timed have short texts in few rows. On a CPU real rounds tell how much; on a GPU
-    it is little, and a remote model's passes are seen anyway.
+    A round takes longer than its passes: keys and values of the text so far are read in each, those of every row, and
+    the passes that are timed have short texts in few rows. On a CPU real rounds tell by how much, as a share of what
+    the same passes over one token of each row cost; on a GPU it is little, and a remote model's passes are seen anyway.
 
     Args:
         steps: A step function for each of ``large``, ``tuned`` and ``untuned``.
@@ -91,7 +91,7 @@ class StepCosts:
     def __init__(self, steps: Mapping[str, Stepper]) -> None:
         self.steps = steps
         self._timed: dict[tuple[str, int], float] = {}
-        # Seconds beyond those of the passes, in recent rounds, by the number of binary digits of the number of rows.
+        # The shares in recent rounds, by the number of binary digits of the number of rows.
         self._beyond: dict[int, deque[float]] = {}
 
     def seconds(self, name: str, num_tokens: int) -> float:
@@ -105,14 +105,22 @@ class StepCosts:
 
     def of_round(self, num_rows: int, num_drafts: int) -> float:
         """Seconds of a round that drafts so many tokens for each of so many rows."""
-        beyond = self._beyond.get(num_rows.bit_length(), ())
-        return self._of_passes(num_rows, num_drafts) + max(0.0, min(beyond, default=0.0))
+        timed = self._of_passes(num_rows, num_drafts)
+        if not (beyond := self._beyond.get(num_rows.bit_length())):
+            return timed
+        return timed + max(0.0, min(beyond)) * self._of_single_tokens(num_rows, num_drafts)
 
     def observe(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         """Take up what a round took that drafted so many tokens for each of so many rows."""
         if all(not step.is_remote and step.device.type == "cpu" for step in self.steps.values()):
             beyond = self._beyond.setdefault(num_rows.bit_length(), deque(maxlen=_NUM_RECENT))
-            beyond.append(seconds - self._of_passes(num_rows, num_drafts))
+            timed = self._of_passes(num_rows, num_drafts)
+            beyond.append((seconds - timed) / self._of_single_tokens(num_rows, num_drafts))
+
+    def _of_single_tokens(self, num_rows: int, num_drafts: int) -> float:
+        """What as many passes as a round has would cost if each were over one token of each row."""
+        large, tuned, untuned = (self.seconds(name, num_rows) for name in ("large", "tuned", "untuned"))
+        return large + untuned + (num_drafts + 1) * tuned
 
     def _of_passes(self, num_rows: int, num_drafts: int) -> float:
         verified = num_rows * (num_drafts + 1)

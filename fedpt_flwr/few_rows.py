@@ -61,7 +61,7 @@ _MOST_SCRATCH_BYTES = 1 << 23
 """What a thread keeps of each matrix that it needs on the way."""
 
 _held = threading.local()
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 _AT_MOST = 1024
 """Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
@@ -103,7 +103,7 @@ def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, num_in = x.shape
     num_lanes = -(-num_rows // _LANES) * _LANES
     turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
-    found = torch.empty(num_rows, len(weight), dtype=torch.float32)
+    found = torch.empty(num_rows, len(weight), dtype=torch.float32, device="cpu")
     turn = _turner()
     turn(x.contiguous().numpy(), turned.numpy(), num_rows, num_in)
     turned[:, num_rows:] = 0
@@ -119,11 +119,11 @@ def _scratch(place: str, num_rows: int, num_columns: int) -> Tensor:
     """
     size = num_rows * num_columns
     if 4 * size > _MOST_SCRATCH_BYTES:
-        return torch.empty(num_rows, num_columns, dtype=torch.float32)
+        return torch.empty(num_rows, num_columns, dtype=torch.float32, device="cpu")
     held: Tensor = getattr(_held, place, _NOTHING)
     if held.numel() < size:
         with torch.inference_mode(False):  # who asks next may not be in it
-            held = torch.empty(size, dtype=torch.float32)
+            held = torch.empty(size, dtype=torch.float32, device="cpu")
         setattr(_held, place, held)
     return held[:size].view(num_rows, num_columns)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +24,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedpt_flwr.free_memory import free_bytes
+
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-_GROUP = Path("/sys/fs/cgroup")
-"""What limits a container."""
 _LEAST_BYTES = 1 << 22
 """Less than this lies in a cache, or is read in no time."""
 _MOST_PAGE_BYTES = 1 << 25
 """Where pages are larger, half a page too much would be a lot."""
+_MOST_OF_FREE = 0.9
+"""So much of what is free may be needed."""
 _ALIGNMENT = 64
 """Bytes of a cache line."""
+
+_rooms: list[range] = []
+"""The addresses of all that are there."""
 
 
 class Room:
@@ -47,13 +53,18 @@ class Room:
 
     def __init__(self, num_bytes: int, num_further: int) -> None:
         self._memory: mmap.mmap | None = None
+        self._offset = self._end = 0
         page = _page_bytes()
-        if not page or num_bytes < _LEAST_BYTES or num_further > _free_bytes():
+        if not page or num_bytes < _LEAST_BYTES or num_further > _MOST_OF_FREE * free_bytes():
             return
         with suppress(OSError):  # there is no room
             self._memory = mmap.mmap(-1, num_bytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             begin = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
             self._offset = -begin % page
+            self._end = len(self._memory)
+            addresses = range(begin, begin + self._end)
+            _rooms.append(addresses)
+            weakref.finalize(self._memory, _rooms.remove, addresses).atexit = False
             # What does not fill a page lies in small ones, or every tensor would take half a page more.
             self._memory.madvise(mmap.MADV_HUGEPAGE, self._offset, num_bytes // page * page)
 
@@ -63,17 +74,27 @@ class Room:
         return self._memory is not None
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor in this memory, with rows one behind the other; itself where there is none."""
-        return tensor if self._memory is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+        """A copy of a CPU tensor in this memory, with rows one behind the other.
+
+        Itself where there is none, and where it lies in such memory already.
+        """
+        if self._memory is None or lies_in_room(tensor):
+            return tensor
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in this memory, of whatever lies there; in torch's own where there is none."""
-        if self._memory is None:
-            return torch.empty(shape, dtype=dtype)
+        """A tensor in this memory, of whatever lies there; in torch's own where there is none left."""
         count = math.prod(shape)
-        begin = self._offset
-        self._offset += rounded_up(count * dtype.itemsize)
+        begin, size = self._offset, rounded_up(count * dtype.itemsize)
+        if self._memory is None or not count or begin + size > self._end:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        self._offset += size
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+def lies_in_room(tensor: Tensor) -> bool:
+    """Whether a CPU tensor lies in such memory, with rows one behind the other."""
+    return tensor.is_contiguous() and any(tensor.data_ptr() in addresses for addresses in list(_rooms))
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -98,14 +119,3 @@ def _page_bytes() -> int:
         return 0
     is_given = "[never]" not in mode and hasattr(mmap, "MADV_HUGEPAGE") and int(size) <= _MOST_PAGE_BYTES
     return int(size) if is_given else 0
-
-
-def _free_bytes() -> int:
-    """Bytes that this process could still take, as the system tells it, and its container's limit."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = 1024 * int(lines["MemAvailable"].split()[0])
-    with suppress(OSError, ValueError):  # there is no limit, or it cannot be told
-        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(counts["file"]))
-    return free

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedpt_flwr.config import ModelConfig, RunConfig, TrainConfig, TuningConfig
 from fedpt_flwr.errors import DeviceError
+from fedpt_flwr.free_memory import trim
 from fedpt_flwr.models import make_tunable, model_without_weights, pick_device
 
 if TYPE_CHECKING:
@@ -289,8 +290,7 @@ def keeping_freed_memory() -> Iterator[None]:
         yield
     finally:
         _tell_glibc(keep_up_to=1 << 18)
-        with suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        trim()
 
 
 def _tell_glibc(*, keep_up_to: int) -> None:

@@ -36,12 +36,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpt_flwr.errors import ModelError
-from fedpt_flwr.huge_pages import Room, rounded_up
+from fedpt_flwr.free_memory import trim
+from fedpt_flwr.huge_pages import Room, lies_in_room, rounded_up
 
 # Builds of torch without oneDNN have neither.
 _pack: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _multiply: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _WITH_LOOPS = ("AVX2", "AVX512")
+
+_TRIM_BYTES = 1 << 28
+"""Weights that are given up until the system gets what glibc has kept of them."""
 """Processors, as torch calls them, for which there are loops for few rows."""
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16)
 """What they multiply with."""
@@ -321,13 +325,14 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     Returns:
         How many layers were packed; 0 where this machine has no kernel for them.
     """
-    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    uses = Counter(_memory_of(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    shown_by = Counter(_memory_of(weight) for weight in model.parameters())
     chosen = []
     for parent, name, layer in _layers(model, (nn.Linear, Conv1D)):
         if _reads_base_weight(parent, name):
             continue
         product = _product(layer.weight.dtype, for_loops)
-        is_shared = uses[id(layer.weight)] > 1
+        is_shared = uses[_memory_of(layer.weight)] > 1
         if product is None or not _can_pack(layer, product):
             continue
         if is_shared and not (product.keeps_plain and isinstance(layer, nn.Linear) and layer.weight.is_contiguous()):
@@ -337,15 +342,29 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
     files = _mapped_files()
     room = _room(chosen, files)
     for weight in {id(layer.weight): layer.weight for _, _, layer, _, is_shared in chosen if is_shared}.values():
-        if not weight.is_inference():  # it would not be one any more, and be refused wherever it is used
+        # One of inference mode would not be one any more, and be refused wherever it is used; and of several parameters
+        # that show one memory, each would show one of its own.
+        if not weight.is_inference() and shown_by[_memory_of(weight)] == 1:
             _move(weight, room, files)
+    num_bytes = 0  # that were given up and not given back
     for parent, name, layer, product, is_shared in chosen:
         weight = layer.weight
         packed = PackedLinear(layer, product, room, is_shared=is_shared)
         setattr(parent, name, packed)
         if not packed.shows(weight):
+            num_bytes += weight.nbytes
             _let_go(weight, files)
+            del weight
+            if num_bytes >= _TRIM_BYTES:
+                trim()
+                num_bytes = 0
+    trim()
     return len(chosen)
+
+
+def _memory_of(weight: nn.Parameter) -> int:
+    """What tells weights apart that do not share their memory."""
+    return id(weight) if isinstance(weight, _WithoutValues) else weight.data_ptr() or id(weight)
 
 
 def _move(weight: nn.Parameter, room: Room, files: Sequence[range]) -> None:
@@ -358,7 +377,8 @@ def _move(weight: nn.Parameter, room: Room, files: Sequence[range]) -> None:
 
 def _room(chosen: Sequence[tuple[Any, str, Any, _OneDnn | _FewRows, bool]], files: Sequence[range]) -> Room:
     """Room for the weights that stay plain. They are moved one by one, and but for files make room for each other."""
-    weights = {id(layer.weight): layer.weight for _, _, layer, product, _ in chosen if product.keeps_plain}.values()
+    plain = {id(layer.weight): layer.weight for _, _, layer, product, _ in chosen if product.keeps_plain}.values()
+    weights = [weight for weight in plain if not lies_in_room(weight)]
     sizes = [rounded_up(weight.nbytes) for weight in weights]
     from_files = (size for weight, size in zip(weights, sizes, strict=True) if _shows_file(weight, files))
     return Room(sum(sizes), sum(from_files) + max(sizes, default=0))

@@ -159,11 +159,18 @@ def test_what_rounds_take_beyond_their_passes_makes_drafts_pay_sooner():
     assert length.choose(texts(0.25), 100) == 0
     length.costs.observe(1, 0, 30.0)  # its passes were timed with 14.2
     assert length.costs.of_round(1, 0) == pytest.approx(30.0)
-    assert length.costs.of_round(1, 1) == pytest.approx(30.0 + 4.2)
+    # Another token for each judge, and another pass of the drafter, of 14.2, with its share of what is beyond.
+    assert length.costs.of_round(1, 1) == pytest.approx(30.0 + 4.2 + (30.0 - 14.2) / 14.2 * 0.1)
     assert length.choose(texts(0.25), 100) == 1
 
 
-def test_the_shortest_of_the_last_rounds_counts_and_no_round_takes_less_than_its_passes():
+def test_what_the_drafters_passes_take_beyond_is_not_charged_to_rounds_without_drafts():
+    costs = Costs(large=(10.0, 0.0), tuned=(5.0, 0.0), untuned=(5.0, 0.0))
+    costs.observe(1, 7, 2 * costs.of_round(1, 7))  # every pass took twice as long
+    assert [costs.of_round(1, drafts) for drafts in (0, 1, 7)] == [40.0, 50.0, 110.0]
+
+
+def test_the_quickest_of_the_last_rounds_counts_and_no_round_takes_less_than_its_passes():
     costs = Costs(**SLOPING)
     timed = costs.of_round(1, 0)
     for seconds in (100.0, 2 * timed, 1000.0, 500.0):

@@ -1,5 +1,7 @@
 """Products of few rows with plain weights, against torch's own."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,34 @@ def test_a_row_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size)
     for number in range(fewest, most):
         assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
         assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_rows", [3, 17, 32])
+def test_a_product_stays_what_it_is_when_the_next_one_is_made(num_rows, size):
+    x, weight, bias = case(num_rows, size)
+    found = few_rows.multiply(x, weight, bias)
+    before = found.clone()
+    few_rows.multiply(x.neg(), weight, bias)
+    assert torch.equal(found, before)
+
+
+def test_a_thread_goes_on_after_inference_mode_and_after_another_default_device(monkeypatch):
+    monkeypatch.setattr(few_rows, "_held", threading.local())
+    x, weight, bias = case(17, (40, 30))
+    expected = F.linear(x, weight, bias)
+    with torch.inference_mode(), torch.device("meta"):
+        torch.testing.assert_close(few_rows.multiply(x, weight, bias), expected, check_device=True)
+    torch.testing.assert_close(few_rows.multiply(x, weight, bias), expected)
+
+
+def test_what_a_thread_keeps_is_bounded(monkeypatch):
+    monkeypatch.setattr(few_rows, "_held", threading.local())
+    monkeypatch.setattr(few_rows, "_MOST_SCRATCH_BYTES", 4 * 64 * 64)
+    for size in ((10, 200), (200, 10)):
+        x, weight, bias = case(33, size)
+        torch.testing.assert_close(few_rows.multiply(x, weight, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
+    assert sum(held.nbytes for held in vars(few_rows._held).values()) <= 2 * 4 * 64 * 64
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 40), (16, 16), (37, 129), (64, 64), (8, 33)])

@@ -9,7 +9,7 @@ from test_lean import TAKEN
 from test_packing import adapted
 from test_ragged import make, random_ids
 
-from fedpt_flwr import lean, packing
+from fedpt_flwr import huge_pages, lean, packing
 from fedpt_flwr.builds import build_of
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.packing import prepare, restore
@@ -168,6 +168,19 @@ def test_rough_scores_are_nearly_those_of_the_model_and_leave_a_usable_cache(nam
     assert 0.0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
     cache.cut([12])
     assert torch.equal(stepper(cache, ids[:, :6], keep=0), exact)
+
+
+def test_rounded_copies_lie_in_large_pages(monkeypatch):
+    if not huge_pages._page_bytes():
+        pytest.skip("this system has no huge pages")
+    monkeypatch.setattr(huge_pages, "_LEAST_BYTES", 1)
+    model = make("llama")
+    prepare(model)
+    rough = step_function(model).rough
+    (_, layers) = rough._known
+    for layer in layers._layers:
+        for product in (*layer.projections, layer.attention_out, layer.up, layer.down, layers._head):
+            assert huge_pages.lies_in_room(torch.from_numpy(product.weight))
 
 
 def test_there_are_rough_scores_where_weights_are_plain_prepared_ones():

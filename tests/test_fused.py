@@ -144,7 +144,7 @@ def test_queries_and_keys_are_turned_and_stored(size, num_heads, num_key_heads, 
         ]
     half = size // 2
     rotation = lean._rotation(cos.view(-1, size)[:, :half], sin.view(-1, size)[:, :half], 3)
-    shaped[:2] = [lean._rotated(part, rotation) for part in shaped[:2]]
+    shaped[:2] = [lean._rotated(part, rotation, lambda shape, x: x.new_empty(shape)) for part in shaped[:2]]
     for one, part in zip(expected, shaped[1:], strict=True):
         one[torch.arange(3, device=DEVICE)[:, None], :, positions] = part
 

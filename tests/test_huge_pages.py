@@ -55,6 +55,11 @@ def test_the_system_gives_huge_pages_and_gets_them_back():
     moved = [room.moved(torch.ones(2 * MEGABYTE)) for _ in range(8)]
     del room
     if not bytes_of("AnonHugePages") > before:
+        page = huge_pages._page_bytes()
+        memory = mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory[:] = bytes(8 * page)
+        assert not bytes_of("AnonHugePages") > before  # others that ask for them get some
         pytest.skip("this system has none left")
     resident = bytes_of("Rss")
     last = moved.pop()
@@ -108,7 +113,9 @@ def test_the_systems_setting_is_heeded(enabled, size, is_used, tmp_path, monkeyp
 
 def test_nothing_is_moved_where_memory_is_short(monkeypatch):
     tensor = torch.ones(5 * MEGABYTE)
-    assert Room(tensor.nbytes, huge_pages._free_bytes() + 64 * MEGABYTE).moved(tensor) is tensor
+    monkeypatch.setattr(huge_pages, "free_bytes", lambda: 1000)
+    assert Room(tensor.nbytes, 950).moved(tensor) is tensor
+    assert Room(tensor.nbytes, 850).moved(tensor) is not tensor
 
     def refused(*_, **__):
         raise OSError("Cannot allocate memory")
@@ -117,11 +124,42 @@ def test_nothing_is_moved_where_memory_is_short(monkeypatch):
     assert Room(tensor.nbytes, 0).moved(tensor) is tensor
 
 
-def test_a_containers_limit_is_heeded(tmp_path, monkeypatch):
-    system = huge_pages._free_bytes()
-    for name, text in {"memory.max": "max", "memory.current": "700", "memory.stat": "anon 600\nfile 50"}.items():
-        (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(huge_pages, "_GROUP", tmp_path)
-    assert huge_pages._free_bytes() == pytest.approx(system, rel=0.2)
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert huge_pages._free_bytes() == 350
+def test_where_large_pages_are_refused_the_room_is_in_small_ones(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError("Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    tensor = torch.randn(5 * MEGABYTE)
+    moved = Room(tensor.nbytes, 0).moved(tensor)
+    assert moved is not tensor
+    assert torch.equal(moved, tensor)
+
+
+def test_what_lies_in_a_room_stays_there():
+    tensor = torch.randn(1000, 5000)
+    first = Room(tensor.nbytes, 0).moved(tensor)
+    assert huge_pages.lies_in_room(first)
+    assert not huge_pages.lies_in_room(tensor)
+    room = Room(2 * tensor.nbytes, 0)
+    assert room.moved(first) is first
+    turned = room.moved(first.t())  # which has other rows
+    assert torch.equal(turned, first.t())
+    assert turned.is_contiguous()
+    begin = first.data_ptr()
+    assert any(begin in addresses for addresses in huge_pages._rooms)
+    del first
+    gc.collect()
+    assert not any(begin in addresses for addresses in huge_pages._rooms)
+
+
+def test_a_room_that_is_full_or_asked_for_nothing_gives_other_memory():
+    room = Room(5 * MEGABYTE, 0)
+    inside = room.empty((4 * MEGABYTE,), torch.uint8).fill_(7)
+    outside = room.empty((4 * MEGABYTE,), torch.uint8).fill_(8)
+    assert huge_pages.lies_in_room(inside)
+    assert not huge_pages.lies_in_room(outside)
+    assert bool((inside == 7).all())
+    assert room.empty((0, 3), torch.float32).shape == (0, 3)
+    with torch.device("meta"):
+        assert room.empty((4 * MEGABYTE,), torch.uint8).device.type == "cpu"

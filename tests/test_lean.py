@@ -210,6 +210,26 @@ def _neox_with_a_child_more(model):
     return model
 
 
+def _with_a_hooked_gate(model):
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _with_another_gate(model):
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    return model
+
+
+def _gpt2_with_another_activation(model):
+    model.transformer.h[0].mlp.act = nn.SiLU()
+    return model
+
+
+def _neox_with_a_hooked_activation(model):
+    model.gpt_neox.layers[0].mlp.act.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
 def _hooked_gpt2(model):
     model.transformer.h[1].attn.c_attn.register_forward_hook(lambda *_: None)
     return model
@@ -226,6 +246,10 @@ REFUSED = {
     "DoRA": ("llama", {}, _dora),
     "an embedding of the adapter's": ("llama", {}, _with_a_new_embedding),
     "a hook": ("llama", {}, _hooked),
+    "a hook of the gate": ("llama", {}, _with_a_hooked_gate),
+    "another gate": ("llama", {}, _with_another_gate),
+    "gpt2, another activation": ("gpt2", {}, _gpt2_with_another_activation),
+    "gpt-neox, a hook of the activation": ("gpt-neox", {}, _neox_with_a_hooked_activation),
     "another layer": ("llama", {}, _with_another_layer),
     "a child more": ("llama", {}, _with_a_child_more),
     "training": ("llama", {}, nn.Module.train),
@@ -242,6 +266,16 @@ def test_a_model_of_another_build_takes_the_ordinary_way(name):
     model = make(family, **settings)
     stepper = step_function(change(model) if change else model)
     assert type(stepper) is Stepper
+
+
+@pytest.mark.parametrize("name", ["a hook", "a hook of the gate", "another gate", "another layer"])
+def test_a_model_that_is_changed_later_is_not_what_it_was_seen_to_be(name):
+    family, settings, change = REFUSED[name]
+    model = make(family, **settings)
+    stepper = step_function(model)
+    assert stepper.is_current
+    change(model)
+    assert not stepper.is_current
 
 
 @pytest.mark.parametrize("num_tokens", [3, 20])

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -326,8 +328,89 @@ def test_a_model_that_was_made_for_inference_only_is_packed_like_any_other(is_ti
     torch.testing.assert_close(model(ids).logits, before)
     restore(model)
     assert torch.equal(model(ids).logits, before)
-    join(model)
+
+
+@torch.inference_mode()
+def test_projections_that_were_made_for_inference_only_are_not_joined():
+    model = tiny_llama()
+    model = model.from_pretrained(None, config=model.config, state_dict=weights(model)).eval()
+    ids = random_ids(2, 7) % VOCAB
+    before = model(ids).logits
+    assert join(model) == 0
+    assert torch.equal(model(ids).logits, before)
+
+
+def moves(product):
+    return product.keeps_plain and huge_pages._LEAST_BYTES == 1
+
+
+def test_weights_are_moved_once_and_the_tied_one_with_them(product, monkeypatch):
+    if not moves(product):
+        pytest.skip("weights stay where they are")
+    model = tiny_llama(tie_word_embeddings=True)
+    monkeypatch.setattr(huge_pages, "free_bytes", lambda: 0)
+    prepare(model)
+    assert not huge_pages._rooms or not any(map(huge_pages.lies_in_room, model.parameters()))
+    restore(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(huge_pages, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(packing, "_product", lambda *_: product)
+    before = weights(model)
+    prepare(model)
+    assert huge_pages.lies_in_room(model.lm_head.weight)
+    assert model.model.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    restore(model)
+    moved = {name: weight.data_ptr() for name, weight in model.named_parameters() if "proj" in name}
+    assert len(moved) == 14
+    prepare(model)
+    restore(model)
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters() if "proj" in name} == moved
+    assert same(weights(model), before)
+
+
+def test_two_parameters_that_show_one_memory_go_on_doing_so(product):
+    model = tiny_llama(tie_word_embeddings=False)
+    embedding = model.model.embed_tokens.weight
+    model.lm_head.weight = nn.Parameter(embedding.data)
+    ids = random_ids(2, 7) % VOCAB
+    before = model(ids).logits
+    prepare(model)
     torch.testing.assert_close(model(ids).logits, before)
+    restore(model)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model(ids).logits, before)
+
+
+PREPARED = """
+from pathlib import Path
+import torch
+import fedpt_flwr.few_tokens
+from fedpt_flwr import packing
+from torch import nn
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+torch.ones(7 << 20)  # freed at once: smaller blocks come from glibc's heap from now on
+model = nn.Sequential(*(nn.Linear(1024, 4096, bias=False) for _ in range(40)))
+packing.prepare(nn.Sequential(nn.Linear(64, 64)), for_loops=True)
+before = resident("VmRSS")
+count = packing.prepare(model, for_loops=True)
+size = sum(weight.numel() * 4 for weight in model.parameters())
+print(count, resident("VmRSS") - before, resident("VmHWM") - before, size)
+"""
+
+
+def test_a_model_does_not_take_its_memory_twice_once_its_weights_were_moved(product):
+    if not moves(product):
+        pytest.skip("weights stay where they are")
+    out = subprocess.run([sys.executable, "-c", PREPARED], capture_output=True, text=True, check=True)
+    count, grown, grown_meanwhile, size = map(int, out.stdout.split())
+    assert count == 40
+    assert grown < 0.2 * size
+    assert grown_meanwhile < 0.7 * size
 
 
 def test_packing_never_holds_more_than_one_layer_twice(product, monkeypatch):

@@ -196,6 +196,20 @@ def test_without_rows_the_memory_is_given_back():
     assert all(layer.keys is None for layer in cache.layers)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_columns"), [(1, 64), (32, 64), (33, 128), (64, 128), (96, 128)])
+def test_behind_what_is_read_there_is_room_for_what_is_written(num_tokens, num_columns):
+    stepper = Stepper(make("llama"))
+    cache = stepper.new_cache()
+    cache.add_rows(2)
+    stepper(cache, random_ids(2, num_tokens))
+    assert {layer.keys.shape[2] for layer in cache.layers} == {num_columns}
+    held = [layer.keys for layer in cache.layers]
+    stepper(cache, random_ids(2, num_columns - num_tokens))
+    assert all(layer.keys is before for layer, before in zip(cache.layers, held, strict=True))
+    stepper(cache, random_ids(2, 1))
+    assert all(layer.keys is not before for layer, before in zip(cache.layers, held, strict=True))
+
+
 def test_an_adapter_is_switched_by_the_context():
     base = make("llama")
     adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4)).eval()
