@@ -349,5 +349,7 @@ def _reporting(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CertificateError(
-            f"cannot be written or read ({error.strerror or error})", place=str(error.filename or folder)
+            f"cannot be written or read ({error.strerror or error})",
+            place=str(error.filename or folder),
+            remedy="name a folder that can be made or written to",
         ) from error

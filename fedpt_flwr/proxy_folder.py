@@ -417,14 +417,21 @@ def _load_tuned(
             )
     try:
         if base is None:
-            return load_causal_lm(str(tuned), dtype=entry["dtype"], device=device)
-        return load_adapter(base, tuned)
+            model: PreTrainedModel | PeftModel = load_causal_lm(str(tuned), dtype=entry["dtype"], device=device)
+        else:
+            model = load_adapter(base, tuned)
     except SafetensorError as error:
         raise ModelError(
             f"the weights of the tuned small model are damaged ({error})",
             place=str(tuned),
             remedy="copy the folder again",
         ) from error
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):  # it would answer all the same, with nonsense
+            raise ModelError(
+                "a tuned model's weights must be finite", value=name, place=str(tuned), remedy="copy the folder again"
+            )
+    return model
 
 
 def _is_same(entry: Mapping[str, str], other: Mapping[str, str], dtype: str | None) -> bool:

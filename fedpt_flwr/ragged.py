@@ -102,15 +102,14 @@ class _RaggedLayer(CacheLayerMixin):
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def make_room(self, num_rows: int, width: int) -> None:
-        """Have at least so many rows and columns."""
+        """Have at least so many rows and columns, of which so many rows are in use or will be."""
         rows, columns = self.keys.shape[0], self.keys.shape[2]
         if num_rows <= rows and width <= columns:
             return
-        wanted_rows = max(rows, num_rows)
-        if width > columns:
+        if width > columns:  # all is copied anyway, and nothing of rows that have left
             columns = -(-(width + _COLUMNS_AT_ONCE // 2) // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
-        self.keys = _enlarged(self.keys, wanted_rows, columns)
-        self.values = _enlarged(self.values, wanted_rows, columns)
+        self.keys = _resized(self.keys, num_rows, columns)
+        self.values = _resized(self.values, num_rows, columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Columns that attention sees, and the first of them."""
@@ -481,11 +480,11 @@ def agree(one: Stepper, other: Stepper) -> bool:
     return True
 
 
-def _enlarged(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:
+def _resized(stored: Tensor, num_rows: int, num_columns: int) -> Tensor:
     rows, heads, columns, size = stored.shape
-    larger = zeros((num_rows, heads, num_columns, size), stored)
-    larger[:rows, :, :columns] = stored
-    return larger
+    made = zeros((num_rows, heads, num_columns, size), stored)
+    made[:rows, :, :columns] = stored[:num_rows]
+    return made
 
 
 def _check_positions(model: PreTrainedModel) -> None:

@@ -448,6 +448,7 @@ def test_a_run_is_told_its_setting_and_nothing_of_it_is_scored_in_vain():
         ({"copies": (0,)}, "--copies: must be whole numbers of at least 1"),
         ({"copies": (2, 2)}, "--copies: must name each number once"),
         ({"digits": 7}, "--digits: must be from 1 to 6"),
+        ({"canaries": 1001}, "--canaries: must be from 0 to 1000"),
         ({"run_config": {"seed": 3}}, "an attack gives these keys itself"),
         ({"run_config": {"train.max-steps": -1}}, "train.max-steps"),
         ({"settings": (Ablation.parse("train.max-stepps=4"),)}, "train.max-stepps: is not a key of this app"),

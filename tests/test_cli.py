@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,14 @@ def test_another_small_model_than_the_runs_is_not_scored_as_its_untuned_one(fedp
         (["generate", "x", "--model", "expert"], "must be one of proxy, large, tuned, untuned, got 'expert'"),
         (["generate", "x", "--alpha", "nan"], "finite"),
         (["generate", ""], "must not be empty"),
+        (["generate", "x", "--temperature", "nan"], "--temperature: must be a number from 0 to 2, got nan"),
+        (["generate", "x", "--temperature", "2.5"], "--temperature: must be a number from 0 to 2, got 2.5"),
+        (
+            ["generate", "x", "--max-new-tokens", "1000000000"],
+            "--max-new-tokens: must leave room for a prompt in the models' context of 512 tokens, got 1000000000",
+        ),
+        (["score", "--json", "/nowhere/x.json"], "--json: there is no such folder, got '/nowhere'; make it, or"),
+        (["score", "--json", "/"], "--json: is a folder, got '/'; name a file in it"),
         (["score", "--plausibility", "2"], "plausibility"),
         (["score", "nope"], "nope is not a run"),
         (["score", "--large", "/nope"], "must be a folder that exists"),
@@ -252,17 +261,39 @@ def test_another_app_is_not_called_fine(fedpt, tmp_path):
 def test_a_run_without_a_model_names_one_that_has_one(fedpt, home):
     failed = home / "runs" / "29990101T000000Z-1"
     failed.mkdir()
-    (failed / "config.json").write_text("{}")
     good = (home / "runs" / "latest").resolve().name
+    shutil.copy(home / "runs" / good / "config.json", failed)
     with pytest.raises(FedPTError, match=f"ended before its first round .* the newest that has one is {good}"):
         fedpt("score", failed.name)
     failed.joinpath("config.json").unlink()
     failed.rmdir()
 
 
-def test_a_folder_that_is_no_run_is_said_to_be_none(fedpt, home):
-    with pytest.raises(FedPTError, match="ended before its first round"):
+def test_a_folder_that_is_no_run_is_said_to_be_none(fedpt, home, tmp_path):
+    with pytest.raises(FedPTError, match="config.json: must hold a run's config; name the run's own folder"):
         fedpt("score", str(home / "runs" / "latest" / "proxy"))
+    with pytest.raises(FedPTError, match=f"must be the folder of a run, with a config.json, got '{tmp_path}'"):
+        fedpt("score", str(tmp_path))
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_one_is_told(fedpt):
+    text = fedpt("generate", "amber " * 300 + "> need the filter", "--max-new-tokens", "500")
+    # The context has 512 tokens, so 12 are left for the prompt.
+    result = CliRunner().invoke(cli.app, ["generate", "amber " * 300 + "> need the filter", "--max-new-tokens", "500"])
+    assert result.stdout == text
+    said = " ".join(result.stderr.split())
+    assert re.search(r"The prompt's first \d+ tokens are left out: with 500 of the answer, 12 have room", said)
+    assert "left out" not in CliRunner().invoke(cli.app, ["generate", "> need the filter"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", str(2**63)), ("--seed", "-1"), ("--alpha", "1e9"), ("--alpha", "-11")],
+)
+def test_numbers_out_of_range_are_refused_with_status_2(fedpt, option, value):
+    result = CliRunner().invoke(cli.app, ["generate", "x", option, value])
+    assert result.exit_code == 2
+    assert "is not in the range" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_console_script_ends_with_a_sentence_and_status_1(tmp_path):

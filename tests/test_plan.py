@@ -529,6 +529,16 @@ def test_a_run_that_has_not_ended_has_nothing_to_show(run):
         fedpt("--run", str(run))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("results.json", "[1, 2]"), ("results.json", '{"costs": 3}'), ("results.json", "{"), ("shards.json", '{"a": 1}')],
+)
+def test_a_run_whose_account_is_damaged_is_refused_with_its_file(name, text, run):
+    (run / name).write_text(text)
+    with pytest.raises(FedPTError, match=f"{name}: (must hold a run's|cannot be read)"):
+        fedpt("--run", str(run))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/status", os.R_OK), reason="the system does not tell a process's memory")
 def test_a_model_of_70_billion_weights_is_planned_in_little_memory():

@@ -941,6 +941,14 @@ def _cut_weights(proxy):
     return proxy
 
 
+def _weights_with_nan(proxy):
+    file = proxy / "tuned" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-64:] = b"\xff" * 64
+    file.write_bytes(content)
+    return proxy
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -972,6 +980,7 @@ def _cut_weights(proxy):
         (_edited(real_vocab_size=1000), "vocab_size must be between 1"),
         (_no_weights, "must hold the tuned small model, got 'no tuned/model"),
         (_cut_weights, "damaged|cannot be loaded"),
+        (_weights_with_nan, "tuned: a tuned model's weights must be finite, got '.*'; copy the folder again"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -210,6 +210,21 @@ def test_behind_what_is_read_there_is_room_for_what_is_written(num_tokens, num_c
     assert all(layer.keys is not before for layer, before in zip(cache.layers, held, strict=True))
 
 
+def test_rows_that_have_left_take_no_memory_once_the_others_need_more():
+    stepper = Stepper(make("llama"))
+    prompts = [random_ids(30, seed=seed) for seed in range(6)]
+    cache, _ = read(stepper, prompts)
+    for row in (5, 0, 1, 0):  # the last one takes the place of who leaves
+        cache.remove(row)
+    left = [prompts[2], prompts[3]]
+    assert {layer.keys.shape[0] for layer in cache.layers} == {6}
+    new = random_ids(2, 40, seed=9)
+    scores = stepper(cache, new)
+    assert {layer.keys.shape[0] for layer in cache.layers} == {2}
+    for prompt, ids, found in zip(left, new, scores, strict=True):
+        torch.testing.assert_close(found, alone(stepper.model, torch.cat([prompt, ids]))[-1:], atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_is_switched_by_the_context():
     base = make("llama")
     adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4)).eval()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import subprocess
@@ -284,6 +285,22 @@ def test_bad_requests_are_refused_by_a_sentence(http, name):
     assert set(error) == {"message", "type", "param", "code"}
     assert "Traceback" not in response.text
     assert http.post("/v1/completions", json=GOOD).status_code == 200
+
+
+def test_a_compressed_body_is_refused_for_what_it_is(http):
+    content = gzip.compress(json.dumps(GOOD).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = http.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 415
+    assert response.json()["error"]["message"] == "the body must not be compressed"
+    headers["content-encoding"] = "identity"
+    assert http.post("/v1/completions", content=json.dumps(GOOD), headers=headers).status_code == 200
+
+
+def test_balancers_may_ask_for_the_head_of_health(http):
+    response = http.head("/health")
+    assert response.status_code == 200
+    assert not response.content
 
 
 @pytest.mark.parametrize(

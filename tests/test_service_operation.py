@@ -14,6 +14,7 @@ import sys
 import httpx
 import openai
 import pytest
+from deployment import wait_until
 from serving import generated, make_run, serving, wait_for_metric
 from transformers import AutoTokenizer
 
@@ -162,6 +163,28 @@ def test_after_the_grace_period_streams_end_with_an_error(run):
         assert any('"code":"stopping"' in line for line in rest)
         assert rest[-2] == "data: [DONE]"
         assert service.process.wait(30) == 0
+
+
+def test_a_second_ctrl_c_ends_at_once_and_without_a_traceback(run):
+    with serving(run, "--grace-s", "300") as service:
+        body = {"prompt": "hello", "max_tokens": 400, "temperature": 1, "stream": True, "n": 8, "alpha": 0, "seed": 1}
+        with (
+            httpx.Client(base_url=service.url, timeout=60) as http,
+            http.stream("POST", "/v1/completions", json=body) as stream,
+        ):
+            next(stream.iter_lines())
+            os.kill(service.process.pid, signal.SIGINT)
+            wait_until(lambda: http_of_others_is_refused(service.url), 30, "nobody else is let in")
+            os.kill(service.process.pid, signal.SIGINT)
+            service.process.wait(60)
+    assert not any("raceback" in line or '"level": "error"' in line for line in service.log), service.log
+
+
+def http_of_others_is_refused(url):
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 503
+    except httpx.TransportError:
+        return True
 
 
 def test_tls(run, tmp_path):

@@ -46,6 +46,9 @@ AS_IT_IS = "as configured"
 OWN_KEYS = ("seed", "output-dir", "resume")
 """Keys of the run config that an attack gives to each run itself."""
 
+_MOST_CANARIES = 1000
+"""For each number of copies: what they are told apart by grows with their number."""
+
 _SHADOWS = 1_000_000  # seeds and halves from here on are those of shadows
 _UNRECORDED = ("output-dir", "resume")
 _PLAIN: Mapping[str, Scalar] = {
@@ -139,7 +142,7 @@ class Plan:
                 self.shadows,
                 "--shadows",
             ),
-            (self.canaries >= 0, "must be at least 0", self.canaries, "--canaries"),
+            (0 <= self.canaries <= _MOST_CANARIES, f"must be from 0 to {_MOST_CANARIES}", self.canaries, "--canaries"),
             (self.copies and min(self.copies) >= 1, "must be whole numbers of at least 1", self.copies, "--copies"),
             (len(set(self.copies)) == len(self.copies), "must name each number once", self.copies, "--copies"),
             (1 <= self.digits <= 6, "must be from 1 to 6", self.digits, "--digits"),

@@ -13,9 +13,8 @@ import typer
 from fedpt_flwr.cli.configs import flat_config
 from fedpt_flwr.cli.console import OUT, say, text_table
 from fedpt_flwr.cli.loading import open_run
-from fedpt_flwr.cli.options import App, Overrides
+from fedpt_flwr.cli.options import App, Overrides, check_json_file
 from fedpt_flwr.errors import ConfigError, FedPTError, RunError, naming
-from fedpt_flwr.paths import is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,10 +227,7 @@ def plan(
     """
     if run is not None and (overrides or num_devices is not None):
         raise ConfigError("a run has its own config and devices", place="--run", remedy="leave -c and --devices out")
-    if json_file is not None and not is_folder(json_file.absolute().parent):
-        raise ConfigError(
-            "there is no such folder", value=str(json_file.parent), place="--json", remedy="make it, or name another"
-        )
+    check_json_file(json_file)
     costs: dict[str, float] = {}
     if run is not None:
         folder, config = open_run(run)
@@ -276,4 +272,9 @@ def _measured_costs(folder: Path) -> tuple[dict[str, float], int]:
             place=str(folder),
             remedy="wait for it, or resume it",
         )
-    return read_json(folder / "results.json")["costs"], len(read_json(folder / "shards.json"))
+    results, shards = (read_json(folder / name) for name in ("results.json", "shards.json"))
+    if not isinstance(results, dict) or not isinstance(results.get("costs"), dict):
+        raise RunError("must hold a run's results", place=str(folder / "results.json"), remedy="copy the run again")
+    if not isinstance(shards, list):
+        raise RunError("must hold a run's shards", place=str(folder / "shards.json"), remedy="copy the run again")
+    return results["costs"], len(shards)

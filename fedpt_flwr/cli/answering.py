@@ -47,8 +47,8 @@ def generate(
     alpha: Alpha = None,
     plausibility: Plausibility = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, by default the run's.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, where the temperature is above 0.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 2 at most.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling, where the temperature is above 0.")] = 0,
     large: Large = None,
     large_url: LargeUrl = None,
     large_name: LargeName = None,
@@ -66,6 +66,8 @@ def generate(
         raise ConfigError("give either a prompt or --example", remedy="see fedpt generate --help")
     if model not in _MODELS:
         raise ConfigError(f"must be one of {', '.join(_MODELS)}", value=model, place="--model")
+    if not 0 <= temperature <= 2:  # NaN, too
+        raise ConfigError("must be a number from 0 to 2", value=temperature, place="--temperature")
     if url is not None:
         if large is not None or large_url is not None or run != "latest":
             raise ConfigError(
@@ -199,8 +201,19 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, proxy: ProxyModel
 
     if not text:
         raise ConfigError("the prompt must not be empty")
-    room = (proxy.config.max_position_embeddings or 1 << 30) - limit
-    return torch.tensor(tokenize_prompts([text], tokenizer, max_length=room), device=proxy.device)
+    context = proxy.config.max_position_embeddings or 1 << 30
+    room = context - limit
+    if room < 2:
+        raise ConfigError(
+            f"must leave room for a prompt in the models' context of {context} tokens",
+            value=limit,
+            place="--max-new-tokens",
+        )
+    (ids,), (whole,) = (tokenize_prompts([text], tokenizer, max_length=length) for length in (room, None))
+    if lost := len(whole) - len(ids):
+        said = f"The prompt's first {lost} tokens are left out: with {limit} of the answer, {room} have room"
+        note(said, style="yellow")
+    return torch.tensor([ids], device=proxy.device)
 
 
 def _is_shared(proxy: ProxyModel, name: str) -> bool:

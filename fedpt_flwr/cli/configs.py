@@ -50,6 +50,7 @@ def given_config(overrides: list[str] | None, *, place: str = "--run-config") ->
     except (ClickException, ValueError, OSError, tomllib.TOMLDecodeError) as error:
         message = error.message if isinstance(error, ClickException) else str(error)
         raise ConfigError(f"cannot be read ({message})", value=overrides, place=place) from error
-    if overrides and not given:  # Flower passes over what is no pair
-        raise ConfigError("must be key=value pairs or one TOML file", value=" ".join(overrides), place=place)
+    if overrides and not given:  # Flower passes over what is no pair, and takes a file that is empty
+        rule = "must be key=value pairs or one TOML file that sets some keys"
+        raise ConfigError(rule, value=" ".join(overrides), place=place)
     return dict(given)

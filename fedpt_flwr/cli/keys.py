@@ -20,7 +20,9 @@ def certs(
             "127.0.0.1 are always in the certificate."
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=0, help="Devices that there are to be in all; existing keys stay.")] = 0,
+    nodes: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Devices that there are to be in all; existing keys stay.")
+    ] = 0,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long the server's certificate is valid.")] = 365,
 ) -> None:
     """Make keys and certificates for a federation on real machines, where they are missing.

@@ -21,6 +21,9 @@ def open_run(name: str) -> tuple[Path, RunConfig]:
     from fedpt_flwr.runs import find_run, recorded_config
 
     folder = find_run(name)
+    if not (folder / "config.json").is_file():
+        raise RunError("must be the folder of a run, with a config.json", value=str(folder))
+    config = recorded_config(folder)
     if not (folder / "proxy").is_dir():
         usable = sorted(
             path.name for path in folder.parent.glob("*") if (path / "proxy").is_dir() and not path.is_symlink()
@@ -29,7 +32,7 @@ def open_run(name: str) -> tuple[Path, RunConfig]:
             f"the run {folder.name} ended before its first round was complete, so it has no model",
             remedy=f"the newest that has one is {usable[-1]}" if usable else "make another with `flwr run . --stream`",
         )
-    return folder, recorded_config(folder)
+    return folder, config
 
 
 def find_large(

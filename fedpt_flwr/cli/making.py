@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,7 +108,7 @@ def split(
         say(line)
     if "public" not in made["parts"]:
         say('Nothing is public to distil on, so the run config has distillation.mode = "off"')
-    said = f"Run with: flwr run . --stream --run-config {out.absolute() / 'run-config.toml'}"
+    said = f"Run with: flwr run . --stream --run-config {shlex.quote(str(out.absolute() / 'run-config.toml'))}"
     say(said)
 
 

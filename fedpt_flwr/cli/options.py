@@ -8,12 +8,16 @@ from typing import Annotated, TypeVar
 import typer
 
 from fedpt_flwr.errors import ConfigError
+from fedpt_flwr.paths import is_folder
 
 Run = Annotated[
     str, typer.Argument(metavar="[RUN]", help="A run id, a unique beginning of one, a folder, or `latest`.")
 ]
 RunOption = Annotated[str, typer.Option("--run", help="A run id, a unique beginning of one, a folder, or `latest`.")]
-Alpha = Annotated[float | None, typer.Option(help="Strength of the shift; by default the run's. 0: the large model.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(min=-10, max=10, help="Strength of the shift; by default the run's. 0: the large model."),
+]
 Plausibility = Annotated[
     float | None, typer.Option(help="Mask of tokens that the tuned model finds implausible; by default the run's.")
 ]
@@ -47,6 +51,22 @@ NumDevices = Annotated[int, typer.Option("--devices", min=1, help="Devices of ev
 Jobs = Annotated[int, typer.Option(min=0, help="Federations at once; 0: as many as the CPUs allow.")]
 App = Annotated[Path, typer.Option("--app", help="Folder of the app, with its pyproject.toml.")]
 _Number = TypeVar("_Number", int, float)
+
+
+def check_json_file(path: Path | None) -> None:
+    """Refuse a file for results that could not be written in the end.
+
+    Raises:
+        ConfigError: Its folder is not there, or it is one.
+    """
+    if path is None:
+        return
+    if not is_folder(path.absolute().parent):
+        raise ConfigError(
+            "there is no such folder", value=str(path.parent), place="--json", remedy="make it, or name another"
+        )
+    if is_folder(path):
+        raise ConfigError("is a folder", value=str(path), place="--json", remedy="name a file in it")
 
 
 def listed(text: str) -> list[str]:

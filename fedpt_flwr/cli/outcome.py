@@ -9,7 +9,17 @@ import typer
 
 from fedpt_flwr.cli.console import say
 from fedpt_flwr.cli.loading import find_large, load_proxy, open_run, remote_spending, untouched
-from fedpt_flwr.cli.options import Alpha, Device, Large, LargeDeviceMap, LargeName, LargeUrl, Plausibility, Run
+from fedpt_flwr.cli.options import (
+    Alpha,
+    Device,
+    Large,
+    LargeDeviceMap,
+    LargeName,
+    LargeUrl,
+    Plausibility,
+    Run,
+    check_json_file,
+)
 from fedpt_flwr.cli.progress import stage_progress
 
 if TYPE_CHECKING:
@@ -33,6 +43,7 @@ def score(
     device: Device = "auto",
 ) -> None:
     """Score large, untuned, tuned and proxy of a run on its test items, as the run did at its end."""
+    check_json_file(json_file)
     folder, config = open_run(run)
     from fedpt_flwr.evaluation import Evaluator
     from fedpt_flwr.runs import write_json

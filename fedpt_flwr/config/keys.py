@@ -686,11 +686,11 @@ class ScoringConfig:
 class ThreadsConfig:
     """CPU threads; part of the config because sums over more threads round differently."""
 
-    device: int = _setting(1, "Threads of a device's training.", *_at_least(1))
+    device: int = _setting(1, "Threads of a device's training.", *_between("1", "1024"))
     server: int = _setting(
         1,
         "Threads of the server's models; more pay for models of some hundred million weights on a CPU.",
-        *_at_least(1),
+        *_between("1", "1024"),
     )
 
 

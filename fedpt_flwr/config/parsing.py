@@ -36,6 +36,10 @@ _ALWAYS_PATHS = frozenset({"output-dir", "remote.cache", "model.large-offload-fo
 """Keys whose value is no hub id, whatever it looks like."""
 
 
+_MOST_BITS = 63
+"""Of a whole number, without its sign: what Flower's messages hold."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One key of the run config, for documentation and for checks.
@@ -173,6 +177,8 @@ def _problem(setting: Setting, value: Any) -> ConfigError | None:
         return ConfigError(setting.rule if name is None else f"must be {name}", value=value, place=setting.key)
     if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN too, and integers beyond it
         return ConfigError("must be a finite number", value=value, place=setting.key)
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Flower says so, too, but not of which key
+        return ConfigError(f"must be a whole number of at most {_MOST_BITS} bits", value=value, place=setting.key)
     if setting.holds is not None and not setting.holds(value):
         if setting.key_variable:
             remedy = f"give the key in {setting.key_variable}; the value may hold one and is not shown here"

@@ -114,6 +114,7 @@ def create_app(service: Service, *, on_start: Callable[[asyncio.AbstractEventLoo
             "examples": version.examples,
         }
 
+    @app.head("/health", include_in_schema=False)  # some balancers ask so
     @app.get("/health", responses={503: {}})
     async def health() -> JSONResponse:
         """Whether requests are taken on."""
@@ -407,7 +408,7 @@ async def _refused(_: Request, error: Any) -> Response:
 
 async def _http_error(request: Request, error: Any) -> Response:
     sentences = {
-        400: "the body must be JSON",
+        400: "the body must be JSON, with numbers that can be read",
         404: f"there is nothing at {request.url.path}; the interface is at /v1/completions and /v1/chat/completions",
         405: f"{request.method} is not possible at {request.url.path}",
     }

@@ -163,6 +163,8 @@ async def _whole_body(scope: Scope, receive: Receive) -> Receive:
             f"the content type must be application/json, got {content_type.decode('latin-1') or 'none'}",
             headers={"connection": "close"},
         )
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+        raise OpenAIError(415, "the body must not be compressed", headers={"connection": "close"})
     too_large = OpenAIError(
         413, f"a request's body must be at most {_MAX_BODY_BYTES} bytes", headers={"connection": "close"}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import logging
@@ -29,6 +30,7 @@ def set_up_logging(level: str = "INFO") -> None:
     """Let everything that this process logs be JSON lines on the error output."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(_is_no_cancellation)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "transformers"):
         logger = logging.getLogger(name)
@@ -36,6 +38,11 @@ def set_up_logging(level: str = "INFO") -> None:
         logger.propagate = True
     # One line per request is written by the service itself, with what matters of it.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Whether this is more than a request that was ended with the service: a second Ctrl-C ends all at once."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def log_request(fields: Mapping[str, Any]) -> None:

@@ -226,7 +226,9 @@ def _listen(server: ServerConfig) -> socket.socket:
                 f"cannot be used ({error})",
                 value=str(server.ssl_certfile),
                 place="--ssl-certfile and --ssl-keyfile",
-                remedy="give a certificate and its private key in PEM form",
+                remedy="give a certificate and its private key in PEM form"
+                if server.ssl_keyfile
+                else "add --ssl-keyfile, unless the file holds the private key as well",
             ) from error
     try:
         found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

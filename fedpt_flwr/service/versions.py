@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedpt_flwr.config import RemoteConfig, RunConfig
 from fedpt_flwr.endpoint import vocabulary_digest
-from fedpt_flwr.errors import DataError, FedPTError, ModelError, RunError, VocabularyMismatch
+from fedpt_flwr.errors import DataError, FedPTError, RunError, VocabularyMismatch
 from fedpt_flwr.models import fingerprint, load_tokenizer, pick_device
 from fedpt_flwr.prompts import Template
 from fedpt_flwr.proxy import ProxyModel
@@ -188,9 +188,6 @@ class Loader:
             proxy.alpha = self._alpha
         if self._plausibility is not None:
             proxy.plausibility = self._plausibility
-        for name, weight in proxy.tuned.named_parameters():
-            if not bool(weight.isfinite().all()):
-                raise ModelError("a tuned model's weights must be finite", value=name, place=str(target))
         tuned_fingerprint = fingerprint(proxy.tuned)
         if self._prepare:  # after all that reads weights; what the last version shares is prepared already
             proxy.prepare()
@@ -350,7 +347,9 @@ def read_prompt_form(target: Path, config: RunConfig) -> tuple[Template, bool]:
     try:
         return Template(found["template"]), found["format"] == "chat"
     except (KeyError, TypeError, DataError) as error:
-        raise RunError("must say format and template", value=found, place=str(path)) from error
+        raise RunError(
+            "must say format and template", value=found, place=str(path), remedy="copy the run's folder again"
+        ) from error
 
 
 def _examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
