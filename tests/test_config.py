@@ -134,6 +134,8 @@ VALID = {
     "data.holdout-fraction": st.floats(0, 0.5, exclude_min=True, exclude_max=True),
     "fraction-train": st.floats(0, 1, exclude_min=True),
     "output-dir": st.sampled_from(["", "/data/runs"]),
+    "threads.device": st.integers(1, 1024),
+    "threads.server": st.integers(1, 1024),
     "seed": st.integers(0, 2**32 - 1),
     "proxy.alpha": st.floats(allow_nan=False, allow_infinity=False),
     "proxy.plausibility": st.floats(0, 1, exclude_max=True),
