@@ -42,7 +42,10 @@ def set_up_logging(level: str = "INFO") -> None:
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
     """Whether this is more than a request that was ended with the service: a second Ctrl-C ends all at once."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False
+    # Of the application's own end Starlette hands the traceback on as a text.
+    return not record.getMessage().rstrip().endswith(f"{asyncio.CancelledError.__module__}.CancelledError")
 
 
 def log_request(fields: Mapping[str, Any]) -> None:
