@@ -132,15 +132,22 @@ def test_follow_goes_over_to_a_newer_run(run, tmp_path):
         assert http.get("/info").json()["run"] == "20260102T000000Z-2"
 
 
+@contextlib.contextmanager
+def begun_stream(service, **settings):
+    """The lines behind the first one of a stream that goes on for some time."""
+    body = {"prompt": "hello", "temperature": 1, "stream": True, "alpha": 0, "seed": 1} | settings
+    with (
+        httpx.Client(base_url=service.url, timeout=60) as http,
+        http.stream("POST", "/v1/completions", json=body) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        yield lines
+
+
 def test_sigterm_finishes_what_runs_and_ends_in_peace(run):
     with serving(run, "--grace-s", "30") as service:
-        body = {"prompt": "hello", "max_tokens": 200, "temperature": 1, "stream": True, "n": 4, "alpha": 0, "seed": 1}
-        with (
-            httpx.Client(base_url=service.url, timeout=60) as http,
-            http.stream("POST", "/v1/completions", json=body) as stream,
-        ):
-            lines = stream.iter_lines()
-            next(lines)
+        with begun_stream(service, max_tokens=200, n=4) as lines:
             os.kill(service.process.pid, signal.SIGTERM)
             rest = list(lines)
         assert rest[-2] == "data: [DONE]"
@@ -151,13 +158,7 @@ def test_sigterm_finishes_what_runs_and_ends_in_peace(run):
 
 def test_after_the_grace_period_streams_end_with_an_error(run):
     with serving(run, "--grace-s", "0") as service:
-        body = {"prompt": "hello", "max_tokens": 200, "temperature": 1, "stream": True, "n": 8, "alpha": 0, "seed": 1}
-        with (
-            httpx.Client(base_url=service.url, timeout=60) as http,
-            http.stream("POST", "/v1/completions", json=body) as stream,
-        ):
-            lines = stream.iter_lines()
-            next(lines)
+        with begun_stream(service, max_tokens=200, n=8) as lines:
             os.kill(service.process.pid, signal.SIGTERM)
             rest = list(lines)
         assert any('"code":"stopping"' in line for line in rest)
@@ -166,17 +167,11 @@ def test_after_the_grace_period_streams_end_with_an_error(run):
 
 
 def test_a_second_ctrl_c_ends_at_once_and_without_a_traceback(run):
-    with serving(run, "--grace-s", "300") as service:
-        body = {"prompt": "hello", "max_tokens": 400, "temperature": 1, "stream": True, "n": 8, "alpha": 0, "seed": 1}
-        with (
-            httpx.Client(base_url=service.url, timeout=60) as http,
-            http.stream("POST", "/v1/completions", json=body) as stream,
-        ):
-            next(stream.iter_lines())
-            os.kill(service.process.pid, signal.SIGINT)
-            wait_until(lambda: http_of_others_is_refused(service.url), 30, "nobody else is let in")
-            os.kill(service.process.pid, signal.SIGINT)
-            service.process.wait(60)
+    with serving(run, "--grace-s", "300") as service, begun_stream(service, max_tokens=400, n=8):
+        os.kill(service.process.pid, signal.SIGINT)
+        wait_until(lambda: http_of_others_is_refused(service.url), 30, "nobody else is let in")
+        os.kill(service.process.pid, signal.SIGINT)
+        service.process.wait(60)
     assert not any("raceback" in line or '"level": "error"' in line for line in service.log), service.log
 
 
