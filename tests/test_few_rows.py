@@ -41,12 +41,33 @@ def test_products_of_bfloat16_are_rounded_once(num_rows, size):
 @pytest.mark.parametrize("size", [(130, 257), (31, 2050)])
 def test_the_number_of_threads_changes_no_bit(size, num_rows):
     x, weight, bias = case(num_rows, size)
-    alone = few_rows.multiply(x, weight, bias)
+    alone = [few_rows.multiply(x, weight, bias), sums_of_bfloat16(x[:8], weight)]
     try:
         torch.set_num_threads(2)
-        assert torch.equal(few_rows.multiply(x, weight, bias), alone)
+        assert torch.equal(few_rows.multiply(x, weight, bias), alone[0])
+        assert torch.equal(sums_of_bfloat16(x[:8], weight), alone[1])
     finally:
         torch.set_num_threads(1)
+
+
+def sums_of_bfloat16(x, weight):
+    """What the loop for weights of bfloat16 adds up, before it is rounded."""
+    found = torch.full((len(x), len(weight)), torch.nan)
+    loop = few_rows.loop_for(torch.bfloat16, len(x))
+    loop(few_rows.bits_of(weight.bfloat16()), x.contiguous().numpy(), found.numpy())
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_row_times_bfloat16_gives_the_same_bits_whatever_stands_beside_it(size):
+    x, weight, _ = case(9, size)
+    together = sums_of_bfloat16(x, weight)
+    torch.testing.assert_close(
+        together.double(), F.linear(x.double(), weight.bfloat16().double()), atol=1e-4, rtol=1e-5
+    )
+    for number in range(1, 9):
+        assert torch.equal(sums_of_bfloat16(x[:number], weight), together[:number])
+        assert torch.equal(sums_of_bfloat16(x[-number:], weight), together[-number:])
 
 
 @pytest.mark.parametrize("size", [(130, 257), (5, 2050)])
