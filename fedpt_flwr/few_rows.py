@@ -19,7 +19,6 @@ results depend neither on the number of threads nor on what the other rows are.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -55,6 +54,9 @@ _REGISTERS = 32 if _HAS_AVX512 else 16
 _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
 
+_SHORT = 6144
+"""Numbers of an input that stay in the first cache, 24 KB, while a weight goes by."""
+
 _STEPS = 16
 """Numbers of a row of the weight for which the next ones are asked for at once: 64 bytes, a cache line."""
 
@@ -65,10 +67,8 @@ _held = threading.local()
 _NOTHING = torch.empty(0, device="cpu")
 
 _AT_MOST = 1024
-"""Numbers of all rows that are multiplied before the next ones, of many rows and of bfloat16: what is read of the input
-then stays in a cache, and long sums of float32 would lose digits. Few rows of float32 gain nothing by it."""
-
-_ALL = 2**62
+"""Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
+long sums of float32 would lose digits."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,8 +166,8 @@ def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
 @cache
 def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
     """The compiled loop for groups of rows and so many more, and weights of a dtype; in as many threads as torch."""
-    at_most = _AT_MOST if dtype == "int16" else _ALL
-    return _in_threads(_loop(num_rest, at_most), dtype, np.zeros((num_rest, 1), np.float32), in_threads)
+    is_alone = 1 <= num_rest <= (3 if dtype == "int16" else 4)  # with more, multiplying takes longer than reading
+    return _in_threads(_loop(num_rest, is_alone), dtype, np.zeros((num_rest, 1), np.float32), in_threads)
 
 
 @cache
@@ -203,63 +203,52 @@ def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     return with_threads
 
 
-def _loop(num_rest: int, at_most: int) -> Any:
-    """The loop for groups of :data:`_GROUP` rows and so many more, and sums of at most so many numbers at once.
+def _loop(num_rest: int, is_alone: bool) -> Any:
+    """The loop for groups of :data:`_GROUP` rows and so many more.
 
     It takes some rows of the weight at once: what is read of x serves for all of them. They stay in a cache while one
-    group of rows after the other is multiplied with them. Several rows are multiplied part by part with all weights;
-    one row, which is short enough to stay in a cache, goes through every weight from its beginning to its end.
+    group of rows after the other is multiplied with them. A short input of few rows, which ``is_alone`` allows, stays
+    in a cache itself: then the weight is read from its beginning to its end, which the processor guesses best.
     """
     of_group, of_rest = _num_weights(_GROUP), _num_weights(num_rest)  # the first is another one where lanes are
+    most = _SHORT if is_alone else -1
 
     def loop(weight: Any, x: Any, product: Any) -> None:
         num_out, num_groups = weight.shape[0], x.shape[0] // _GROUP
         begin = num_groups * _GROUP
         at_once = of_group if num_groups else of_rest
         num_blocks = num_out // at_once
-        if num_rest == 1 and num_groups == 0:
+        if num_groups == 0 and x.size <= most:
             for i in prange(num_out):
-                for start in range(0, weight.shape[1], at_most):
-                    _dots(weight, i, x, begin, product, start, 1, 1)
+                _dots(weight, i, x, begin, product, num_rest, 1)
             return
-        for start in range(0, weight.shape[1], at_most):
-            for block in prange(num_blocks):
-                i = block * at_once
-                for group in range(num_groups):
-                    _dots(weight, i, x, group * _GROUP, product, start, _GROUP, of_group)
-                if num_rest and num_groups:
-                    _dots(weight, i, x, begin, product, start, num_rest, of_group)
-                elif num_rest > 1:
-                    _dots(weight, i, x, begin, product, start, num_rest, of_rest)
-            for i in range(num_blocks * at_once, num_out):
-                for group in range(num_groups):
-                    _dots(weight, i, x, group * _GROUP, product, start, _GROUP, 1)
-                if num_rest:
-                    _dots(weight, i, x, begin, product, start, num_rest, 1)
+        for block in prange(num_blocks):
+            i = block * at_once
+            for group in range(num_groups):
+                _dots(weight, i, x, group * _GROUP, product, _GROUP, of_group)
+            if num_rest and num_groups:
+                _dots(weight, i, x, begin, product, num_rest, of_group)
+            elif num_rest:
+                _dots(weight, i, x, begin, product, num_rest, of_rest)
+        for i in range(num_blocks * at_once, num_out):
+            for group in range(num_groups):
+                _dots(weight, i, x, group * _GROUP, product, _GROUP, 1)
+            if num_rest:
+                _dots(weight, i, x, begin, product, num_rest, 1)
 
     return loop
 
 
 def _num_weights(num_rows: int) -> int:
-    """Rows of the weight at once: each takes a register for every row of x and one for itself, x another one.
-
-    A single row of x saves nothing by that, and a weight that is read from its beginning to its end is read quicker.
-    """
-    if num_rows == 1:
-        return 1
+    """Rows of the weight at once: each takes a register for every row of x and one for itself, x another one."""
     return max(2, min(4, (_REGISTERS - 1) // (num_rows + 1)))  # one alone is slower than two that lack registers
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _dots(
-    _context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, start: Any, num_rows: Any, num_weights: Any
-) -> Any:
-    """Machine code for so many rows of x times so many rows of a weight, each from a given one on.
-
-    It adds up all numbers of float32; of bfloat16 :data:`_AT_MOST` of each, or as many as there are, from ``start`` on.
-    """
+def _dots(_context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, num_rows: Any, num_weights: Any) -> Any:
+    """Machine code for so many rows of x times so many rows of a weight, each from a given one on."""
     emit = functools.partial(_emit, num_rows=num_rows.literal_value, num_weights=num_weights.literal_value)
-    return types.void(weight, i, x, row, product, start, num_rows, num_weights), emit
+    return types.void(weight, i, x, row, product, num_rows, num_weights), emit
 
 
 def widened(builder: Any, bits: Any) -> Any:
@@ -279,12 +268,6 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(prefetch, [builder.bitcast(address, byte), to_read, into_second_cache, data])
 
 
-def _stop(builder: Any, start: Any, length: Any) -> Any:
-    """Where the part of a row ends that begins at ``start``."""
-    beyond = builder.add(start, start.type(_AT_MOST))
-    return builder.select(builder.icmp_signed("<", beyond, length), beyond, length)
-
-
 def _in_order(builder: Any) -> None:
     """Let the compiler move nothing that is read from behind this place to before it.
 
@@ -301,7 +284,7 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
-    i, first_row, start = arguments[1], arguments[3], arguments[5]
+    i, first_row = arguments[1], arguments[3]
     _, length = cgutils.unpack_tuple(builder, weight.shape)
     _, width = cgutils.unpack_tuple(builder, product.shape)
     size = length.type
@@ -339,39 +322,19 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
 
     add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
     in_lanes, behind = zeros(lanes), zeros(number)
-    in_parts = signature.args[0].dtype == types.int16
-    if in_parts:
-        stop = _stop(builder, start, length)
-    else:
-        start, stop = size(0), length
-    end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_LANES - 1)))
+    end = builder.and_(length, size(-_LANES))
     # The next ones are asked for, two if there is one at once: the processor guesses within a row only.
     block = builder.mul(length, size(max(2, num_weights)))
-    with cgutils.for_range_slice(builder, start, end, size(_LANES), size) as (k, _):
+    with cgutils.for_range_slice(builder, size(0), end, size(_LANES), size) as (k, _):
         for begin in weights:
             _prefetch(builder, builder.gep(begin, [builder.add(k, block)]))
         add(in_lanes, k, lanes)
-    with cgutils.for_range_slice(builder, end, stop, size(1), size) as (k, _):
+    with cgutils.for_range_slice(builder, end, length, size(1), size) as (k, _):
         add(behind, k, number)
-    addresses = [
-        [builder.gep(product.data, [builder.add(builder.mul(width, row), place)]) for place in places]
-        for row in at_rows
-    ]
-    totals = [
-        [
-            builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
-            for held, rest in zip(sums, rests, strict=True)
-        ]
-        for sums, rests in zip(in_lanes, behind, strict=True)
-    ]
-    found = list(zip(itertools.chain(*addresses), itertools.chain(*totals), strict=True))
-    with builder.if_else(builder.icmp_signed("==", start, size(0))) as (is_first, is_later):
-        with is_first:  # nothing was written yet, and what is read all the same would be waited for
-            for address, total in found:
-                builder.store(total, address)
-        with is_later:
-            for address, total in found:
-                builder.store(builder.fadd(builder.load(address), total), address)
+    for row, sums, rests in zip(at_rows, in_lanes, behind, strict=True):
+        for held, rest, place in zip(sums, rests, places, strict=True):
+            total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
+            builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
     return context.get_dummy_value()
 
 
@@ -470,7 +433,8 @@ def _emit_sums(
     behind_these = builder.gep(weights[0], [builder.mul(length, size(num_weights))])
     for total in (total for held in sums for total in held):
         builder.store(ir.Constant(lanes, None), total)
-    stop = _stop(builder, start, length)
+    beyond = builder.add(start, size(_AT_MOST))
+    stop = builder.select(builder.icmp_signed("<", beyond, length), beyond, length)
     end = builder.sub(stop, builder.and_(builder.sub(stop, start), size(_STEPS - 1)))
     with cgutils.for_range_slice(builder, start, end, size(_STEPS), size) as (k, _):
         with cgutils.for_range_slice(builder, asked_from, asked_to, size(1), size) as (place, _):
