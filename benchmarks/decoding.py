@@ -14,9 +14,9 @@ results; each is the median over the turns. Times include the prompt's forward p
 - ``draft 1`` to ``draft 6``, ``adaptive``: the same with drafts, of a fixed and of the adapting length.
 
 ``ProxyModel`` is prepared unless the method says otherwise. The workloads differ in how often the drafter is right:
-``high``, ``middle`` and ``never``. The limit of a method is the bandwidth with which this machine sums a large tensor,
-over the bytes of weights that a token makes it read. Peak memory is that of a fresh process each, less what importing
-takes.
+``high``, ``middle`` and ``never``; in the setting ``adapter`` the tuned model is the untuned one with an adapter. The
+limit of a method is the bandwidth with which this machine sums a large tensor, over the bytes of weights that a token
+makes it read. Peak memory is that of a fresh process each, less what importing takes.
 
 A full run takes about three quarters of an hour on one core, ``--size small`` a third of that, ``--quick`` less than a
 minute.
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 import trio
 from common import machine, resident_bytes, spread, timed
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -67,12 +67,15 @@ class Setting:
     """Whether the proxy on stock weights takes part."""
     ragged: bool = False
     """Whether prompts of unequal lengths take part."""
+    adapter: bool = False
+    """Whether the tuned model is the untuned one with an adapter, and both are one copy of the weights."""
 
 
 SETTINGS = {
     "batch1": Setting("high", 1, against_plain=True, unprepared=True),
     "middle": Setting("middle", 1),
     "never": Setting("never", 1),
+    "adapter": Setting("high", 1, against_plain=True, unprepared=True, adapter=True),
     "batch8": Setting("high", 8, (1, 2, 3), against_plain=True, ragged=True),
     "batch32": Setting("high", 32, (1,), against_plain=True),
 }
@@ -105,6 +108,12 @@ COMPARISONS = (
     Comparison("three-forward / our best plain", ("batch1",), "three-forward", "best plain", 0.83, 0.72),
     Comparison("adaptive / best fixed", ("batch1", "middle", "never"), "adaptive", "best fixed", 0.95, 0.95),
     Comparison("adaptive / three-forward", ("batch1", "middle", "never"), "adaptive", "three-forward", 0.85, 0.85),
+    Comparison("adaptive / stock generate()", ("adapter",), "adaptive", "stock", None, None),
+    Comparison("adaptive / our best plain", ("adapter",), "adaptive", "best plain", None, None),
+    Comparison("adaptive / reference loop", ("adapter",), "adaptive", "reference", None, None),
+    Comparison("adaptive / best fixed", ("adapter",), "adaptive", "best fixed", None, None),
+    Comparison("adaptive / three-forward", ("adapter",), "adaptive", "three-forward", None, None),
+    Comparison("three-forward / our best plain", ("adapter",), "three-forward", "best plain", None, None),
     Comparison("adaptive / stock generate()", ("batch8",), "adaptive", "stock", 1.9, None),
     Comparison("adaptive / stock generate()", ("batch32",), "adaptive", "stock", 1.35, None),
     Comparison("ragged / equal prompts", ("batch8",), "adaptive, ragged", "adaptive", 0.9, 0.9),
@@ -259,18 +268,17 @@ class Models:
         self._folder, self._dtype, self._device = folder, dtype, device
         self.large = self._load("large")
         self.prepared = self._load("large")
-        self._workload = ""
+        self._used = ("", False)
 
-    def use(self, workload: str) -> None:
-        """Take the small models of this workload."""
-        if workload == self._workload:
+    def use(self, workload: str, adapter: bool) -> None:
+        """Take the small models of this workload, or its untuned one with an adapter."""
+        if (workload, adapter) == self._used:
             return
-        self._workload = workload
-        self.stock = (self.large, self._load(f"{workload}/tuned"), self._load(f"{workload}/untuned"))
+        self._used = workload, adapter
+        self.stock = (self.large, self._tuned(workload, adapter), self._load(f"{workload}/untuned"))
         self.bytes_read = [trio.bytes_read(model) for model in self.stock]
-        self.stock_proxy = ProxyModel(*self.stock)
-        self.proxy = ProxyModel(self.prepared, self._load(f"{workload}/tuned"), self._load(f"{workload}/untuned"))
-        self.proxy.prepare()
+        self.stock_proxy = self._proxy(self.large, workload, adapter)
+        self.proxy = self._proxy(self.prepared, workload, adapter).prepare()
 
     def methods(self, setting: Setting) -> list[Method]:
         """All ways of decoding that take part in a setting, but for the reference."""
@@ -301,6 +309,13 @@ class Models:
             plain["own plain"] = lambda *given: plain_loop(step, *given)
             found += [Method(name, decode, large, is_proxy=False) for name, decode in plain.items()]
         return found
+
+    def _tuned(self, workload: str, adapter: bool) -> PreTrainedModel | PeftModel:
+        return trio.adapted(self._load(f"{workload}/untuned")) if adapter else self._load(f"{workload}/tuned")
+
+    def _proxy(self, large: PreTrainedModel, workload: str, adapter: bool) -> ProxyModel:
+        untuned = None if adapter else self._load(f"{workload}/untuned")
+        return ProxyModel(large, self._tuned(workload, adapter), untuned)
 
     def _load(self, name: str) -> PreTrainedModel:
         model = trio.load(self._folder / name, self._dtype, self._device)
@@ -334,7 +349,7 @@ def run(method: Method, prompts: Prompts, wanted: Reference) -> None:
 
 def measure(models: Models, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """All methods of a setting in turns, every turn with other prompts."""
-    models.use(setting.workload)
+    models.use(setting.workload, setting.adapter)
     num_new = args.new_tokens
     reference = Method("reference", lambda *_: torch.empty(0), sum(models.bytes_read), is_proxy=False)
     methods = models.methods(setting)
@@ -411,8 +426,7 @@ def peak_of(which: str, folder: Path, dtype: torch.dtype, device: str, args: arg
         return resident_bytes(device, peak=True) - before
     untuned = trio.load(folder / "high/untuned", dtype, device)
     if which == "LoRA pair":
-        tuned = get_peft_model(untuned, LoraConfig(r=8, target_modules="all-linear"))
-        proxy = ProxyModel(large, tuned)
+        proxy = ProxyModel(large, trio.adapted(untuned))
     else:
         tuned = trio.load(folder / "high/tuned", dtype, device)
         proxy = ProxyModel(large, tuned, untuned)
@@ -560,7 +574,8 @@ def measure_family(
     names = [name for name in names if name != MEMORY]
     if names:
         models = Models(folder, getattr(torch, dtype), args.device)
-        for name in sorted(names, key=lambda name: SETTINGS[name].workload):  # small models are loaded once
+        # Small models are loaded once.
+        for name in sorted(names, key=lambda name: (SETTINGS[name].workload, SETTINGS[name].adapter)):
             progress(f"{family} {dtype} {name}")
             found[name] = measure(models, SETTINGS[name], args)
             print_setting(f"{family} {dtype} {name}", found[name])

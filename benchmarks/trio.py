@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -230,6 +231,25 @@ def shifted_pair(core: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedMode
         head = model.get_output_embeddings()
         head.weight.data = head.weight.data.roll(1, 0)
     return pair
+
+
+def adapted(untuned: PreTrainedModel, rank: int = 8) -> PeftModel:
+    """A small model under an adapter that changes its weights about as much as ``tuned`` differs from ``untuned``.
+
+    Args:
+        untuned: Gets the adapter; its own weights stay as they are.
+        rank: Of the adapter's matrices.
+    """
+    is_turned = any(type(part).__name__ == "Conv1D" for part in untuned.modules())
+    tuned = get_peft_model(untuned, LoraConfig(r=rank, target_modules="all-linear", fan_in_fan_out=is_turned))
+    generator = torch.Generator().manual_seed(4)
+    for layer in tuned.modules():
+        if hasattr(layer, "lora_A"):
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            strength = TUNING_NOISE * layer.base_layer.weight.float().std() / layer.scaling["default"]
+            for weight, scale in ((down, 1.0), (up, float(strength) / math.sqrt(rank))):
+                weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return tuned.eval()
 
 
 def make(folder: Path, family: str, size: Size) -> dict[str, float]:

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from fedpt_flwr.builds import Block
+from fedpt_flwr.builds import Block, is_plain_lora
 from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
 from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
@@ -67,6 +68,8 @@ class _Product(NamedTuple):
     weight: Any
     bias: Array | None
     num_out: int
+    adapted: Any
+    """peft's layer, whose adapters may be switched, exchanged or changed at any time; None if there is none."""
 
 
 class _Layer(NamedTuple):
@@ -193,13 +196,21 @@ def layers_of(blocks: Sequence[Block], head: Any = None) -> Layers | None:
     """
     if not _are_known(blocks):
         return None
-    if head is not None and not (_is_known(head) and _dtype(head) == _dtype(blocks[0].down) == torch.float32):
-        return None
+    if head is not None:
+        # A model that is two, with its adapter and without, is there to save memory.
+        has_adapter = any(is_plain_lora(part) for block in blocks for part in (*_products(block), head))
+        if has_adapter or not _is_known(head) or not _dtype(head) == _dtype(blocks[0].down) == torch.float32:
+            return None
     return Layers(blocks, head)
 
 
+def _without_adapter(part: Any) -> Any:
+    return part.base_layer if is_plain_lora(part) else part
+
+
 def _is_known(part: Any) -> bool:
-    return type(part) is PackedLinear and part.is_plain  # else it is not prepared, or has an adapter
+    base = _without_adapter(part)
+    return type(base) is PackedLinear and base.is_plain  # else it is not prepared
 
 
 def _are_known(blocks: Sequence[Block]) -> bool:
@@ -208,7 +219,7 @@ def _are_known(blocks: Sequence[Block]) -> bool:
         for part in _products(block):
             if not _is_known(part):
                 return False
-            dtypes.add(part.weight.dtype)
+            dtypes.add(_dtype(part))
         if block.activation_name not in (("silu",) if block.gate is not None else _ACTIVATIONS):
             return False
         norms = (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm)
@@ -264,9 +275,11 @@ def _norm(norm: Any) -> _Norm:
 
 def _product(part: Any, room: Room | None) -> _Product:
     """What a layer multiplies with; a rounded copy of it, in some room, if there is one."""
-    weight = part.plain_weight()
+    base = _without_adapter(part)
+    weight = base.plain_weight()
     bits = bits_of(weight if room is None else room.moved(weight.bfloat16()))
-    return _Product(bits, None if part.bias is None else _array(part.bias), part.out_features)
+    bias = None if base.bias is None else _array(base.bias)
+    return _Product(bits, bias, base.out_features, None if part is base else part)
 
 
 def _multiplied(loop: Callable[..., None], part: Any, given: Array, out: Array | None = None) -> Array:
@@ -275,7 +288,27 @@ def _multiplied(loop: Callable[..., None], part: Any, given: Array, out: Array |
     loop(part.weight, given, found)
     if part.bias is not None:
         found += part.bias
+    if part.adapted is not None:
+        _adapt(part.adapted, given, found)
     return found
+
+
+def _adapt(layer: Any, given: Array, product: Array) -> None:
+    """Add to a layer's product what its adapters, as they are now, make of what it was given."""
+    if layer.disable_adapters:
+        return
+    all_down, all_up = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules  # torch's way takes longer
+    for name in layer.active_adapters:
+        if name in all_down:
+            down, up, scaling = all_down[name], all_up[name]._parameters, np.float32(layer.scaling[name])
+            _adapted(given, _as_table(down._parameters["weight"]), _as_table(up["weight"]), scaling, product)
+            if up["bias"] is not None:
+                product += scaling * _array(up["bias"])
+
+
+def _as_table(weight: Tensor) -> npt.NDArray[Any]:
+    held = weight.detach().contiguous()
+    return bits_of(held if held.dtype in (torch.float32, torch.bfloat16) else held.float())
 
 
 def _empty(shape: Sequence[int]) -> Array:
@@ -290,7 +323,7 @@ def _copied(part: Array) -> Array:
 
 
 def _dtype(part: Any) -> torch.dtype:
-    dtype: torch.dtype = part.weight.dtype
+    dtype: torch.dtype = _without_adapter(part).weight.dtype
     return dtype
 
 
@@ -315,6 +348,7 @@ def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
 _read = numba.types.Array(numba.float32, 1, "C", readonly=True)
 _table = numba.types.Array(numba.float32, 2, "C", readonly=True)
 _rows = numba.float32[:, ::1]
+_adapters = tuple(numba.types.Array(kind, 2, "C", readonly=True) for kind in (numba.float32, numba.int16))
 _stored = (numba.float32[:, :, :, ::1], numba.int16[:, :, :, ::1])
 
 
@@ -380,6 +414,24 @@ def _gated(gate: Any, up: Any) -> None:
         for k in range(size):
             value = gate[row, k]
             gate[row, k] = value / (_ONE + math.exp(-value)) * up[row, k]
+
+
+def _adapted(x: Any, down: Any, up: Any, scaling: Any, product: Any) -> None:
+    """Adds what an adapter makes of ``x``: ``down`` is ``(rank, in)``, ``up`` ``(out, rank)``, each of either type."""
+    num_rows, size = x.shape
+    rank = down.shape[0]
+    inner = np.empty(rank, np.float32)
+    for row in range(num_rows):
+        for place in range(rank):
+            total = _ZERO
+            for k in range(size):
+                total += x[row, k] * _read_number(down[place, k])
+            inner[place] = total * scaling
+        for k in range(up.shape[0]):
+            total = _ZERO
+            for place in range(rank):
+                total += inner[place] * _read_number(up[k, place])
+            product[row, k] += total
 
 
 def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
@@ -482,6 +534,9 @@ _turned = compiled(_turned)
 _normed = compiled(_normed, [numba.void(_rows, _read, numba.float32, _rows)])
 _centred = compiled(_centred, [numba.void(_rows, _read, _read, numba.float32, _rows)])
 _gated = compiled(_gated, [numba.void(_rows, _rows)])
+_adapted = compiled(
+    _adapted, [numba.void(_rows, down, up, numba.float32, _rows) for down in _adapters for up in _adapters]
+)
 _attended = compiled(
     _attended,
     [

@@ -453,7 +453,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):
         for name, model in (("large", self.large), ("untuned", self.untuned), ("tuned", self.tuned)):
             if model is None:
                 continue
-            for_loops = build_of(model) is not None and not hasattr(model, "peft_config")
+            for_loops = build_of(model) is not None
             if name != "tuned" or packing.suits_single_rows(model.dtype, for_loops=for_loops):
                 packing.prepare(model, for_loops=for_loops)
             if has_kernels(model):

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_lean import TAKEN
 from test_packing import adapted
 from test_ragged import make, random_ids
+from torch import nn
 
 from fedpt_flwr import huge_pages, lean, packing
-from fedpt_flwr.builds import build_of
+from fedpt_flwr.builds import build_of, is_plain_lora
 from fedpt_flwr.lean import step_function
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
@@ -190,7 +192,9 @@ def test_there_are_rough_scores_where_weights_are_plain_prepared_ones():
     prepare(model)
     first = stepper.rough
     assert stepper.rough is first is not None
-    assert step_function(adapted(make("llama"))).rough is None
+    pair = adapted(make("llama"))  # which is to need the memory of one model
+    prepare(pair)
+    assert step_function(pair).rough is None
     restore(model)
     assert stepper.rough is None
     with torch.no_grad():
@@ -203,16 +207,73 @@ def test_there_are_rough_scores_where_weights_are_plain_prepared_ones():
     assert (stepper.rough(cache, random_ids(1, 4), keep=0) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-def test_an_adapter_goes_through_torch_and_the_large_model_does_not(calls):
-    proxy = ProxyModel(make("llama"), adapted(make("llama")))
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt-neox"])
+def test_an_adapter_is_added_switched_and_changed_as_by_torch(family, shapes, calls, monkeypatch):
+    is_turned, has_bias = family == "gpt2", family != "llama"
+    tuned = adapted(make(family), fan_in_fan_out=is_turned)
+    proxy = ProxyModel(make("llama"), tuned)
     proxy.prepare()
     steppers = proxy.steppers()
+
+    def check():
+        calls.clear()
+        found = [steps(steppers[name], shapes) for name in ("tuned", "untuned")]
+        assert calls == [rows * new for rows, new in shapes if rows * new <= 8] * 2
+        with monkeypatch.context() as patched:
+            patched.setattr(lean, "_few_tokens", lambda: None)
+            expected = [steps(steppers[name], shapes) for name in ("tuned", "untuned")]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        return [torch.cat([scores.flatten() for scores in of_one]) for of_one in found]
+
+    with_adapter, without = check()
+    assert (with_adapter - without).norm() > 0.01 * without.norm()
+    layers = [part for part in tuned.modules() if is_plain_lora(part)]
+    with torch.inference_mode():  # where torch does not count changes
+        for layer in layers:
+            layer.lora_B["default"].weight.mul_(-1)
+    changed, still_without = check()
+    assert torch.equal(still_without, without)
+    assert (changed - with_adapter).norm() > 0.01 * without.norm()
+    for layer in layers:
+        layer.scaling["default"] *= -1
+    torch.testing.assert_close(check()[0], with_adapter, atol=1e-4, rtol=1e-4)
+    targets = ["q_proj", "c_fc", "dense"]
+    tuned.add_adapter("other", LoraConfig(r=17, target_modules=targets, lora_bias=has_bias, fan_in_fan_out=is_turned))
+    for layer in layers:
+        if "other" in layer.lora_B:
+            for weight in layer.lora_B["other"].parameters():
+                nn.init.normal_(weight, std=0.05)
+    tuned.base_model.set_adapter(["default", "other"])
+    tuned.requires_grad_(False).eval()
+    both, _ = check()
+    assert (both - with_adapter).norm() > 0.01 * without.norm()
+    tuned.set_adapter("other")
+    assert (check()[0] - both).norm() > 0.01 * without.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_an_adapter_of_any_dtype_is_as_near_as_torchs(dtype, adapter_dtype, calls, monkeypatch):
+    model = adapted(make("llama").to(dtype))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(adapter_dtype)
+    exact = copy.deepcopy(model).float()
+    prepare(model)
+    stepper = step_function(model)
     calls.clear()
-    steps(steppers["tuned"], [(1, 2)])
-    steps(steppers["untuned"], [(1, 2)])
-    assert calls == []
-    steps(steppers["large"], [(1, 2)])
-    assert calls == [2]
+    found = steps(stepper, SHAPES["one row"])
+    assert len(calls) == len(SHAPES["one row"]) - 1
+    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
+    right, by_torch = steps(step_function(exact), SHAPES["one row"]), steps(stepper, SHAPES["one row"])
+
+    def error(scores):
+        return max((ours.float() - others).abs().max() for ours, others in zip(scores, right, strict=True))
+
+    assert error(found) < 1.1 * error(by_torch) + 1e-5
 
 
 def test_a_long_text_goes_through_torch_when_its_attention_takes_longer_than_its_calls(calls, monkeypatch):
