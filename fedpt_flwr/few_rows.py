@@ -55,7 +55,10 @@ _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
 
 _SHORT = 6144
-"""Numbers of an input that stay in the first cache, 24 KB, while a weight goes by."""
+"""Numbers of an input that stay in the first cache, 24 KB, while rows of a weight go by."""
+
+_IN_BLOCK = 32
+"""How often some rows of a weight go by before the next part of a long input is taken."""
 
 _STEPS = 16
 """Numbers of a row of the weight for which the next ones are asked for at once: 64 bytes, a cache line."""
@@ -143,7 +146,7 @@ def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], A
         input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
     """
     kernel: Callable[[npt.NDArray[Any], Array, Array], None] = _kernel(
-        "int16" if dtype == torch.bfloat16 else "float32", num_rows % _GROUP, torch.get_num_threads() > 1
+        "int16" if dtype == torch.bfloat16 else "float32", num_rows, torch.get_num_threads() > 1
     )
     return kernel
 
@@ -164,10 +167,9 @@ def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
 
 
 @cache
-def _kernel(dtype: str, num_rest: int, in_threads: bool) -> Any:
-    """The compiled loop for groups of rows and so many more, and weights of a dtype; in as many threads as torch."""
-    is_alone = 1 <= num_rest <= (3 if dtype == "int16" else 4)  # with more, multiplying takes longer than reading
-    return _in_threads(_loop(num_rest, is_alone), dtype, np.zeros((num_rest, 1), np.float32), in_threads)
+def _kernel(dtype: str, num_rows: int, in_threads: bool) -> Any:
+    """The compiled loop for so many rows and weights of a dtype; in as many threads as torch."""
+    return _in_threads(_loop(num_rows, dtype), dtype, np.zeros((num_rows, 1), np.float32), in_threads)
 
 
 @cache
@@ -203,52 +205,115 @@ def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     return with_threads
 
 
-def _loop(num_rest: int, is_alone: bool) -> Any:
-    """The loop for groups of :data:`_GROUP` rows and so many more.
+def _loop(num_rows: int, dtype: str) -> Any:
+    """The loop for so many rows and weights of a dtype.
 
-    It takes some rows of the weight at once: what is read of x serves for all of them. They stay in a cache while one
-    group of rows after the other is multiplied with them. A short input of few rows, which ``is_alone`` allows, stays
-    in a cache itself: then the weight is read from its beginning to its end, which the processor guesses best.
+    It takes some rows of the weight at once: what is read of x serves for all of them. A short input of few rows is
+    multiplied with one after the other, which the processor guesses best.
+
+    Many rows of x would drive each other out of the first cache. So no more columns are taken than stay there, in the
+    order in which they are read, until some dozen rows of the weight have gone by; then the next ones.
     """
-    of_group, of_rest = _num_weights(_GROUP), _num_weights(num_rest)  # the first is another one where lanes are
-    most = _SHORT if is_alone else -1
+    of_group = min(num_rows, _GROUP)
+    of_rest = num_rows - of_group
+    lanes, in_block, at_once = _LANES, _IN_BLOCK, _num_weights(of_group)
+    # What is narrow has to be widened: from fewer rows on, that takes longer than reading it, and reading x does not.
+    is_narrow, are_few = dtype == "int16", num_rows <= 2
+    most_alone = 4 if not is_narrow else 2 if lanes == 16 else 0  # a sum waits for itself, the longer the fewer lanes
+    piece, longer = _SHORT, _SHORT * 3 // 2
+    short = -1 if num_rows > most_alone else longer if are_few else piece
+    most_whole = longer if is_narrow else piece
 
     def loop(weight: Any, x: Any, product: Any) -> None:
-        num_out, num_groups = weight.shape[0], x.shape[0] // _GROUP
-        begin = num_groups * _GROUP
-        at_once = of_group if num_groups else of_rest
-        num_blocks = num_out // at_once
-        if num_groups == 0 and x.size <= most:
+        num_out, whole = weight.shape[0], x.shape[1] // lanes * lanes
+        packed = np.empty(num_rows * whole + lanes, np.float32)
+        packed = packed[_before_line(packed) :]
+        _pack(x, 0, of_group, whole, packed)
+        _pack(x, of_group, of_rest, whole, packed)
+        if x.size <= short:
             for i in prange(num_out):
-                _dots(weight, i, x, begin, product, num_rest, 1)
+                _dots(weight, i, x, 0, packed, product, 0, whole, packed, 0, of_group, 1)
             return
-        for block in prange(num_blocks):
-            i = block * at_once
-            for group in range(num_groups):
-                _dots(weight, i, x, group * _GROUP, product, _GROUP, of_group)
-            if num_rest and num_groups:
-                _dots(weight, i, x, begin, product, num_rest, of_group)
-            elif num_rest:
-                _dots(weight, i, x, begin, product, num_rest, of_rest)
-        for i in range(num_blocks * at_once, num_out):
-            for group in range(num_groups):
-                _dots(weight, i, x, group * _GROUP, product, _GROUP, 1)
-            if num_rest:
-                _dots(weight, i, x, begin, product, num_rest, 1)
+        size = whole
+        if not are_few and whole * of_group > most_whole:  # of one or two, little is read beside the weight
+            size = -(-whole // (-(-whole * of_group // piece) * lanes)) * lanes
+        most_at_once = in_block * at_once
+        for block in prange(-(-num_out // most_at_once)):
+            first, last = block * most_at_once, min((block + 1) * most_at_once, num_out)
+            end = last - (last - first) % at_once
+            sums = np.empty((last - first) * num_rows * lanes, np.float32) if size < whole else packed
+            for start in range(0, max(1, whole), max(1, size)):
+                stop, place = min(start + size, whole), 0
+                for i in range(first, end, at_once):
+                    _dots(weight, i, x, 0, packed, product, start, stop, sums, place, of_group, at_once)
+                    place += of_group * at_once
+                for i in range(end, last):
+                    _dots(weight, i, x, 0, packed, product, start, stop, sums, place, of_group, 1)
+                    place += of_group
+                if of_rest:
+                    for i in range(first, end, at_once):
+                        _dots(weight, i, x, of_group, packed, product, start, stop, sums, place, of_rest, at_once)
+                        place += of_rest * at_once
+                    for i in range(end, last):
+                        _dots(weight, i, x, of_group, packed, product, start, stop, sums, place, of_rest, 1)
+                        place += of_rest
 
     return loop
 
 
+@numba.njit  # type: ignore[untyped-decorator]
+def _pack(x: Any, first: int, num_rows: int, whole: int, packed: Any) -> None:
+    """Copies some rows: the first lanes of each, then the next ones of each, and so on."""
+    place = first * whole
+    for k in range(0, whole, _LANES):
+        for row in range(first, first + num_rows):
+            for lane in range(_LANES):
+                packed[place + lane] = x[row, k + lane]
+            place += _LANES
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _before_line(_context: Any, array: Any) -> Any:
+    """How many numbers of an array come before the first cache line that is whole."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.ptrtoint(held.data, ir.IntType(64))
+        return builder.lshr(builder.and_(builder.neg(address), ir.IntType(64)(63)), ir.IntType(64)(2))
+
+    return types.int64(array), emit
+
+
 def _num_weights(num_rows: int) -> int:
     """Rows of the weight at once: each takes a register for every row of x and one for itself, x another one."""
-    return max(2, min(4, (_REGISTERS - 1) // (num_rows + 1)))  # one alone is slower than two that lack registers
+    most = 4 if num_rows <= 4 else 3
+    return max(2, min(most, (_REGISTERS - 1) // (num_rows + 1)))  # one alone is slower than two that lack registers
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _dots(_context: Any, weight: Any, i: Any, x: Any, row: Any, product: Any, num_rows: Any, num_weights: Any) -> Any:
-    """Machine code for so many rows of x times so many rows of a weight, each from a given one on."""
+def _dots(
+    _context: Any,
+    weight: Any,
+    i: Any,
+    x: Any,
+    row: Any,
+    packed: Any,
+    product: Any,
+    start: Any,
+    stop: Any,
+    sums: Any,
+    place: Any,
+    num_rows: Any,
+    num_weights: Any,
+) -> Any:
+    """Machine code for so many rows of x times so many rows of a weight, each from a given one on.
+
+    It adds up what is between two columns; ``packed`` has x as :func:`_pack` lays it. Sums that do not begin or end
+    there are kept, a vector each, from a given place on of ``sums``.
+    """
     emit = functools.partial(_emit, num_rows=num_rows.literal_value, num_weights=num_weights.literal_value)
-    return types.void(weight, i, x, row, product, num_rows, num_weights), emit
+    taken = (weight, i, x, row, packed, product, start, stop, sums, place, num_rows, num_weights)
+    return types.void(*taken), emit
 
 
 def widened(builder: Any, bits: Any) -> Any:
@@ -281,16 +346,20 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
     number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
     short = ir.IntType(16)
-    weight, x, product = (
-        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
+    weight, x, packed, product, kept = (
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4, 5, 8)
     )
-    i, first_row = arguments[1], arguments[3]
+    i, first_row, start, stop, first_kept = (
+        context.cast(builder, arguments[place], signature.args[place], types.int64) for place in (1, 3, 6, 7, 9)
+    )
     _, length = cgutils.unpack_tuple(builder, weight.shape)
     _, width = cgutils.unpack_tuple(builder, product.shape)
     size = length.type
     places = [builder.add(i, size(place)) for place in range(num_weights)]
     at_rows = [builder.add(first_row, size(row)) for row in range(num_rows)]
     rows = [builder.gep(x.data, [builder.mul(length, row)]) for row in at_rows]
+    whole = builder.and_(length, size(-_LANES))
+    rows_in_lanes = builder.gep(packed.data, [builder.mul(whole, first_row)])
     weights = [builder.gep(weight.data, [builder.mul(length, place)]) for place in places]
 
     def function(name: str, result: Any, *taken: Any) -> Any:
@@ -308,9 +377,13 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     def add(sums: Any, k: Any, kind: Any) -> None:
         fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)
         loaded = [load_weight(begin, k, kind) for begin in weights]
+        in_lanes = builder.mul(k, size(num_rows))
         for row, begin in enumerate(rows):
             _in_order(builder)
-            value = load(begin, k, kind)
+            if kind is number:
+                value = load(begin, k, kind)
+            else:
+                value = load(rows_in_lanes, builder.add(in_lanes, size(row * _LANES)), kind)
             for held, factor in zip(sums[row], loaded, strict=True):
                 builder.store(builder.call(fma, [factor, value, builder.load(held)]), held)
 
@@ -320,21 +393,33 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
             builder.store(ir.Constant(kind, None), held)
         return made
 
-    add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
-    in_lanes, behind = zeros(lanes), zeros(number)
-    end = builder.and_(length, size(-_LANES))
-    # The next ones are asked for, two if there is one at once: the processor guesses within a row only.
-    block = builder.mul(length, size(max(2, num_weights)))
-    with cgutils.for_range_slice(builder, size(0), end, size(_LANES), size) as (k, _):
+    def where_kept(number_of_sum: int) -> Any:
+        at = builder.mul(builder.add(first_kept, size(number_of_sum)), size(_LANES))
+        return builder.bitcast(builder.gep(kept.data, [at]), lanes.as_pointer())
+
+    in_lanes = zeros(lanes)
+    all_in_lanes = [held for of_row in in_lanes for held in of_row]
+    with builder.if_then(builder.icmp_signed(">", start, size(0))):
+        for number_of_sum, held in enumerate(all_in_lanes):
+            builder.store(builder.load(where_kept(number_of_sum), align=4), held)
+    later = builder.mul(length, size(2 * num_weights))  # the processor guesses within a row only
+    with cgutils.for_range_slice(builder, start, stop, size(_LANES), size) as (k, _):
         for begin in weights:
-            _prefetch(builder, builder.gep(begin, [builder.add(k, block)]))
+            _prefetch(builder, builder.gep(begin, [builder.add(k, later)]))
         add(in_lanes, k, lanes)
-    with cgutils.for_range_slice(builder, end, length, size(1), size) as (k, _):
-        add(behind, k, number)
-    for row, sums, rests in zip(at_rows, in_lanes, behind, strict=True):
-        for held, rest, place in zip(sums, rests, places, strict=True):
-            total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
-            builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
+    with builder.if_else(builder.icmp_signed("<", stop, whole)) as (is_not_over, is_over):
+        with is_not_over:
+            for number_of_sum, held in enumerate(all_in_lanes):
+                builder.store(builder.load(held), where_kept(number_of_sum), align=4)
+        with is_over:
+            behind = zeros(number)
+            with cgutils.for_range_slice(builder, whole, length, size(1), size) as (k, _):
+                add(behind, k, number)
+            add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
+            for row, sums, rests in zip(at_rows, in_lanes, behind, strict=True):
+                for held, rest, place in zip(sums, rests, places, strict=True):
+                    total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
+                    builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
     return context.get_dummy_value()
 
 

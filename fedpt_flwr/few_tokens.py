@@ -138,8 +138,8 @@ class Layers:
             cos = sin = np.empty((num_tokens, 0), np.float32)
         else:
             cos, sin = (part.float().contiguous().numpy() for part in rotation)
-        stream = _copied(x.float().numpy())
-        states, change = _empty(stream.shape), _empty(stream.shape)
+        stream = x.float().numpy().copy()
+        states, change = np.empty_like(stream), np.empty_like(stream)
 
         for number, layer in enumerate(self._layers):
             block = layer.block
@@ -284,7 +284,7 @@ def _product(part: Any, room: Room | None) -> _Product:
 
 def _multiplied(loop: Callable[..., None], part: Any, given: Array, out: Array | None = None) -> Array:
     """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``; into ``out`` if there is one."""
-    found = _empty((len(given), part.num_out)) if out is None else out
+    found = np.empty((len(given), part.num_out), np.float32) if out is None else out
     loop(part.weight, given, found)
     if part.bias is not None:
         found += part.bias
@@ -311,17 +311,6 @@ def _as_table(weight: Tensor) -> npt.NDArray[Any]:
     return bits_of(held if held.dtype in (torch.float32, torch.bfloat16) else held.float())
 
 
-def _empty(shape: Sequence[int]) -> Array:
-    """Memory that begins with a cache line, as numpy's does not: a vector that lies across two is read twice."""
-    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").numpy()
-
-
-def _copied(part: Array) -> Array:
-    copy = _empty(part.shape)
-    copy[...] = part
-    return copy
-
-
 def _dtype(part: Any) -> torch.dtype:
     dtype: torch.dtype = _without_adapter(part).weight.dtype
     return dtype
@@ -338,9 +327,9 @@ def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
     (together,) = products
     num_tokens = len(together)
     if not block.is_by_head:
-        return [_copied(part) for part in np.split(together, 3, axis=1)]
+        return [np.ascontiguousarray(part) for part in np.split(together, 3, axis=1)]
     by_head = together.reshape(num_tokens, -1, 3, block.head_dim)
-    return [_copied(by_head[:, :, place]).reshape(num_tokens, -1) for place in range(3)]
+    return [np.ascontiguousarray(by_head[:, :, place]).reshape(num_tokens, -1) for place in range(3)]
 
 
 # --- the loops -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 few_rows = pytest.importorskip("fedpt_flwr.few_rows", reason="compiled loops need the extra fast")
 
-SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (7, 1000), (7, 2050)]
+SIZES = [(24, 16), (7, 5), (1, 1), (130, 257), (7, 1000), (7, 2050), (130, 2060)]
 
 
 def case(num_rows, size, seed=0):
@@ -70,7 +70,7 @@ def test_a_row_times_bfloat16_gives_the_same_bits_whatever_stands_beside_it(size
         assert torch.equal(sums_of_bfloat16(x[-number:], weight), together[-number:])
 
 
-@pytest.mark.parametrize("size", [(130, 257), (5, 2050)])
+@pytest.mark.parametrize("size", [(130, 257), (5, 2050), (130, 2060), (2, 60592)])
 @pytest.mark.parametrize(("fewest", "most"), [(1, few_rows.MANY_ROWS - 1), (few_rows.MANY_ROWS, 64)])
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size):
     x, weight, bias = case(most, size)
