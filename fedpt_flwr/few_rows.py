@@ -22,6 +22,7 @@ import functools
 import threading
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -157,13 +158,26 @@ def bits_of(held: Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def compiled(loop: Any, signatures: Any = None, **options: Any) -> Any:
-    """A loop for machine code, kept on disk for the next process if there is a place where it may be written."""
+def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: Any) -> Any:
+    """A loop for machine code, kept on disk for the next process if there is a place where it may be written.
+
+    What numba keeps of one name, for other types and enclosed values, is one list, which lacks the options; and of two
+    processes that write to it at once, one can be left with the other's code. So each variant has a name of its own.
+
+    Args:
+        loop: The function.
+        signature: Of what it is for; None: whoever calls it says it.
+        variant: What tells it from others of that name.
+        options: For ``numba.njit``.
+    """
+    twin = FunctionType(loop.__code__, loop.__globals__, loop.__name__, loop.__defaults__, loop.__closure__)
+    twin.__module__, twin.__qualname__ = loop.__module__, loop.__qualname__ + variant
+    signatures = None if signature is None else [signature]
     options |= {"fastmath": _FLAGS, "nogil": True}
     try:
-        return numba.njit(signatures, cache=True, **options)(loop)
+        return numba.njit(signatures, cache=True, **options)(twin)
     except RuntimeError:  # neither beside this file nor in the user's cache
-        return numba.njit(signatures, **options)(loop)
+        return numba.njit(signatures, **options)(twin)
 
 
 @cache
@@ -182,14 +196,16 @@ def _many_rows(in_threads: bool) -> Any:
 def _turner() -> Any:
     """The compiled loop that turns a matrix."""
     matrix, whole = types.Array(types.float32, 2, "C", readonly=True), types.int64
-    return compiled(_loop_of_squares(), [types.void(matrix, types.float32[:, ::1], whole, whole)])
+    signature = types.void(matrix, types.float32[:, ::1], whole, whole)
+    return compiled(_loop_of_squares(), signature, variant=f"_{_LANES}")
 
 
 def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     """A loop compiled for weights of a dtype, if wanted and possible for several threads; an input to try it with."""
     weights, matrix = (types.Array(kind, 2, "C", readonly=True) for kind in (getattr(types, dtype), types.float32))
     signature = types.void(weights, matrix, types.float32[:, ::1])
-    kernel = compiled(loop, [signature], parallel=in_threads)
+    variant = f"_{len(example)}_{dtype}_{_LANES}{'_in_threads' if in_threads else ''}"
+    kernel = compiled(loop, signature, variant=variant, parallel=in_threads)
     if not in_threads:
         return kernel
 
@@ -429,8 +445,8 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
 def _loop_of_tiles() -> Any:
     """The loop for many rows.
 
-    Its sizes are its own and not this module's: what numba keeps on disk is told apart by what a function encloses, and
-    torch can be told to do without instructions that the processor has.
+    Its sizes are its own and not this module's: numba looks at what a function encloses when it looks for what it has
+    kept, and torch can be told to do without instructions that the processor has.
     """
     num_vectors, num_weights = _TILE
     lanes, at_most = _LANES, _AT_MOST

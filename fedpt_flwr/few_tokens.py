@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
@@ -147,7 +146,7 @@ class Layers:
             queries, keys, values = _split(block, [product(part, states) for part in layer.projections])
             stored = cache.layers[number]
             stored.hold(block.num_key_heads, block.head_dim, x)
-            _attended(
+            _attend[stored.keys.dtype](
                 queries,
                 keys,
                 values,
@@ -306,9 +305,9 @@ def _adapt(layer: Any, given: Array, product: Array) -> None:
                 product += scaling * _array(up["bias"])
 
 
-def _as_table(weight: Tensor) -> npt.NDArray[Any]:
-    held = weight.detach().contiguous()
-    return bits_of(held if held.dtype in (torch.float32, torch.bfloat16) else held.float())
+def _as_table(weight: Tensor) -> Array:
+    table: Array = weight.detach().float().contiguous().numpy()
+    return table
 
 
 def _dtype(part: Any) -> torch.dtype:
@@ -337,8 +336,7 @@ def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
 _read = numba.types.Array(numba.float32, 1, "C", readonly=True)
 _table = numba.types.Array(numba.float32, 2, "C", readonly=True)
 _rows = numba.float32[:, ::1]
-_adapters = tuple(numba.types.Array(kind, 2, "C", readonly=True) for kind in (numba.float32, numba.int16))
-_stored = (numba.float32[:, :, :, ::1], numba.int16[:, :, :, ::1])
+_stored = {torch.float32: numba.float32[:, :, :, ::1], torch.bfloat16: numba.int16[:, :, :, ::1]}
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -406,7 +404,7 @@ def _gated(gate: Any, up: Any) -> None:
 
 
 def _adapted(x: Any, down: Any, up: Any, scaling: Any, product: Any) -> None:
-    """Adds what an adapter makes of ``x``: ``down`` is ``(rank, in)``, ``up`` ``(out, rank)``, each of either type."""
+    """Adds what an adapter makes of ``x``: ``down`` is ``(rank, in)``, ``up`` ``(out, rank)``."""
     num_rows, size = x.shape
     rank = down.shape[0]
     inner = np.empty(rank, np.float32)
@@ -414,12 +412,12 @@ def _adapted(x: Any, down: Any, up: Any, scaling: Any, product: Any) -> None:
         for place in range(rank):
             total = _ZERO
             for k in range(size):
-                total += x[row, k] * _read_number(down[place, k])
+                total += x[row, k] * down[place, k]
             inner[place] = total * scaling
         for k in range(up.shape[0]):
             total = _ZERO
             for place in range(rank):
-                total += inner[place] * _read_number(up[k, place])
+                total += inner[place] * up[k, place]
             product[row, k] += total
 
 
@@ -520,19 +518,19 @@ def _attended(
 
 
 _turned = compiled(_turned)
-_normed = compiled(_normed, [numba.void(_rows, _read, numba.float32, _rows)])
-_centred = compiled(_centred, [numba.void(_rows, _read, _read, numba.float32, _rows)])
-_gated = compiled(_gated, [numba.void(_rows, _rows)])
-_adapted = compiled(
-    _adapted, [numba.void(_rows, down, up, numba.float32, _rows) for down in _adapters for up in _adapters]
-)
-_attended = compiled(
-    _attended,
-    [
+_normed = compiled(_normed, numba.void(_rows, _read, numba.float32, _rows))
+_centred = compiled(_centred, numba.void(_rows, _read, _read, numba.float32, _rows))
+_gated = compiled(_gated, numba.void(_rows, _rows))
+_adapted = compiled(_adapted, numba.void(_rows, _table, _table, numba.float32, _rows))
+_attend = {
+    dtype: compiled(
+        _attended,
         numba.void(
             *(_rows, _rows, _rows, _read, _read, numba.float32, _table, _table, stored, stored),
             *(numba.int64[::1], numba.int64, numba.int64, numba.float32),
-        )
-        for stored in _stored
-    ],
-)
+        ),
+        variant=f"_{stored.dtype}",
+    )
+    for dtype, stored in _stored.items()
+}
+"""By what keys and values are stored in."""

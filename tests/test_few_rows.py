@@ -1,5 +1,8 @@
 """Products of few rows with plain weights, against torch's own."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -156,7 +159,25 @@ def test_where_nothing_can_be_kept_on_disk_loops_are_compiled_all_the_same(monke
     torch.testing.assert_close(few_rows.multiply(x, weight, None), x @ weight.T)
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.slow
+def test_whatever_is_kept_on_disk_has_a_list_of_its_own(tmp_path):
+    # Two processes that compile at once would overwrite each other's entries in one list.
+    compiling = """
+import torch
+from fedpt_flwr import few_rows, few_tokens
+for num_rows, dtype, num_threads in CASES:
+    torch.set_num_threads(num_threads)
+    few_rows.multiply(torch.randn(num_rows, 20).to(dtype), torch.randn(4, 20).to(dtype), None)
+"""
+    of_each = "(1, torch.float32, 1), (2, torch.float32, 1), (2, torch.bfloat16, 1), (16, torch.float32, 1)"
+    for capability, cases in ({}, of_each), ({}, "(2, torch.float32, 2),"), ({"ATEN_CPU_CAPABILITY": "avx2"}, of_each):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "2"} | capability
+        subprocess.run([sys.executable, "-c", compiling.replace("CASES", cases)], env=environment, check=True)
+    lists, codes = (sorted(tmp_path.rglob(f"*.{ending}")) for ending in ("nbi", "nbc"))
+    assert len(lists) == len(codes) > 12
+    assert sum("in_threads" in name.name for name in lists) >= 1
+
+
 def test_without_threads_that_are_safe_there_are_none(monkeypatch):
     def refuse(number):
         raise ValueError("No threading layer could be loaded.")
