@@ -150,6 +150,9 @@ def _is_llama(base: Any) -> bool:
 
 def _llama(base: Any) -> Build:
     body, config = base.model, base.config
+    # Read once: transformers' configurations are slow to ask, and blocks are made for every pass.
+    activation_name, num_heads = config.hidden_act, config.num_attention_heads
+    num_key_heads = config.num_key_value_heads
 
     def block(layer: Any) -> Block:
         attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
@@ -165,11 +168,11 @@ def _llama(base: Any) -> Build:
             gate=of_mlp["gate_proj"],
             up=of_mlp["up_proj"],
             activation=of_mlp["act_fn"],
-            activation_name=config.hidden_act,
+            activation_name=activation_name,
             down=of_mlp["down_proj"],
             is_parallel=False,
-            num_heads=config.num_attention_heads,
-            num_key_heads=config.num_key_value_heads,
+            num_heads=num_heads,
+            num_key_heads=num_key_heads,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
         )
@@ -208,7 +211,7 @@ def _is_gpt2(base: Any) -> bool:
 
 
 def _gpt2(base: Any) -> Build:
-    body = base.transformer
+    body, activation_name = base.transformer, base.config.activation_function
 
     def block(layer: Any) -> Block:
         parts = layer._modules
@@ -224,7 +227,7 @@ def _gpt2(base: Any) -> Build:
             gate=None,
             up=mlp._modules["c_fc"],
             activation=mlp._modules["act"],
-            activation_name=base.config.activation_function,
+            activation_name=activation_name,
             down=mlp._modules["c_proj"],
             is_parallel=False,
             num_heads=attention.num_heads,
@@ -274,7 +277,8 @@ def _is_neox(base: Any) -> bool:
 
 
 def _neox(base: Any) -> Build:
-    body, config = base.gpt_neox, base.config
+    body = base.gpt_neox
+    activation_name, num_heads = base.config.hidden_act, base.config.num_attention_heads
 
     def block(layer: Any) -> Block:
         parts = layer._modules
@@ -290,11 +294,11 @@ def _neox(base: Any) -> Build:
             gate=None,
             up=mlp._modules["dense_h_to_4h"],
             activation=mlp._modules["act"],
-            activation_name=config.hidden_act,
+            activation_name=activation_name,
             down=mlp._modules["dense_4h_to_h"],
             is_parallel=layer.use_parallel_residual,
-            num_heads=config.num_attention_heads,
-            num_key_heads=config.num_attention_heads,
+            num_heads=num_heads,
+            num_key_heads=num_heads,
             head_dim=attention.head_size,
             scaling=attention.scaling,
         )

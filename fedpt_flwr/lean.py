@@ -122,6 +122,12 @@ class LeanStepper(Stepper):
             return _scores(self.build.head(), x)
 
     @property
+    def device(self) -> torch.device:
+        """See :attr:`fedpt_flwr.ragged.Stepper.device`; a model of such a build is on one, and its norm says which."""
+        norm: Any = self.build.norm
+        return torch.device(norm.weight.device)
+
+    @property
     def is_current(self) -> bool:
         """See :attr:`fedpt_flwr.ragged.Stepper.is_current`."""
         return build_of(self.model) is not None
