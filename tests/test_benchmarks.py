@@ -197,13 +197,15 @@ def test_a_quick_run_writes_every_figure_and_no_row_differs(tmp_path):
     assert set(found) == {"machine", "options", "goals", "skipped", "results"}
     assert set(found["results"]) == {"llama", "gpt2"}
     llama, gpt2 = (found["results"][family]["float32"] for family in ("llama", "gpt2"))
-    assert set(llama) == {"batch1", "middle", "never", "batch8", "batch32", "memory"}
-    assert set(gpt2) == {"batch1", "middle", "never", "batch8"}
+    assert set(llama) == {"batch1", "middle", "never", "adapter", "batch8", "batch32", "memory"}
+    assert set(gpt2) == {"batch1", "middle", "never", "adapter", "batch8"}
     assert set(llama["memory"]) == {"large", "three models", "proxy", "LoRA pair", "small_weights"}
     drafts = {f"draft {length}" for length in (1, 2, 3, 4, 6)}
     alone = {"stock", "stock, prepared", "own plain"}
     unprepared = {"three-forward, unprepared", "adaptive, unprepared"}
-    assert set(llama["batch1"]["methods"]) == {"reference", "three-forward", "adaptive"} | drafts | alone | unprepared
+    for name in ("batch1", "adapter"):
+        methods = {"reference", "three-forward", "adaptive"} | drafts | alone | unprepared
+        assert set(llama[name]["methods"]) == methods
     for seen in [*(llama[name] for name in llama if name != "memory"), *gpt2.values()]:
         assert {"agreement", "drafting", "bandwidth_bytes_per_s", "batch", "prompt_tokens", "new_tokens"} <= set(seen)
         for name, method in seen["methods"].items():
