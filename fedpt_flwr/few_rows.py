@@ -302,7 +302,7 @@ def _before_line(_context: Any, array: Any) -> Any:
 
 def _num_weights(num_rows: int) -> int:
     """Rows of the weight at once: each takes a register for every row of x and one for itself, x another one."""
-    most = 4 if num_rows <= 4 else 3
+    most = 4 if num_rows <= 4 else 3  # of more rows that are read at once the processor guesses fewer
     return max(2, min(most, (_REGISTERS - 1) // (num_rows + 1)))  # one alone is slower than two that lack registers
 
 

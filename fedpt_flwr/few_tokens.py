@@ -2,7 +2,7 @@
 
 A decoding step reads every weight once, and between two weights there is next to nothing to compute. torch takes some
 twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights. Here
-they are four loops beside the products.
+they are four loops beside the products, and one more behind those that have an adapter.
 
 Only on a processor where weights stay plain (``packing.py``), and only models of a build that is known (``builds.py``).
 Which tokens and which rows, and what comes before and after the layers, is decided in ``lean.py``. A model of bfloat16
