@@ -30,16 +30,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 Array = npt.NDArray[np.float32]
-
-MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
-"""More rows are left to torch, whose libraries are made for that."""
 
 MANY_ROWS = 16
 """From so many on, each lane is a row."""
@@ -48,9 +45,19 @@ _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
 
 _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
+binding.initialize_native_asmparser()
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-_LANES = 16 if _HAS_AVX512 else 8
+LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
+
+_HAS_PAIRS = _HAS_AVX512 and bool(binding.get_host_cpu_features().get("avx512bf16"))
+"""Whether the processor multiplies pairs of bfloat16 and adds both products to a float32."""
+
+_HAS_TILES = bool(binding.get_host_cpu_features().get("amx-bf16"))
+"""Whether the processor multiplies whole tiles of bfloat16, for which torch's libraries have loops."""
+
+MOST_ROWS = {torch.float32: 64, torch.bfloat16: 64 if _HAS_PAIRS and not _HAS_TILES else 8}
+"""More rows are left to torch, whose libraries are made for that."""
 
 _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
@@ -91,10 +98,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     num_out, num_in = weight.shape
     num_rows = x.numel() // num_in if num_in else 0
-    if not 1 <= num_rows <= MOST_ROWS.get(x.dtype, 0) or x.shape[-1] != num_in or x.dtype != weight.dtype:
+    most_rows = MOST_ROWS.get(x.dtype, 0)
+    if x.dtype == torch.bfloat16 and num_in % 2:  # many rows are multiplied pair by pair
+        most_rows = min(most_rows, MANY_ROWS - 1)
+    if not 1 <= num_rows <= most_rows or x.shape[-1] != num_in or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    rows = x.reshape(num_rows, num_in).float()
-    product = _lane_by_row(rows, weight) if num_rows >= MANY_ROWS else _row_by_row(rows.contiguous(), weight)
+    rows = x.reshape(num_rows, num_in)
+    product = _lane_by_row(rows, weight) if num_rows >= MANY_ROWS else _row_by_row(rows, weight)
     if bias is not None:
         product += bias
     return product.to(x.dtype).view(*x.shape[:-1], num_out)
@@ -102,19 +112,23 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
     product = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-    loop_for(weight.dtype, len(x))(bits_of(weight), x.numpy(), product.numpy())
+    loop_for(weight.dtype, len(x))(bits_of(weight), x.float().contiguous().numpy(), product.numpy())
     return product
 
 
 def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:
+        x = x.contiguous().view(torch.float32)  # pairs, which are moved as if they were one
     num_rows, num_in = x.shape
-    num_lanes = -(-num_rows // _LANES) * _LANES
+    num_lanes = -(-num_rows // LANES) * LANES
     turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
     found = torch.empty(num_rows, len(weight), dtype=torch.float32, device="cpu")
     turn = _turner()
     turn(x.contiguous().numpy(), turned.numpy(), num_rows, num_in)
     turned[:, num_rows:] = 0
-    _many_rows(torch.get_num_threads() > 1)(bits_of(weight), turned.numpy(), product.numpy())
+    _many_rows(_dtype_of_bits(weight.dtype), torch.get_num_threads() > 1)(
+        bits_of(weight), turned.numpy(), product.numpy()
+    )
     turn(product.numpy(), found.numpy(), len(weight), num_rows)
     return found
 
@@ -147,9 +161,13 @@ def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], A
         input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
     """
     kernel: Callable[[npt.NDArray[Any], Array, Array], None] = _kernel(
-        "int16" if dtype == torch.bfloat16 else "float32", num_rows, torch.get_num_threads() > 1
+        _dtype_of_bits(dtype), num_rows, torch.get_num_threads() > 1
     )
     return kernel
+
+
+def _dtype_of_bits(dtype: torch.dtype) -> str:
+    return "int16" if dtype == torch.bfloat16 else "float32"
 
 
 def bits_of(held: Tensor) -> npt.NDArray[Any]:
@@ -173,7 +191,7 @@ def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: 
     twin = FunctionType(loop.__code__, loop.__globals__, loop.__name__, loop.__defaults__, loop.__closure__)
     twin.__module__, twin.__qualname__ = loop.__module__, loop.__qualname__ + variant
     signatures = None if signature is None else [signature]
-    options |= {"fastmath": _FLAGS, "nogil": True}
+    options |= {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signatures, cache=True, **options)(twin)
     except RuntimeError:  # neither beside this file nor in the user's cache
@@ -187,9 +205,9 @@ def _kernel(dtype: str, num_rows: int, in_threads: bool) -> Any:
 
 
 @cache
-def _many_rows(in_threads: bool) -> Any:
-    """The compiled loop for many rows and weights of float32; in as many threads as torch."""
-    return _in_threads(_loop_of_tiles(), "float32", np.zeros((1, _LANES), np.float32), in_threads)
+def _many_rows(dtype: str, in_threads: bool) -> Any:
+    """The compiled loop for many rows and weights of a dtype; in as many threads as torch."""
+    return _in_threads(_loop_of_tiles(), dtype, np.zeros((1, LANES), np.float32), in_threads)
 
 
 @cache
@@ -197,14 +215,14 @@ def _turner() -> Any:
     """The compiled loop that turns a matrix."""
     matrix, whole = types.Array(types.float32, 2, "C", readonly=True), types.int64
     signature = types.void(matrix, types.float32[:, ::1], whole, whole)
-    return compiled(_loop_of_squares(), signature, variant=f"_{_LANES}")
+    return compiled(_loop_of_squares(), signature, variant=f"_{LANES}")
 
 
 def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     """A loop compiled for weights of a dtype, if wanted and possible for several threads; an input to try it with."""
     weights, matrix = (types.Array(kind, 2, "C", readonly=True) for kind in (getattr(types, dtype), types.float32))
     signature = types.void(weights, matrix, types.float32[:, ::1])
-    variant = f"_{len(example)}_{dtype}_{_LANES}{'_in_threads' if in_threads else ''}"
+    variant = f"_{len(example)}_{dtype}_{LANES}{'_in_threads' if in_threads else ''}"
     kernel = compiled(loop, signature, variant=variant, parallel=in_threads)
     if not in_threads:
         return kernel
@@ -232,32 +250,35 @@ def _loop(num_rows: int, dtype: str) -> Any:
     """
     of_group = min(num_rows, _GROUP)
     of_rest = num_rows - of_group
-    lanes, in_block, at_once = _LANES, _IN_BLOCK, _num_weights(of_group)
+    lanes, in_block, at_once = LANES, _IN_BLOCK, _num_weights(of_group)
+    are_pairs = _HAS_PAIRS and dtype == "int16"
+    wide, packed_as = (2 * lanes, np.int16) if are_pairs else (lanes, np.float32)
     # What is narrow has to be widened: from fewer rows on, that takes longer than reading it, and reading x does not.
-    is_narrow, are_few = dtype == "int16", num_rows <= 2
-    most_alone = 4 if not is_narrow else 2 if lanes == 16 else 0  # a sum waits for itself, the longer the fewer lanes
+    is_widened, are_few = dtype == "int16" and not are_pairs, num_rows <= 2
+    most_alone = 6 if are_pairs else 4 if not is_widened else 2 if lanes == 16 else 0  # a sum waits for itself
     piece, longer = _SHORT, _SHORT * 3 // 2
-    short = -1 if num_rows > most_alone else longer if are_few else piece
-    most_whole = longer if is_narrow else piece
+    alone = (2 if are_pairs else 1) * (longer if are_few else piece)
+    short = alone if num_rows <= most_alone else -1
+    most_whole = longer if is_widened or are_pairs else piece
 
     def loop(weight: Any, x: Any, product: Any) -> None:
-        num_out, whole = weight.shape[0], x.shape[1] // lanes * lanes
-        packed = np.empty(num_rows * whole + lanes, np.float32)
+        num_out, whole = weight.shape[0], x.shape[1] // wide * wide
+        packed, none = np.empty(num_rows * whole + 2 * lanes, packed_as), np.empty(0, np.float32)
         packed = packed[_before_line(packed) :]
-        _pack(x, 0, of_group, whole, packed)
-        _pack(x, of_group, of_rest, whole, packed)
+        _pack(x, 0, of_group, whole, wide, packed)
+        _pack(x, of_group, of_rest, whole, wide, packed)
         if x.size <= short:
             for i in prange(num_out):
-                _dots(weight, i, x, 0, packed, product, 0, whole, packed, 0, of_group, 1)
+                _dots(weight, i, x, 0, packed, product, 0, whole, none, 0, of_group, 1)
             return
         size = whole
         if not are_few and whole * of_group > most_whole:  # of one or two, little is read beside the weight
-            size = -(-whole // (-(-whole * of_group // piece) * lanes)) * lanes
+            size = -(-whole // (-(-whole * of_group // piece) * wide)) * wide
         most_at_once = in_block * at_once
         for block in prange(-(-num_out // most_at_once)):
             first, last = block * most_at_once, min((block + 1) * most_at_once, num_out)
             end = last - (last - first) % at_once
-            sums = np.empty((last - first) * num_rows * lanes, np.float32) if size < whole else packed
+            sums = np.empty((last - first) * num_rows * lanes, np.float32) if size < whole else none
             for start in range(0, max(1, whole), max(1, size)):
                 stop, place = min(start + size, whole), 0
                 for i in range(first, end, at_once):
@@ -278,14 +299,14 @@ def _loop(num_rows: int, dtype: str) -> Any:
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def _pack(x: Any, first: int, num_rows: int, whole: int, packed: Any) -> None:
-    """Copies some rows: the first lanes of each, then the next ones of each, and so on."""
+def _pack(x: Any, first: int, num_rows: int, whole: int, wide: int, packed: Any) -> None:
+    """Copies some rows: the first numbers of each, as many as are taken at once, then the next ones, and so on."""
     place = first * whole
-    for k in range(0, whole, _LANES):
+    for k in range(0, whole, wide):
         for row in range(first, first + num_rows):
-            for lane in range(_LANES):
-                packed[place + lane] = x[row, k + lane]
-            place += _LANES
+            for at in range(wide):
+                packed[place + at] = as_stored(x[row, k + at], packed[place + at])
+            place += wide
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -294,8 +315,9 @@ def _before_line(_context: Any, array: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         held = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.ptrtoint(held.data, ir.IntType(64))
-        return builder.lshr(builder.and_(builder.neg(address), ir.IntType(64)(63)), ir.IntType(64)(2))
+        size = ir.IntType(64)
+        before = builder.and_(builder.neg(builder.ptrtoint(held.data, size)), size(63))
+        return builder.udiv(before, held.itemsize)
 
     return types.int64(array), emit
 
@@ -340,6 +362,23 @@ def widened(builder: Any, bits: Any) -> Any:
     return builder.bitcast(upper, number)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def as_stored(_context: Any, number: Any, like: Any) -> Any:
+    """A float32 as it is stored beside another number: as it is, or rounded to the nearest bfloat16, ties to even."""
+
+    def emit(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        value, whole = arguments[0], ir.IntType(32)
+        if like == types.float32:
+            return value
+        bits = builder.bitcast(value, whole)
+        is_odd = builder.and_(builder.lshr(bits, whole(16)), whole(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, whole(0x7FFF)), is_odd), whole(16))
+        is_nan = builder.fcmp_unordered("uno", value, value)  # rounding could make it infinite, or 0
+        return builder.trunc(builder.select(is_nan, whole(0x7FC0), rounded), ir.IntType(16))
+
+    return like(number, like), emit
+
+
 def _prefetch(builder: Any, address: Any) -> None:
     """Ask for what lies there, if anything does."""
     byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -358,10 +397,28 @@ def _in_order(builder: Any) -> None:
     builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
+def _dots_of_pairs(builder: Any, sums: Any, one: Any, other: Any) -> Any:
+    """Adds to each lane of float32 the products of two pairs of bfloat16, which lie in a lane of each factor."""
+    kind = ir.FunctionType(sums.type, [sums.type, one.type, other.type])
+    return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, one, other], side_effect=False)
+
+
+def _dots_with_one_pair(builder: Any, sums: Any, pairs: Any, address: Any) -> Any:
+    """The same with the one pair that lies at an address, which the processor spreads over all lanes as it reads it.
+
+    Spread by an instruction before it, for each pair another one, there are too few of those.
+    """
+    kind = ir.FunctionType(sums.type, [sums.type, pairs.type, address.type])
+    return builder.asm(kind, "vdpbf16ps ($3){1to16}, $2, $0", "=v,0,v,r", [sums, pairs, address], side_effect=False)
+
+
 def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_rows: int, num_weights: int) -> Any:
     """The instructions of :func:`_dots`: sums of lanes, kept in registers, over the length of the rows."""
-    number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
+    number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
     short = ir.IntType(16)
+    is_narrow = signature.args[0].dtype == types.int16
+    pairs = ir.VectorType(ir.IntType(32), LANES) if is_narrow and _HAS_PAIRS else None
+    wide = LANES if pairs is None else 2 * LANES
     weight, x, packed, product, kept = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4, 5, 8)
     )
@@ -374,7 +431,7 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
     places = [builder.add(i, size(place)) for place in range(num_weights)]
     at_rows = [builder.add(first_row, size(row)) for row in range(num_rows)]
     rows = [builder.gep(x.data, [builder.mul(length, row)]) for row in at_rows]
-    whole = builder.and_(length, size(-_LANES))
+    whole = builder.and_(length, size(-wide))
     rows_in_lanes = builder.gep(packed.data, [builder.mul(whole, first_row)])
     weights = [builder.gep(weight.data, [builder.mul(length, place)]) for place in places]
 
@@ -386,12 +443,21 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
         return builder.load(address, align=num_bytes)  # of one number: rows may have any length
 
     def load_weight(begin: Any, k: Any, kind: Any) -> Any:
-        if signature.args[0].dtype != types.int16:
+        if not is_narrow:
             return load(begin, k, kind)
-        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, _LANES), 2))
+        return widened(builder, load(begin, k, short if kind is number else ir.VectorType(short, LANES), 2))
+
+    def add_pairs(k: Any) -> None:
+        loaded = [load(begin, k, pairs, 2) for begin in weights]
+        in_lanes = builder.mul(k, size(num_rows))
+        for row, sums in enumerate(all_sums):
+            _in_order(builder)
+            value = load(rows_in_lanes, builder.add(in_lanes, size(row * wide)), pairs, 2)
+            for held, factor in zip(sums, loaded, strict=True):
+                builder.store(_dots_of_pairs(builder, builder.load(held), value, factor), held)
 
     def add(sums: Any, k: Any, kind: Any) -> None:
-        fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{_LANES}f32", kind, kind, kind, kind)
+        fma = function("llvm.fma.f32" if kind is number else f"llvm.fma.v{LANES}f32", kind, kind, kind, kind)
         loaded = [load_weight(begin, k, kind) for begin in weights]
         in_lanes = builder.mul(k, size(num_rows))
         for row, begin in enumerate(rows):
@@ -399,7 +465,7 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
             if kind is number:
                 value = load(begin, k, kind)
             else:
-                value = load(rows_in_lanes, builder.add(in_lanes, size(row * _LANES)), kind)
+                value = load(rows_in_lanes, builder.add(in_lanes, size(row * LANES)), kind)
             for held, factor in zip(sums[row], loaded, strict=True):
                 builder.store(builder.call(fma, [factor, value, builder.load(held)]), held)
 
@@ -410,19 +476,22 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
         return made
 
     def where_kept(number_of_sum: int) -> Any:
-        at = builder.mul(builder.add(first_kept, size(number_of_sum)), size(_LANES))
+        at = builder.mul(builder.add(first_kept, size(number_of_sum)), size(LANES))
         return builder.bitcast(builder.gep(kept.data, [at]), lanes.as_pointer())
 
-    in_lanes = zeros(lanes)
-    all_in_lanes = [held for of_row in in_lanes for held in of_row]
+    all_sums = zeros(lanes)
+    all_in_lanes = [held for of_row in all_sums for held in of_row]
     with builder.if_then(builder.icmp_signed(">", start, size(0))):
         for number_of_sum, held in enumerate(all_in_lanes):
             builder.store(builder.load(where_kept(number_of_sum), align=4), held)
     later = builder.mul(length, size(2 * num_weights))  # the processor guesses within a row only
-    with cgutils.for_range_slice(builder, start, stop, size(_LANES), size) as (k, _):
+    with cgutils.for_range_slice(builder, start, stop, size(wide), size) as (k, _):
         for begin in weights:
             _prefetch(builder, builder.gep(begin, [builder.add(k, later)]))
-        add(in_lanes, k, lanes)
+        if pairs is None:
+            add(all_sums, k, lanes)
+        else:
+            add_pairs(k)
     with builder.if_else(builder.icmp_signed("<", stop, whole)) as (is_not_over, is_over):
         with is_not_over:
             for number_of_sum, held in enumerate(all_in_lanes):
@@ -431,8 +500,8 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
             behind = zeros(number)
             with cgutils.for_range_slice(builder, whole, length, size(1), size) as (k, _):
                 add(behind, k, number)
-            add_up = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", number, number, lanes)
-            for row, sums, rests in zip(at_rows, in_lanes, behind, strict=True):
+            add_up = function(f"llvm.vector.reduce.fadd.v{LANES}f32", number, number, lanes)
+            for row, sums, rests in zip(at_rows, all_sums, behind, strict=True):
                 for held, rest, place in zip(sums, rests, places, strict=True):
                     total = builder.call(add_up, [builder.load(rest), builder.load(held)], fastmath=("reassoc",))
                     builder.store(total, builder.gep(product.data, [builder.add(builder.mul(width, row), place)]))
@@ -449,16 +518,16 @@ def _loop_of_tiles() -> Any:
     kept, and torch can be told to do without instructions that the processor has.
     """
     num_vectors, num_weights = _TILE
-    lanes, at_most = _LANES, _AT_MOST
+    lanes, at_most = LANES, _AT_MOST
     num_rows = num_vectors * lanes
 
     def loop(weight: Any, x: Any, product: Any) -> None:
         """Writes to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
-        num_out, num_columns = weight.shape[0], x.shape[1]
+        num_out, (depth, num_columns) = weight.shape[0], x.shape
         num_tiles = num_columns // num_rows
         begin = num_tiles * num_rows
         num_blocks = num_out // num_weights
-        for start in range(0, weight.shape[1], at_most):
+        for start in range(0, depth, at_most):
             for block in prange(num_blocks):
                 i = block * num_weights
                 for tile in range(num_tiles):
@@ -501,7 +570,9 @@ def _emit_sums(
     context: Any, builder: Any, signature: Any, arguments: Any, *, num_vectors: int, num_weights: int
 ) -> Any:
     """The instructions of :func:`_sums`: one number of the weight in all lanes times a row's number in each."""
-    whole, lanes = ir.IntType(32), ir.VectorType(ir.FloatType(), _LANES)
+    whole, lanes = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+    are_pairs = signature.args[0].dtype == types.int16
+    of_factors = ir.VectorType(whole, LANES) if are_pairs else lanes
     weight, x, product = (
         context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2, 4)
     )
@@ -509,27 +580,33 @@ def _emit_sums(
     asked_from, asked_to = (
         context.cast(builder, arguments[place], signature.args[place], types.int64) for place in (6, 7)
     )
-    _, length = cgutils.unpack_tuple(builder, weight.shape)
-    _, width = cgutils.unpack_tuple(builder, x.shape)
+    length, width = cgutils.unpack_tuple(builder, x.shape)
     size = length.type
     places = [builder.add(i, size(place)) for place in range(num_weights)]
-    weights = [builder.gep(weight.data, [builder.mul(length, place)]) for place in places]
+    begin = builder.bitcast(weight.data, of_factors.element.as_pointer())
+    weights = [builder.gep(begin, [builder.mul(length, place)]) for place in places]
     first = builder.gep(x.data, [column])
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{_LANES}f32")
-    undefined, everywhere = ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(whole, _LANES), None)
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{LANES}f32")
+    undefined, everywhere = ir.Constant(of_factors, ir.Undefined), ir.Constant(ir.VectorType(whole, LANES), None)
     sums = [[cgutils.alloca_once(builder, lanes) for _ in range(num_vectors)] for _ in places]
 
-    def vector(begin: Any, number: int) -> Any:
-        return builder.bitcast(builder.gep(begin, [size(number * _LANES)]), lanes.as_pointer())
+    def vector(begin: Any, number: int, kind: Any = lanes) -> Any:
+        return builder.bitcast(builder.gep(begin, [size(number * LANES)]), kind.as_pointer())
 
     def step(k: Any) -> None:
         begin = builder.gep(first, [builder.mul(k, width)])
-        values = [builder.load(vector(begin, number), align=4) for number in range(num_vectors)]
+        values = [builder.load(vector(begin, number, of_factors), align=4) for number in range(num_vectors)]
         for row, held in zip(weights, sums, strict=True):
-            alone = builder.insert_element(undefined, builder.load(builder.gep(row, [k])), whole(0))
+            address = builder.gep(row, [k])
+            if are_pairs and num_vectors == 1:
+                builder.store(_dots_with_one_pair(builder, builder.load(held[0]), values[0], address), held[0])
+                continue
+            alone = builder.insert_element(undefined, builder.load(address, align=2 if are_pairs else 4), whole(0))
             factor = builder.shuffle_vector(alone, undefined, everywhere)
-            for value, total in zip(values, held, strict=True):
-                builder.store(builder.call(fma, [factor, value, builder.load(total)]), total)
+            for value, place in zip(values, held, strict=True):
+                total = builder.load(place)
+                dots = _dots_of_pairs(builder, total, value, factor) if are_pairs else None
+                builder.store(dots or builder.call(fma, [factor, value, total]), place)
 
     behind_these = builder.gep(weights[0], [builder.mul(length, size(num_weights))])
     for total in (total for held in sums for total in held):
@@ -559,7 +636,7 @@ def _emit_sums(
 
 def _loop_of_squares() -> Any:
     """The loop that turns a matrix, square by square: torch does it number by number. Its sizes are its own, too."""
-    lanes = _LANES
+    lanes = LANES
 
     def loop(matrix: Any, turned: Any, num_rows: int, num_columns: int) -> None:
         """Writes the first rows and columns of ``matrix`` to the first columns and rows of ``turned``."""
@@ -585,24 +662,24 @@ def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> 
 
     First neighbours do, then pairs of them, and so on: lanes are numbered in binary, and each step is a digit.
     """
-    lanes, whole = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(32)
+    lanes, whole = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
     matrix, turned = (context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2))
     row, column = arguments[1], arguments[3]
 
     def places(array: Any, first_row: Any, first_column: Any) -> list[Any]:
         _, width = cgutils.unpack_tuple(builder, array.shape)
         begin = builder.gep(array.data, [builder.add(builder.mul(width, first_row), first_column)])
-        beginnings = [builder.gep(begin, [builder.mul(width, width.type(number))]) for number in range(_LANES)]
+        beginnings = [builder.gep(begin, [builder.mul(width, width.type(number))]) for number in range(LANES)]
         return [builder.bitcast(address, lanes.as_pointer()) for address in beginnings]
 
     held = [builder.load(address, align=4) for address in places(matrix, row, column)]
     digit = 1
-    while digit < _LANES:
+    while digit < LANES:
         # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
-        upper = [lane if not lane & digit else _LANES + lane - digit for lane in range(_LANES)]
-        lower = [lane + digit if not lane & digit else _LANES + lane for lane in range(_LANES)]
-        masks = [ir.Constant(ir.VectorType(whole, _LANES), chosen) for chosen in (upper, lower)]
-        for first in (number for number in range(_LANES) if not number & digit):
+        upper = [lane if not lane & digit else LANES + lane - digit for lane in range(LANES)]
+        lower = [lane + digit if not lane & digit else LANES + lane for lane in range(LANES)]
+        masks = [ir.Constant(ir.VectorType(whole, LANES), chosen) for chosen in (upper, lower)]
+        for first in (number for number in range(LANES) if not number & digit):
             pair = held[first], held[first + digit]
             held[first], held[first + digit] = (builder.shuffle_vector(*pair, mask) for mask in masks)
         digit *= 2

@@ -20,12 +20,11 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
-from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block, is_plain_lora
-from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for, widened
+from fedpt_flwr.few_queries import attention_for, exponential
+from fedpt_flwr.few_rows import Array, bits_of, compiled, loop_for
 from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
@@ -146,7 +145,8 @@ class Layers:
             queries, keys, values = _split(block, [product(part, states) for part in layer.projections])
             stored = cache.layers[number]
             stored.hold(block.num_key_heads, block.head_dim, x)
-            _attend[stored.keys.dtype](
+            attend = attention_for(stored.keys.dtype, block.head_dim)
+            attend(
                 queries,
                 keys,
                 values,
@@ -336,34 +336,6 @@ def _split(block: Block, products: Sequence[Array]) -> Sequence[Array]:
 _read = numba.types.Array(numba.float32, 1, "C", readonly=True)
 _table = numba.types.Array(numba.float32, 2, "C", readonly=True)
 _rows = numba.float32[:, ::1]
-_stored = {torch.float32: numba.float32[:, :, :, ::1], torch.bfloat16: numba.int16[:, :, :, ::1]}
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _read_number(_context: Any, held: Any) -> Any:
-    """A number as float32: that it is, or that the bits of bfloat16 mean."""
-
-    def emit(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return arguments[0] if held == numba.float32 else widened(builder, arguments[0])
-
-    return numba.float32(held), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_stored(_context: Any, number: Any, like: Any) -> Any:
-    """A float32 as it is stored beside another number: as it is, or rounded to the nearest bfloat16, ties to even."""
-
-    def emit(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        value, whole = arguments[0], ir.IntType(32)
-        if like == numba.float32:
-            return value
-        bits = builder.bitcast(value, whole)
-        is_odd = builder.and_(builder.lshr(bits, whole(16)), whole(1))
-        rounded = builder.lshr(builder.add(builder.add(bits, whole(0x7FFF)), is_odd), whole(16))
-        is_nan = builder.fcmp_unordered("uno", value, value)  # rounding could make it infinite, or 0
-        return builder.trunc(builder.select(is_nan, whole(0x7FC0), rounded), ir.IntType(16))
-
-    return like(number, like), emit
 
 
 def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
@@ -400,7 +372,7 @@ def _gated(gate: Any, up: Any) -> None:
     for row in range(num_rows):
         for k in range(size):
             value = gate[row, k]
-            gate[row, k] = value / (_ONE + math.exp(-value)) * up[row, k]
+            gate[row, k] = value / (_ONE + exponential(-value)) * up[row, k]
 
 
 def _adapted(x: Any, down: Any, up: Any, scaling: Any, product: Any) -> None:
@@ -421,116 +393,7 @@ def _adapted(x: Any, down: Any, up: Any, scaling: Any, product: Any) -> None:
             product[row, k] += total
 
 
-def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
-    """One head of one token normed, if there is a weight, and rotated as far as there are angles, in place."""
-    begin, half = head * size, cos.shape[1]
-    if weight.shape[0]:
-        total = _ZERO
-        for k in range(size):
-            total += x[token, begin + k] * x[token, begin + k]
-        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
-        for k in range(size):
-            x[token, begin + k] *= factor * weight[k]
-    for k in range(half):
-        low, high = x[token, begin + k], x[token, begin + half + k]
-        x[token, begin + k] = low * cos[token, k] - high * sin[token, k]
-        x[token, begin + half + k] = high * cos[token, k] + low * sin[token, k]
-
-
-def _attended(
-    queries: Any,
-    keys: Any,
-    values: Any,
-    query_norm: Any,
-    key_norm: Any,
-    eps: Any,
-    cos: Any,
-    sin: Any,
-    all_keys: Any,
-    all_values: Any,
-    starts: Any,
-    num_new: int,
-    window: int,
-    scale: Any,
-) -> None:
-    """Attention of new tokens over those before them and themselves; the outcome takes the place of the queries.
-
-    Keys and values of the new tokens are written to ``all_keys`` and ``all_values``,
-    ``(rows, key heads, columns, head_dim)``, first. Heads that share keys read each of them together.
-    """
-    num_key_heads, size = all_keys.shape[1], all_keys.shape[3]
-    num_heads = queries.shape[1] // size
-    shared = num_heads // num_key_heads
-    num_tokens = starts.shape[0] * num_new
-    for token in range(num_tokens):
-        row, column = token // num_new, starts[token // num_new] + token % num_new
-        for head in range(num_heads):
-            _turned(queries, token, head, size, query_norm, eps, cos, sin)
-        for head in range(num_key_heads):
-            _turned(keys, token, head, size, key_norm, eps, cos, sin)
-            for k in range(size):
-                key, value = keys[token, head * size + k], values[token, head * size + k]
-                all_keys[row, head, column, k] = _as_stored(key, all_keys[row, head, column, k])
-                all_values[row, head, column, k] = _as_stored(value, all_values[row, head, column, k])
-    for row in range(starts.shape[0]):
-        start = starts[row]
-        end = start + num_new
-        begin = max(0, start - window + 1)
-        weights = np.empty((shared * num_new, end - begin), np.float32)
-        mixed = np.empty((shared * num_new, size), np.float32)
-        for key_head in range(num_key_heads):
-            for column in range(begin, end):
-                for head in range(shared):
-                    at = (key_head * shared + head) * size
-                    for new in range(num_new):
-                        total = _ZERO
-                        for k in range(size):
-                            key = _read_number(all_keys[row, key_head, column, k])
-                            total += queries[row * num_new + new, at + k] * key
-                        weights[head * num_new + new, column - begin] = total * scale
-            for place in range(shared * num_new):
-                last = start + place % num_new
-                oldest = max(begin, last - window + 1)
-                largest = weights[place, oldest - begin]
-                for column in range(oldest, last + 1):
-                    largest = max(largest, weights[place, column - begin])
-                total = _ZERO
-                for column in range(begin, end):
-                    if oldest <= column <= last:
-                        weights[place, column - begin] = math.exp(weights[place, column - begin] - largest)
-                        total += weights[place, column - begin]
-                    else:
-                        weights[place, column - begin] = _ZERO
-                for column in range(begin, end):
-                    weights[place, column - begin] /= total
-            mixed[:] = _ZERO
-            for column in range(begin, end):
-                for place in range(shared * num_new):
-                    weight = weights[place, column - begin]
-                    if weight == _ZERO:  # perhaps not to be seen, and 0 * NaN would be NaN
-                        continue
-                    for k in range(size):
-                        mixed[place, k] += weight * _read_number(all_values[row, key_head, column, k])
-            for place in range(shared * num_new):
-                token, at = row * num_new + place % num_new, (key_head * shared + place // num_new) * size
-                for k in range(size):
-                    queries[token, at + k] = mixed[place, k]
-
-
-_turned = compiled(_turned)
 _normed = compiled(_normed, numba.void(_rows, _read, numba.float32, _rows))
 _centred = compiled(_centred, numba.void(_rows, _read, _read, numba.float32, _rows))
 _gated = compiled(_gated, numba.void(_rows, _rows))
 _adapted = compiled(_adapted, numba.void(_rows, _table, _table, numba.float32, _rows))
-_attend = {
-    dtype: compiled(
-        _attended,
-        numba.void(
-            *(_rows, _rows, _rows, _read, _read, numba.float32, _table, _table, stored, stored),
-            *(numba.int64[::1], numba.int64, numba.int64, numba.float32),
-        ),
-        variant=f"_{stored.dtype}",
-    )
-    for dtype, stored in _stored.items()
-}
-"""By what keys and values are stored in."""

@@ -1,5 +1,6 @@
 """Products of few rows with plain weights, against torch's own."""
 
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_products_are_those_of_torch(num_rows, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("num_rows", [*range(1, 10), 17])
+@pytest.mark.parametrize("num_rows", [*range(1, 10), 15, 16, 17, 32, 33, 48, 64, 65])
 def test_products_of_bfloat16_are_rounded_once(num_rows, size):
     x, weight, bias = (part.bfloat16() for part in case(num_rows, size))
     for added in (bias, None):
@@ -64,6 +65,7 @@ def sums_of_bfloat16(x, weight):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_row_times_bfloat16_gives_the_same_bits_whatever_stands_beside_it(size):
     x, weight, _ = case(9, size)
+    x = x.bfloat16().float()  # else some processors round it
     together = sums_of_bfloat16(x, weight)
     torch.testing.assert_close(
         together.double(), F.linear(x.double(), weight.bfloat16().double()), atol=1e-4, rtol=1e-5
@@ -77,6 +79,17 @@ def test_a_row_times_bfloat16_gives_the_same_bits_whatever_stands_beside_it(size
 @pytest.mark.parametrize(("fewest", "most"), [(1, few_rows.MANY_ROWS - 1), (few_rows.MANY_ROWS, 64)])
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size):
     x, weight, bias = case(most, size)
+    together = few_rows.multiply(x, weight, bias)
+    for number in range(fewest, most):
+        assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
+        assert torch.equal(few_rows.multiply(x[-number:], weight, bias), together[-number:])
+
+
+@pytest.mark.skipif(few_rows.MOST_ROWS[torch.bfloat16] < 64, reason="this processor leaves many rows to torch")
+@pytest.mark.parametrize("size", [(130, 256), (5, 2050), (30, 2064)])
+@pytest.mark.parametrize(("fewest", "most"), [(9, few_rows.MANY_ROWS - 1), (few_rows.MANY_ROWS, 64)])
+def test_a_row_of_bfloat16_gives_the_same_bits_whatever_stands_beside_it(fewest, most, size):
+    x, weight, bias = (part.bfloat16() for part in case(most, size))
     together = few_rows.multiply(x, weight, bias)
     for number in range(fewest, most):
         assert torch.equal(few_rows.multiply(x[:number], weight, bias), together[:number])
@@ -129,6 +142,20 @@ def test_what_is_not_finite_stays_so(value, num_rows):
     x[1, 5] = value
     found = few_rows.multiply(x, weight, None).isfinite().all(-1)
     assert found.tolist() == [row != 1 for row in range(num_rows)]
+
+
+def test_numbers_are_stored_as_bfloat16_as_torch_does_it():
+    numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, 1e-40])])
+    numbers = torch.cat([numbers, torch.arange(0x3F800000, 0x3F830000, 0x4000, dtype=torch.int32).view(torch.float32)])
+
+    @few_rows.numba.njit
+    def store(values, held):
+        for place in range(len(values)):
+            held[place] = few_rows.as_stored(values[place], held[place])
+
+    held = torch.zeros(len(numbers), dtype=torch.int16)
+    store(numbers.numpy(), held.numpy())
+    torch.testing.assert_close(held.view(torch.bfloat16), numbers.bfloat16(), atol=0, rtol=0, equal_nan=True)
 
 
 def test_weights_that_nobody_may_write_to_are_read():

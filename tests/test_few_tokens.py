@@ -96,22 +96,6 @@ def test_bfloat16_is_rounded_no_more_than_by_torch(family, shapes, calls, monkey
     assert 0 < error(found) < 1.1 * error(by_torch)
 
 
-def test_numbers_are_stored_and_read_as_bfloat16_as_torch_does_it():
-    numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, 1e-40])])
-    numbers = torch.cat([numbers, torch.arange(0x3F800000, 0x3F830000, 0x4000, dtype=torch.int32).view(torch.float32)])
-
-    @few_tokens.numba.njit
-    def stored(values, held, back):
-        for place in range(len(values)):
-            held[place] = few_tokens._as_stored(values[place], held[place])
-            back[place] = few_tokens._read_number(held[place])
-
-    held, back = torch.zeros(len(numbers), dtype=torch.int16), torch.zeros(len(numbers))
-    stored(numbers.numpy(), held.numpy(), back.numpy())
-    torch.testing.assert_close(held.view(torch.bfloat16), numbers.bfloat16(), atol=0, rtol=0, equal_nan=True)
-    torch.testing.assert_close(back, numbers.bfloat16().float(), atol=0, rtol=0, equal_nan=True)
-
-
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(calls):
     model = make("qwen3")
     prepare(model)

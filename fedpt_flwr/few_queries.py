@@ -1,0 +1,326 @@
+"""Attention of a few tokens over the keys and values of a text, in loops that numba compiles.
+
+The queries of one token and head look at the columns that they may see, one query after the other: scores of as many
+columns at once as a register has lanes, then the softmax, then the mean of the values. What is read for one query stays
+in a cache for the next one that shares it. As in ``few_rows.py`` what is done with a block of columns is written as
+instructions of LLVM.
+
+Scores, sums and means are of float32; keys and values may be stored as bfloat16. What comes out for a query depends
+neither on how many others there are nor on what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fedpt_flwr.few_rows import LANES, as_stored, compiled, widened
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+_LOG2_E = np.float32(math.log2(math.e))
+_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+"""Of the first one so few digits that times a small whole number it is exact."""
+
+_LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
+"""Powers of e beyond these have no normal float32."""
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def exponential(x: Any) -> Any:
+    """e to the power of a float32, in arithmetic of which a compiler can do a vector at once.
+
+    Two to a whole number times a series for what is left, within 3 units of the last digit. Powers beyond those that
+    are normal numbers are taken for the nearest of these; NaN stays.
+    """
+    x = min(max(x, _LEAST), _MOST)
+    whole = np.float32(math.floor(x * _LOG2_E + np.float32(0.5)))
+    rest = x - whole * _LN_2_HIGH
+    rest = rest - whole * _LN_2_LOW
+    series = np.float32(1 / 5040)
+    series = series * rest + np.float32(1 / 720)
+    series = series * rest + np.float32(1 / 120)
+    series = series * rest + np.float32(1 / 24)
+    series = series * rest + np.float32(1 / 6)
+    series = series * rest + np.float32(1 / 2)
+    series = series * rest * rest + rest + _ONE
+    exponent = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    return series * np.int32(exponent).view(np.float32)
+
+
+@functools.cache
+def attention_for(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
+    """The compiled loop for keys and values of a dtype and heads of a size; see :func:`_loop`."""
+    stored = {torch.float32: types.float32, torch.bfloat16: types.int16}[dtype]
+    rows, cache = types.float32[:, ::1], stored[:, :, :, ::1]
+    read, table = (types.Array(types.float32, ndim, "C", readonly=True) for ndim in (1, 2))
+    whole = types.int64
+    signature = types.void(
+        *(rows, rows, rows, read, read, types.float32, table, table, cache, cache),
+        *(whole[::1], whole, whole, types.float32),
+    )
+    loop: Callable[..., None] = compiled(_loop(head_dim), signature, variant=f"_{head_dim}_{stored}_{LANES}")
+    return loop
+
+
+def _loop(head_dim: int) -> Any:
+    """The loop for heads of a size, which is its own, so that a compiler knows it."""
+    size, lanes = head_dim, math.gcd(head_dim, LANES)
+
+    def loop(
+        queries: Any,
+        keys: Any,
+        values: Any,
+        query_norm: Any,
+        key_norm: Any,
+        eps: Any,
+        cos: Any,
+        sin: Any,
+        all_keys: Any,
+        all_values: Any,
+        starts: Any,
+        num_new: int,
+        window: int,
+        scale: Any,
+    ) -> None:
+        """Attention of new tokens over those before them and themselves; the outcome takes the place of the queries.
+
+        Keys and values of the new tokens are written to ``all_keys`` and ``all_values``,
+        ``(rows, key heads, columns, head_dim)``, first.
+        """
+        num_key_heads = all_keys.shape[1]
+        num_heads = queries.shape[1] // size
+        shared = num_heads // num_key_heads
+        for token in range(starts.shape[0] * num_new):
+            row, column = token // num_new, starts[token // num_new] + token % num_new
+            for head in range(num_heads):
+                _turned(queries, token, head, size, query_norm, eps, cos, sin)
+            for head in range(num_key_heads):
+                _turned(keys, token, head, size, key_norm, eps, cos, sin)
+                for k in range(size):
+                    key, value = keys[token, head * size + k], values[token, head * size + k]
+                    all_keys[row, head, column, k] = as_stored(key, all_keys[row, head, column, k])
+                    all_values[row, head, column, k] = as_stored(value, all_values[row, head, column, k])
+        weights = np.empty(min(window, starts.max() + num_new), np.float32)
+        for row in range(starts.shape[0]):
+            for key_head in range(num_key_heads):
+                for token in range(row * num_new, (row + 1) * num_new):
+                    end = starts[row] + token % num_new + 1
+                    begin = max(0, end - window)
+                    for head in range(key_head * shared, (key_head + 1) * shared):
+                        at = head * size
+                        largest = _scores(
+                            queries, token, at, all_keys, row, key_head, begin, end, scale, weights, size, lanes
+                        )
+                        total = _ZERO
+                        for place in range(end - begin):
+                            weight = exponential(weights[place] - largest)
+                            weights[place] = weight
+                            total += weight
+                        factor = _ONE / total
+                        _mean(weights, all_values, row, key_head, begin, end, factor, queries, token, at, size, lanes)
+
+    return loop
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
+    """One head of one token normed, if there is a weight, and rotated as far as there are angles, in place."""
+    begin, half = head * size, cos.shape[1]
+    if weight.shape[0]:
+        total = _ZERO
+        for k in range(size):
+            total += x[token, begin + k] * x[token, begin + k]
+        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
+        for k in range(size):
+            x[token, begin + k] *= factor * weight[k]
+    for k in range(half):
+        low, high = x[token, begin + k], x[token, begin + half + k]
+        x[token, begin + k] = low * cos[token, k] - high * sin[token, k]
+        x[token, begin + half + k] = high * cos[token, k] + low * sin[token, k]
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _scores(
+    _context: Any,
+    queries: Any,
+    token: Any,
+    at: Any,
+    keys: Any,
+    row: Any,
+    head: Any,
+    begin: Any,
+    end: Any,
+    scale: Any,
+    scores: Any,
+    size: Any,
+    lanes: Any,
+) -> Any:
+    """Machine code that writes a query's scores of some columns, and gives the largest of them."""
+    taken = (queries, token, at, keys, row, head, begin, end, scale, scores, size, lanes)
+    return types.float32(*taken), functools.partial(_emit_scores, size=size.literal_value, lanes=lanes.literal_value)
+
+
+def _emit_scores(context: Any, builder: Any, signature: Any, arguments: Any, *, size: int, lanes: int) -> Any:
+    """The instructions of :func:`_scores`: dot products of as many columns as there are lanes.
+
+    There are as many sums as columns, each in the lanes of a register, and in the end one register with a sum in each
+    lane: two of them are added after every other lane, or pair of lanes, and so on, was exchanged.
+
+    The last columns are taken once more with those before them; fewer than there are lanes are taken one by one.
+    """
+    queries, keys, scores = (
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 3, 9)
+    )
+    token, at, row, head, begin, end = _wholes(context, builder, signature, arguments, (1, 2, 4, 5, 6, 7))
+    scale, whole, vector = arguments[8], ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
+    asked = builder.gep(queries.data, [builder.add(builder.mul(token, _last(builder, queries)), at)])
+    first_key = _of_head(builder, keys, row, head, size)
+    query = [_load(builder, asked, whole(place), lanes) for place in range(0, size, lanes)]
+
+    def dots(column: Any) -> Any:
+        key = builder.gep(first_key, [builder.mul(column, whole(size))])
+        total = ir.Constant(vector, None)
+        for number, part in enumerate(query):
+            total = _fma(builder, _load(builder, key, whole(number * lanes), lanes), part, total)
+        return total
+
+    def summed(column: Any, count: int) -> Any:
+        if count == 1:
+            return dots(column)
+        digit = count // 2
+        pair = summed(column, digit), summed(builder.add(column, whole(digit)), digit)
+        # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
+        upper = [lane if not lane & digit else lanes + lane - digit for lane in range(lanes)]
+        lower = [lane + digit if not lane & digit else lanes + lane for lane in range(lanes)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen) for chosen in (upper, lower)]
+        return builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks))
+
+    least = ir.Constant(ir.FloatType(), float("-inf"))
+    largest = cgutils.alloca_once_value(builder, least)
+    are_few = builder.icmp_signed("<", builder.sub(end, begin), whole(lanes))
+    with builder.if_else(are_few) as (few, many):
+        with few, cgutils.for_range_slice(builder, begin, end, whole(1), whole) as (column, _):
+            score = builder.fmul(_added_up(builder, dots(column)), scale)
+            builder.store(score, builder.gep(scores.data, [builder.sub(column, begin)]))
+            builder.store(_larger(builder, score, builder.load(largest)), largest)
+        with many:
+            largest_in_lanes = cgutils.alloca_once_value(builder, ir.Constant(vector, [least] * lanes))
+            latest = builder.sub(end, whole(lanes))
+            with cgutils.for_range_slice(builder, begin, end, whole(lanes), whole) as (column, _):
+                first = builder.select(builder.icmp_signed("<", column, latest), column, latest)
+                found = builder.fmul(summed(first, lanes), _in_all_lanes(builder, scale, lanes))
+                address = builder.gep(scores.data, [builder.sub(first, begin)])
+                builder.store(found, builder.bitcast(address, vector.as_pointer()), align=4)
+                builder.store(_larger(builder, found, builder.load(largest_in_lanes)), largest_in_lanes)
+            for lane in range(lanes):
+                one = builder.extract_element(builder.load(largest_in_lanes), ir.IntType(32)(lane))
+                builder.store(_larger(builder, one, builder.load(largest)), largest)
+    return builder.load(largest)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _mean(
+    _context: Any,
+    weights: Any,
+    values: Any,
+    row: Any,
+    head: Any,
+    begin: Any,
+    end: Any,
+    factor: Any,
+    out: Any,
+    token: Any,
+    at: Any,
+    size: Any,
+    lanes: Any,
+) -> Any:
+    """Machine code that adds up the values of some columns, each times its weight, and writes that times a factor."""
+    taken = (weights, values, row, head, begin, end, factor, out, token, at, size, lanes)
+    return types.void(*taken), functools.partial(_emit_mean, size=size.literal_value, lanes=lanes.literal_value)
+
+
+def _emit_mean(context: Any, builder: Any, signature: Any, arguments: Any, *, size: int, lanes: int) -> Any:
+    """The instructions of :func:`_mean`: a weight in all lanes times a value's numbers in each."""
+    weights, values, out = (
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 1, 7)
+    )
+    row, head, begin, end, token, at = _wholes(context, builder, signature, arguments, (2, 3, 4, 5, 8, 9))
+    whole, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
+    first_value = _of_head(builder, values, row, head, size)
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(0, size, lanes)]
+    for total in sums:  # it is made once for all queries
+        builder.store(ir.Constant(vector, None), total)
+    with cgutils.for_range_slice(builder, begin, end, whole(1), whole) as (column, _):
+        alone = builder.load(builder.gep(weights.data, [builder.sub(column, begin)]))
+        weight = _in_all_lanes(builder, alone, lanes)
+        value = builder.gep(first_value, [builder.mul(column, whole(size))])
+        for number, total in enumerate(sums):
+            part = _load(builder, value, whole(number * lanes), lanes)
+            builder.store(_fma(builder, part, weight, builder.load(total)), total)
+    written = builder.gep(out.data, [builder.add(builder.mul(token, _last(builder, out)), at)])
+    for number, total in enumerate(sums):
+        found = builder.fmul(builder.load(total), _in_all_lanes(builder, arguments[6], lanes))
+        address = builder.gep(written, [whole(number * lanes)])
+        builder.store(found, builder.bitcast(address, vector.as_pointer()), align=4)
+    return context.get_dummy_value()
+
+
+def _wholes(context: Any, builder: Any, signature: Any, arguments: Any, places: tuple[int, ...]) -> list[Any]:
+    return [context.cast(builder, arguments[place], signature.args[place], types.int64) for place in places]
+
+
+def _last(builder: Any, array: Any) -> Any:
+    """How long an array's last axis is."""
+    return cgutils.unpack_tuple(builder, array.shape)[-1]
+
+
+def _of_head(builder: Any, cache: Any, row: Any, head: Any, size: int) -> Any:
+    """Where a row's keys or values of a head begin."""
+    _, num_heads, num_columns, _ = cgutils.unpack_tuple(builder, cache.shape)
+    number = builder.mul(builder.add(builder.mul(row, num_heads), head), num_columns)
+    return builder.gep(cache.data, [builder.mul(number, number.type(size))])
+
+
+def _load(builder: Any, begin: Any, place: Any, lanes: int) -> Any:
+    """Some numbers as float32, which may be stored as bfloat16."""
+    kind = begin.type.pointee
+    address = builder.bitcast(builder.gep(begin, [place]), ir.VectorType(kind, lanes).as_pointer())
+    is_narrow = isinstance(kind, ir.IntType)
+    loaded = builder.load(address, align=2 if is_narrow else 4)
+    return widened(builder, loaded) if is_narrow else loaded
+
+
+def _fma(builder: Any, one: Any, other: Any, added: Any) -> Any:
+    kind = ir.FunctionType(added.type, [added.type] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{added.type.count}f32")
+    return builder.call(fma, [one, other, added])
+
+
+def _larger(builder: Any, one: Any, other: Any) -> Any:
+    """The larger one of two numbers or of each two lanes; what is no number is left to who sees it later."""
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+def _added_up(builder: Any, lanes: Any) -> Any:
+    number = ir.FloatType()
+    kind, name = ir.FunctionType(number, [number, lanes.type]), f"llvm.vector.reduce.fadd.v{lanes.type.count}f32"
+    add_up = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(add_up, [ir.Constant(number, 0.0), lanes], fastmath=("reassoc",))
+
+
+def _in_all_lanes(builder: Any, number: Any, lanes: int) -> Any:
+    kind = ir.VectorType(number.type, lanes)
+    alone = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
+    return builder.shuffle_vector(alone, ir.Constant(kind, ir.Undefined), everywhere)
