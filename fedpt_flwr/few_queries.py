@@ -38,7 +38,7 @@ _LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
 def exponential(x: Any) -> Any:
-    """e to the power of a float32, in arithmetic of which a compiler can do a vector at once.
+    """Euler's number to the power of a float32, in arithmetic of which a compiler can do a vector at once.
 
     Two to a whole number times a series for what is left, within 3 units of the last digit. Powers beyond those that
     are normal numbers are taken for the nearest of these; NaN stays.

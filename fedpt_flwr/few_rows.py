@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import zlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -126,9 +128,8 @@ def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     turn = _turner()
     turn(x.contiguous().numpy(), turned.numpy(), num_rows, num_in)
     turned[:, num_rows:] = 0
-    _many_rows(_dtype_of_bits(weight.dtype), torch.get_num_threads() > 1)(
-        bits_of(weight), turned.numpy(), product.numpy()
-    )
+    loop = _many_rows(_dtype_of_bits(weight.dtype), torch.get_num_threads() > 1)
+    _ready(loop)(bits_of(weight), turned.numpy(), product.numpy())
     turn(product.numpy(), found.numpy(), len(weight), num_rows)
     return found
 
@@ -158,12 +159,41 @@ def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], A
 
     Returns:
         A function of a weight ``(out_features, in_features)``, float32 or the bits of bfloat16 (:func:`bits_of`); the
-        input ``(rows, in_features)``; and the product ``(rows, out_features)``, which it writes.
+        input ``(rows, in_features)``, which some processors round to bfloat16 if weights are; and the product
+        ``(rows, out_features)``, which it writes. It is for the thread that asked, which has as many as torch has now.
     """
-    kernel: Callable[[npt.NDArray[Any], Array, Array], None] = _kernel(
-        _dtype_of_bits(dtype), num_rows, torch.get_num_threads() > 1
-    )
-    return kernel
+    loop: Callable[[npt.NDArray[Any], Array, Array], None]
+    loop = _ready(_kernel(_dtype_of_bits(dtype), num_rows, torch.get_num_threads() > 1))
+    return loop
+
+
+@cache
+def address_of(loop: Any) -> int:
+    """Where a compiled loop lies in memory, for other loops to call (:func:`call`).
+
+    It can be handed to them, too; but that takes longer than some of them.
+    """
+    (code,) = loop.overloads.values()
+    address: int = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+    return address
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(_context: Any, address: Any, arguments: Any) -> Any:
+    """Machine code that calls the loop at an address; it takes these arguments and returns nothing."""
+
+    def emit(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        kinds = tuple(arguments)
+        kind = context.call_conv.get_function_type(types.none, kinds)
+        loop = builder.inttoptr(given[0], kind.as_pointer())
+        status, _ = context.call_conv.call_function(
+            builder, loop, types.none, kinds, cgutils.unpack_tuple(builder, given[1])
+        )
+        with cgutils.if_unlikely(builder, status.is_error):  # there was no memory
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), emit
 
 
 def _dtype_of_bits(dtype: torch.dtype) -> str:
@@ -180,7 +210,8 @@ def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: 
     """A loop for machine code, kept on disk for the next process if there is a place where it may be written.
 
     What numba keeps of one name, for other types and enclosed values, is one list, which lacks the options; and of two
-    processes that write to it at once, one can be left with the other's code. So each variant has a name of its own.
+    processes that write to it at once, one can be left with the other's code. So each variant has a name of its own;
+    and each state of all files with loops, because of what a loop calls numba does not know whether it has changed.
 
     Args:
         loop: The function.
@@ -189,13 +220,19 @@ def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: 
         options: For ``numba.njit``.
     """
     twin = FunctionType(loop.__code__, loop.__globals__, loop.__name__, loop.__defaults__, loop.__closure__)
-    twin.__module__, twin.__qualname__ = loop.__module__, loop.__qualname__ + variant
+    twin.__module__, twin.__qualname__ = loop.__module__, f"{loop.__qualname__}{variant}_{_sources()}"
     signatures = None if signature is None else [signature]
     options |= {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signatures, cache=True, **options)(twin)
     except RuntimeError:  # neither beside this file nor in the user's cache
         return numba.njit(signatures, **options)(twin)
+
+
+@cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("few_*.py"))
+    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
 
 
 @cache
@@ -224,19 +261,22 @@ def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     signature = types.void(weights, matrix, types.float32[:, ::1])
     variant = f"_{len(example)}_{dtype}_{LANES}{'_in_threads' if in_threads else ''}"
     kernel = compiled(loop, signature, variant=variant, parallel=in_threads)
-    if not in_threads:
-        return kernel
+    if in_threads:
+        numba.config.THREADING_LAYER = (
+            "threadsafe"  # the one that is left otherwise ends the process if two threads ask
+        )
+        try:
+            _ready(kernel)(np.zeros((1, 1), dtype), example, example.copy())
+        except ValueError:  # there is none here
+            return _in_threads(loop, dtype, example, in_threads=False)
+    return kernel
 
-    def with_threads(weight: Any, x: Any, product: Any) -> None:
+
+def _ready(kernel: Any) -> Any:
+    """A compiled loop, which will take as many threads as torch does, if it takes several."""
+    if kernel.targetoptions.get("parallel"):
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        kernel(weight, x, product)
-
-    numba.config.THREADING_LAYER = "threadsafe"  # the one that is left otherwise ends the process if two threads ask
-    try:
-        with_threads(np.zeros((1, 1), dtype), example, example.copy())
-    except ValueError:  # there is none here
-        return _in_threads(loop, dtype, example, in_threads=False)
-    return with_threads
+    return kernel
 
 
 def _loop(num_rows: int, dtype: str) -> Any:

@@ -103,23 +103,21 @@ class LeanStepper(Stepper):
         starts = list(cache.lengths)
         positions = cache.begin(num_new, device)
         with self.context():
-            x = self.build.embed(ids.to(device), positions).view(num_rows * num_new, -1)
+            x = self.build.embed(ids.to(device), positions)
+            if layers is not None:
+                states = layers.normed(_kept(layers.run(cache, x, self.build.rotary, starts), keep))
+                if layers.head is not None:
+                    return torch.from_numpy(layers.scores(states)).to(x.dtype)
+                return _scores(self.build.head(), torch.from_numpy(states).to(x.dtype))
+            x = x.view(num_rows * num_new, -1)
             angles = _angles(self.build.rotary, positions, x.dtype)
-            if layers is not None and layers.takes(len(x), max(starts) + num_new):
-                x = layers.run(cache, x, angles, starts)
-            elif fused is not None and fused.takes(blocks, num_new, x):
+            if fused is not None and fused.takes(blocks, num_new, x):
                 x = fused.run(blocks, cache, x, angles, positions, _linear)
             else:
                 is_only_read = isinstance(keep, Tensor) and not keep.numel()
                 attention = _Appended(blocks, cache, positions, x.dtype, is_only_read)
                 x = _through(blocks, x, angles, (num_rows, num_new), attention)
-            x = x.view(num_rows, num_new, -1)
-            x = x[:, -keep:] if isinstance(keep, int) else x[:, keep.to(x.device)]
-            x = _normed(self.build.norm, x)
-            if self.is_rough and layers is not None:
-                rough: Tensor = layers.scores(x.reshape(-1, x.shape[-1]))
-                return rough.view(*x.shape[:-1], -1)
-            return _scores(self.build.head(), x)
+            return _scores(self.build.head(), _normed(self.build.norm, _kept(x.view(num_rows, num_new, -1), keep)))
 
     @property
     def device(self) -> torch.device:
@@ -174,10 +172,10 @@ class LeanStepper(Stepper):
         few_tokens = _few_tokens()
         if few_tokens is None:
             return None
-        head = self.build.head() if self.is_rough else None
+        head = self.build.head()
         known, layers = self._known
         if [*blocks, head] != known:  # prepared or restored meanwhile
-            layers = few_tokens.layers_of(blocks, head)
+            layers = few_tokens.layers_of(blocks, self.build.norm, head, is_rough=self.is_rough)
             self._known = [*blocks, head], layers
         return layers
 
@@ -320,6 +318,13 @@ class _Reused:
         if layer.bias is None:
             return torch.mm(x, layer.plain_weight().t(), out=product)
         return torch.addmm(layer.bias, x, layer.plain_weight().t(), out=product)
+
+
+def _kept(states: Any, keep: int | Tensor) -> Any:
+    """Of what comes out of the last layer, ``(rows, new, hidden)``, the places at which scores are wanted."""
+    if isinstance(keep, int):
+        return states[:, -keep:]
+    return states[:, keep.to(states.device) if isinstance(states, Tensor) else keep.numpy()]
 
 
 def _heads(block: Block, products: list[Tensor], num_rows: int, num_new: int) -> tuple[Tensor, ...]:

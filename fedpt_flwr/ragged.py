@@ -218,8 +218,7 @@ class RaggedCache(Cache):
         place.num_rows = self.num_rows
         place.width = max(starts) + num_new
         place.start = starts[0] if min(starts) == max(starts) else None
-        steps = torch.arange(num_new, device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + steps
+        positions = torch.tensor([range(start, start + num_new) for start in starts], device=device)
         if place.start is None:
             place.rows = torch.arange(self.num_rows, device=device)[:, None]
             place.columns = positions
