@@ -150,7 +150,6 @@ def _is_llama(base: Any) -> bool:
 
 def _llama(base: Any) -> Build:
     body, config = base.model, base.config
-    # Read once: transformers' configurations are slow to ask, and blocks are made for every pass.
     activation_name, num_heads = config.hidden_act, config.num_attention_heads
     num_key_heads = config.num_key_value_heads
 

@@ -1,8 +1,8 @@
-"""A few tokens through the layers of a model, in loops that numba compiles.
+"""A few tokens through all layers of a model, in one call of what numba compiles.
 
 A decoding step reads every weight once, and between two weights there is next to nothing to compute. torch takes some
-twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights. Here
-each layer is two calls, with the activation between them if nothing is gated by it.
+twenty calls for that in each layer, which find their code and their data swept out of the caches by the weights; so
+would Python. Here a table says once where the arrays of all layers lie, and a loop goes through it.
 
 Only on a processor where weights stay plain (``packing.py``), and only models of a build that is known (``builds.py``).
 Which tokens and which rows is decided in ``lean.py``. A model of bfloat16 has its weights, keys and values in that
@@ -14,60 +14,80 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numba import types
+from numba import carray, types
+from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block, is_plain_lora
 from fedpt_flwr.few_queries import attention_for, exponential
-from fedpt_flwr.few_rows import Array, address_of, bits_of, call, compiled, loop_for
+from fedpt_flwr.few_rows import Array, address_of, call, compiled, loop_for
 from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
 
-_Norm = tuple[Array, Array, np.float32]
-"""Weight, bias and epsilon. Without a bias: root mean square, without a mean."""
+# What there is not has the address 0, and no size.
+_PRODUCT = np.dtype(
+    [
+        ("weight", np.int64),  # address of (num_out, num_in), float32 or bfloat16
+        ("num_out", np.int64),
+        ("num_in", np.int64),
+        ("bias", np.int64),  # address of (num_out,)
+        ("down", np.int64),  # an adapter: address of (rank, num_in)
+        ("rank", np.int64),
+        ("up", np.int64),  # address of (num_out, rank)
+        ("scaling", np.float32),
+    ],
+    align=True,
+)
+_NORM = np.dtype([("weight", np.int64), ("bias", np.int64), ("eps", np.float32)], align=True)
+"""Addresses. Without a bias: root mean square, without a mean."""
 
-_Product = tuple[Any, Array, Array, Array, np.float32]
-"""A linear layer, ``(out_features, in_features)`` in float32 or the bits of bfloat16, and its bias; an adapter that is
-added to it, ``(rank, in_features)`` and ``(out_features, rank)``, and its scaling. What there is not is empty."""
+_LAYER = np.dtype(
+    [
+        ("attention_norm", _NORM),
+        ("is_by_head", np.int64),
+        ("query_norm", np.int64),
+        ("key_norm", np.int64),
+        ("head_eps", np.float32),
+        ("scaling", np.float32),
+        ("num_key_heads", np.int64),
+        ("head_dim", np.int64),
+        ("window", np.int64),
+        ("attention", np.int64),  # address of the loop
+        ("keys", np.int64),  # address of (rows, key heads, columns, head_dim), and so of the values
+        ("values", np.int64),
+        ("num_columns", np.int64),
+        ("is_parallel", np.int64),
+        ("mlp_norm", _NORM),
+        ("activation", np.int64),
+    ],
+    align=True,
+)
+_QUERIES, _KEYS, _VALUES, _OUT, _GATE, _UP, _DOWN = range(7)
+"""Places of a layer's products. Without keys and values: queries, keys and values are one product."""
 
-_NONE, _NO_TABLE = np.empty(0, np.float32), np.empty((0, 0), np.float32)
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
+_SILU, _GELU, _GELU_BY_TANH, _RELU = range(4)
+_ACTIVATIONS = {
+    "silu": _SILU,
+    "gelu": _GELU,
+    "gelu_new": _GELU_BY_TANH,
+    "gelu_fast": _GELU_BY_TANH,
+    "gelu_pytorch_tanh": _GELU_BY_TANH,
+    "relu": _RELU,
 }
-"""Where nothing is gated: one call each, which is short enough."""
 
-
-class _Layer(NamedTuple):
-    """What :class:`~fedpt_flwr.builds.Block` names, as arrays."""
-
-    block: Block
-    attention_norm: _Norm
-    projections: tuple[_Product, _Product, _Product]
-    """To queries, keys and values; or one for all, and two that are empty."""
-    query_norm: Array
-    key_norm: Array
-    head_eps: np.float32
-    attention_out: _Product
-    mlp_norm: _Norm
-    gate: _Product
-    up: _Product
-    down: _Product
-    scaling: np.float32
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_TWICE_ROOT_2_OF_PI, _OF_CUBE = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
+_ROOT_HALF = np.float32(math.sqrt(0.5))
+_ERROR_FUNCTION = tuple(map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)))
+_ERROR_FUNCTION_SCALE = np.float32(0.3275911)
+"""Abramowitz and Stegun, 7.1.26: right to 1.5e-7."""
 
 
 class Layers:
@@ -86,11 +106,20 @@ class Layers:
     def __init__(self, blocks: Sequence[Block], norm: Any, head: Any, *, is_rough: bool = False) -> None:
         self.head = head
         self._dtype = torch.bfloat16 if is_rough else _dtype(blocks[0].down)
+        self._blocks = blocks
+        self._held: list[Any] = []  # so that there is something at the addresses
+        self._layers = np.zeros(len(blocks), _LAYER)
+        self._products = np.zeros((len(blocks) + 1, 7), _PRODUCT)
+        self._last_norm = np.zeros(1, _NORM)
+        self._adapted: list[tuple[tuple[int, int], Any]] = []
         room = _room(blocks, head) if is_rough else None
-        self._layers = [_layer(block, room) for block in blocks]
-        self._adapted = [number for number, block in enumerate(blocks) if any(map(is_plain_lora, _products(block)))]
-        self._norm = _norm(norm)
-        self._scoring = _product(head, self._dtype, room)
+        for number, block in enumerate(blocks):
+            self._enter_layer(number, block)
+            for place, part in _placed(block):
+                self._enter_product((number, place), part, room)
+        self._last_norm[0] = self._norm(norm)
+        if head is not None:
+            self._enter_product((-1, 0), head, room)
 
     def run(self, cache: RaggedCache, x: Tensor, rotary: Any, starts: Sequence[int]) -> Array:
         """Put tokens through all layers.
@@ -104,64 +133,109 @@ class Layers:
         Returns:
             What comes out of the last layer, ``(rows, new, hidden)``.
         """
-        num_rows, num_new, hidden = x.shape
-        first = np.array(starts)
-        cos, sin = _rotation(rotary, first, num_new, x.dtype)
-        stream = np.array(x.float().numpy()).reshape(num_rows * num_new, hidden)
-        multiply = address_of(loop_for(self._dtype, len(stream)))
-        layers = self._layers.copy()
-        for number in self._adapted:
-            layers[number] = _as_it_is_now(layers[number])
-        for number, layer in enumerate(layers):
-            block, stored = layer.block, cache.layers[number]
-            stored.hold(block.num_key_heads, block.head_dim, x)
-            to_inner, from_inner = _halves(self._dtype, stored.keys.dtype)
-            inner = np.empty((len(stream), len(layer.up[0])), np.float32)
-            to_inner(
-                multiply,
-                address_of(attention_for(stored.keys.dtype, block.head_dim)),
-                stream,
-                inner,
-                layer.attention_norm,
-                *layer.projections,
-                block.is_by_head,
-                layer.query_norm,
-                layer.key_norm,
-                layer.head_eps,
-                cos,
-                sin,
-                bits_of(stored.keys),
-                bits_of(stored.values),
-                first,
-                num_new,
-                cache.windows[number] or 2**62,
-                layer.scaling,
-                layer.attention_out,
-                block.is_parallel,
-                layer.mlp_norm,
-                layer.gate,
-                layer.up,
-            )
-            if block.gate is None:
-                inner = _ACTIVATIONS[block.activation_name](torch.from_numpy(inner)).numpy()
-            from_inner(multiply, inner, layer.down, stream)
-        return stream.reshape(x.shape)
+        stream = np.array(x.float().numpy())
+        layers = self._layers.copy()  # other threads may be here
+        self._enter_cache(layers, cache, x)
+        products, _held = self._with_adapters()
+        frequencies, scaling = np.empty(0, np.float32), _ONE
+        if rotary is not None:
+            frequencies, scaling = _array(rotary.inv_freq), np.float32(rotary.attention_scaling)
+        num_tokens = x.shape[0] * x.shape[1]
+        stored = cache.layers[0].keys.dtype
+        _through(self._dtype, stored)(
+            address_of(loop_for(self._dtype, num_tokens)),
+            layers,
+            products,
+            stream.reshape(num_tokens, -1),
+            frequencies,
+            scaling,
+            x.dtype == torch.bfloat16,
+            np.array(starts),
+            x.shape[1],
+            _LIKE[self._dtype],
+            _LIKE[stored],
+        )
+        return stream
 
     def normed(self, stream: Array) -> Array:
         """What :meth:`run` gave, ``(…, hidden)``, through the last norm."""
         rows = np.ascontiguousarray(stream).reshape(-1, stream.shape[-1])
         states = np.empty_like(rows)
-        _of_norm()(rows, self._norm, states)
+        _of_norm()(rows, self._last_norm, states)
         return states.reshape(stream.shape)
 
-    def scores(self, states: Array) -> Array:
-        """What the head, which must be known, says of normed states: ``(…, hidden)`` to ``(…, vocab)``."""
-        rows = states.reshape(-1, states.shape[-1])
-        part = _with_adapters(self.head, self._scoring)
-        found = np.empty((len(rows), len(part[0])), np.float32)
+    def scores(self, stream: Array) -> Array:
+        """What the head, which must be known, says of it then: ``(…, hidden)`` to ``(…, vocab)``."""
+        rows = np.ascontiguousarray(stream).reshape(-1, stream.shape[-1])
+        products, _held = self._with_adapters()
+        found = np.empty((len(rows), products[-1, 0]["num_out"]), np.float32)
         if len(rows):
-            _of_product(self._dtype)(address_of(loop_for(self._dtype, len(rows))), rows, part, found)
-        return found.reshape(*states.shape[:-1], len(part[0]))
+            multiply = address_of(loop_for(self._dtype, len(rows)))
+            _of_head(self._dtype)(multiply, rows, self._last_norm, products[-1], found, _LIKE[self._dtype])
+        return found.reshape(*stream.shape[:-1], found.shape[1])
+
+    def _enter_layer(self, number: int, block: Block) -> None:
+        layer = self._layers[number]
+        layer["attention_norm"], layer["mlp_norm"] = self._norm(block.attention_norm), self._norm(block.mlp_norm)
+        if block.query_norm is not None:
+            layer["query_norm"], _, layer["head_eps"] = self._norm(block.query_norm)
+            layer["key_norm"], _, _ = self._norm(block.key_norm)
+        layer["activation"], layer["scaling"] = _ACTIVATIONS[block.activation_name], block.scaling
+        for name in ("is_by_head", "num_key_heads", "head_dim", "is_parallel"):
+            layer[name] = getattr(block, name)
+
+    def _norm(self, norm: Any) -> tuple[int, int, float]:
+        if type(norm) is nn.LayerNorm:
+            return self._address(_array(norm.weight)), self._address(_array(norm.bias)), norm.eps
+        return self._address(_array(norm.weight)), 0, norm.variance_epsilon
+
+    def _enter_product(self, at: tuple[int, int], part: Any, room: Room | None) -> None:
+        base = _without_adapter(part)
+        weight = base.plain_weight()
+        if room is not None:
+            weight = room.moved(weight.bfloat16())
+        self._held.append(weight)
+        product = self._products[at]
+        product["weight"], (product["num_out"], product["num_in"]) = weight.data_ptr(), weight.shape
+        if base.bias is not None:
+            product["bias"] = self._address(_array(base.bias))
+        if part is not base:
+            self._adapted.append((at, part))
+
+    def _address(self, array: Array) -> int:
+        self._held.append(array)
+        return array.ctypes.data
+
+    def _enter_cache(self, layers: Any, cache: RaggedCache, like: Tensor) -> None:
+        for block, stored in zip(self._blocks, cache.layers, strict=True):
+            stored.hold(block.num_key_heads, block.head_dim, like)
+        layers["keys"] = [stored.keys.data_ptr() for stored in cache.layers]
+        layers["values"] = [stored.values.data_ptr() for stored in cache.layers]
+        layers["num_columns"] = [stored.keys.shape[2] for stored in cache.layers]
+        layers["window"] = [window or 2**62 for window in cache.windows]
+        dtype = cache.layers[0].keys.dtype
+        layers["attention"] = [address_of(attention_for(dtype, block.head_dim)) for block in self._blocks]
+
+    def _with_adapters(self) -> tuple[Any, list[Any]]:
+        """All products with what adapters are now, which may be switched, exchanged or changed at any time.
+
+        Returns:
+            The table, and what must be kept while it is used.
+        """
+        if not self._adapted:
+            return self._products, []
+        products = self._products.copy()
+        held: list[Any] = []
+        for at, part in self._adapted:
+            if (adapter := _adapter(part)) is not None:
+                down, up, scaling, bias = adapter
+                held += adapter
+                product = products[at]
+                product["down"], product["rank"], product["up"] = down.ctypes.data, len(down), up.ctypes.data
+                product["scaling"] = scaling
+                if bias is not None:
+                    product["bias"] = bias.ctypes.data
+        return products, held
 
 
 def layers_of(blocks: Sequence[Block], norm: Any, head: Any, *, is_rough: bool = False) -> Layers | None:
@@ -201,7 +275,7 @@ def _are_known(blocks: Sequence[Block]) -> bool:
             if not _is_known(part):
                 return False
             dtypes.add(_dtype(part))
-        if block.activation_name not in (("silu",) if block.gate is not None else _ACTIVATIONS):
+        if block.activation_name not in _ACTIVATIONS:
             return False
         norms = (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm)
         if not all(norm is None or _is_known_norm(norm) for norm in norms):
@@ -209,10 +283,15 @@ def _are_known(blocks: Sequence[Block]) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
+def _placed(block: Block) -> Iterator[tuple[int, Any]]:
+    """The linear layers of one of the model's, and their places in the table."""
+    yield from enumerate(block.projections)
+    rest = ((_OUT, block.attention_out), (_GATE, block.gate), (_UP, block.up), (_DOWN, block.down))
+    yield from ((place, part) for place, part in rest if part is not None)
+
+
 def _products(block: Block) -> list[Any]:
-    """The linear layers of one of the model's."""
-    parts = (*block.projections, block.attention_out, block.gate, block.up, block.down)
-    return [part for part in parts if part is not None]
+    return [part for _, part in _placed(block)]
 
 
 def _room(blocks: Sequence[Block], head: Any) -> Room:
@@ -230,82 +309,27 @@ def _is_known_norm(norm: nn.Module) -> bool:
     return len(weights) == needed and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
 
 
-def _layer(block: Block, room: Room | None) -> _Layer:
-    product = functools.partial(_product, dtype=_dtype(block.down), room=room)
-    query_weight, _, head_eps = (_NONE, _NONE, _ZERO) if block.query_norm is None else _norm(block.query_norm)
-    first, *others = map(product, block.projections)
-    keys, values = others or (product(None), product(None))
-    return _Layer(
-        block=block,
-        attention_norm=_norm(block.attention_norm),
-        projections=(first, keys, values),
-        query_norm=query_weight,
-        key_norm=_NONE if block.key_norm is None else _norm(block.key_norm)[0],
-        head_eps=head_eps,
-        attention_out=product(block.attention_out),
-        mlp_norm=_norm(block.mlp_norm),
-        gate=product(block.gate),
-        up=product(block.up),
-        down=product(block.down),
-        scaling=np.float32(block.scaling),
-    )
+def _adapter(part: Any) -> tuple[Array, Array, np.float32, Array | None] | None:
+    """What an adapted layer adds now: ``(rank, in)``, ``(out, rank)``, the scaling, and the bias that results.
 
-
-def _norm(norm: Any) -> _Norm:
-    if type(norm) is nn.LayerNorm:
-        return _array(norm.weight), _array(norm.bias), np.float32(norm.eps)
-    return _array(norm.weight), _NONE, np.float32(norm.variance_epsilon)
-
-
-def _product(part: Any, dtype: torch.dtype, room: Room | None) -> _Product:
-    """What a layer multiplies with, or a rounded copy of it, in some room, if there is one; without its adapter."""
-    if part is None:
-        nothing = torch.empty((0, 0), dtype=dtype if room is None else torch.bfloat16, device="cpu")
-        return bits_of(nothing), _NONE, _NO_TABLE, _NO_TABLE, _ZERO
-    base = _without_adapter(part)
-    weight = base.plain_weight()
-    bits = bits_of(weight if room is None else room.moved(weight.bfloat16()))
-    return bits, _NONE if base.bias is None else _array(base.bias), _NO_TABLE, _NO_TABLE, _ZERO
-
-
-def _as_it_is_now(layer: _Layer) -> _Layer:
-    """A layer with what its adapters are now: they may be switched, exchanged or changed at any time."""
-    block = layer.block
-    to_queries, to_keys, to_values = layer.projections
-    first, *others = block.projections
-    keys, values = others or (None, None)
-    return layer._replace(
-        projections=(
-            _with_adapters(first, to_queries),
-            _with_adapters(keys, to_keys),
-            _with_adapters(values, to_values),
-        ),
-        attention_out=_with_adapters(block.attention_out, layer.attention_out),
-        gate=_with_adapters(block.gate, layer.gate),
-        up=_with_adapters(block.up, layer.up),
-        down=_with_adapters(block.down, layer.down),
-    )
-
-
-def _with_adapters(part: Any, product: _Product) -> _Product:
-    if part is None or type(part) is PackedLinear or part.disable_adapters:
-        return product
+    Several adapters are one of all their ranks.
+    """
+    if part.disable_adapters:
+        return None
     all_down, all_up = part._modules["lora_A"]._modules, part._modules["lora_B"]._modules  # torch's way takes longer
     names = [name for name in part.active_adapters if name in all_down]
     if not names:
-        return product
-    weight, bias, *_ = product
-    downs = [_table(all_down[name]) for name in names]
-    ups = [_table(all_up[name]) for name in names]
+        return None
+    downs, ups = ([_table(held[name]) for name in names] for held in (all_down, all_up))
     scalings = [np.float32(part.scaling[name]) for name in names]
+    bias = None if part.base_layer.bias is None else _array(part.base_layer.bias)
     for name, scaling in zip(names, scalings, strict=True):
-        added = all_up[name]._parameters["bias"]
-        if added is not None:
-            bias = (bias if len(bias) else _ZERO) + scaling * _array(added)
+        if (added := all_up[name]._parameters["bias"]) is not None:
+            bias = scaling * _array(added) + (_ZERO if bias is None else bias)
     if len(names) == 1:
-        return weight, bias, downs[0], ups[0], scalings[0]
+        return downs[0], ups[0], scalings[0], bias
     scaled = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
-    return weight, bias, np.concatenate(downs), np.ascontiguousarray(np.concatenate(scaled, 1)), _ONE
+    return np.concatenate(downs), np.ascontiguousarray(np.concatenate(scaled, 1)), _ONE, bias
 
 
 def _table(layer: Any) -> Array:
@@ -319,43 +343,45 @@ def _dtype(part: Any) -> torch.dtype:
 
 
 def _array(weight: Tensor) -> Array:
-    return weight.detach().float().numpy()
-
-
-def _rotation(rotary: Any, starts: Any, num_new: int, dtype: torch.dtype) -> tuple[Array, Array]:
-    """Cosines and sines of the angles at the positions of new tokens, ``(rows * new, angles)``."""
-    num_tokens = len(starts) * num_new
-    frequencies = _NONE if rotary is None else _array(rotary.inv_freq)
-    cos, sin = (np.empty((num_tokens, len(frequencies)), np.float32) for _ in range(2))
-    if rotary is not None:
-        scaling = np.float32(rotary.attention_scaling)
-        _of_angles()(starts, num_new, frequencies, scaling, dtype == torch.bfloat16, cos, sin)
-    return cos, sin
+    return weight.detach().float().contiguous().numpy()
 
 
 # --- the loops -------------------------------------------------------------------------------------------------------
 
 
-def _added_product(multiply: Any, given: Any, part: Any, found: Any) -> None:
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_context: Any, address: Any, like: Any) -> Any:
+    """An address as one of numbers like those of an array."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), emit
+
+
+def _added_product(multiply: Any, given: Any, part: Any, found: Any, like: Any) -> None:
     """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``, by the loop at an address."""
-    weight, bias, down, up, scaling = part
-    call(multiply, (weight, given, found))
-    num_rows, size = given.shape
-    rank = down.shape[0]
-    if bias.shape[0]:
+    call(multiply, (carray(_pointer(part.weight, like), (part.num_out, part.num_in)), given, found))
+    num_rows, rank = given.shape[0], part.rank
+    if part.bias:
+        bias = carray(_pointer(part.bias, given), (part.num_out,))
         for row in range(num_rows):
-            for k in range(found.shape[1]):
+            for k in range(part.num_out):
                 found[row, k] += bias[k]
     if not rank:
         return
+    down, up = (
+        carray(_pointer(part.down, given), (rank, part.num_in)),
+        carray(_pointer(part.up, given), (part.num_out, rank)),
+    )
     inner = np.empty(rank, np.float32)
     for row in range(num_rows):
         for place in range(rank):
             total = _ZERO
-            for k in range(size):
+            for k in range(part.num_in):
                 total += given[row, k] * down[place, k]
-            inner[place] = total * scaling
-        for k in range(found.shape[1]):
+            inner[place] = total * part.scaling
+        for k in range(part.num_out):
             total = _ZERO
             for place in range(rank):
                 total += inner[place] * up[k, place]
@@ -364,54 +390,54 @@ def _added_product(multiply: Any, given: Any, part: Any, found: Any) -> None:
 
 def _normed(x: Any, norm: Any, out: Any) -> None:
     """Every row over its root mean square; or less its mean, over its deviation, if there is a bias."""
-    weight, bias, eps = norm
     num_rows, size = x.shape
+    weight, bias = carray(_pointer(norm.weight, x), (size,)), carray(_pointer(norm.bias, x), (size,))
     for row in range(num_rows):
         mean = _ZERO
-        if bias.shape[0]:
+        if norm.bias:
             for k in range(size):
                 mean += x[row, k]
             mean /= np.float32(size)
         total = _ZERO
         for k in range(size):
             total += (x[row, k] - mean) * (x[row, k] - mean)
-        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + eps))
+        factor = _ONE / np.float32(math.sqrt(total / np.float32(size) + norm.eps))
         for k in range(size):
             out[row, k] = (x[row, k] - mean) * factor * weight[k]
-        if bias.shape[0]:
+        if norm.bias:
             for k in range(size):
                 out[row, k] += bias[k]
 
 
-def _gated(gate: Any, up: Any) -> None:
-    """What goes up times the gate's SiLU, in place."""
-    num_rows, size = gate.shape
+def _activated(kind: int, x: Any) -> None:
+    """An activation, in place."""
+    num_rows, size = x.shape
     for row in range(num_rows):
-        for k in range(size):
-            value = gate[row, k]
-            up[row, k] *= value / (_ONE + exponential(-value))
+        if kind == _SILU:
+            for k in range(size):
+                x[row, k] /= _ONE + exponential(-x[row, k])
+        elif kind == _GELU_BY_TANH:  # (1 + tanh(y)) / 2 is 1 / (1 + exp(-2 y))
+            for k in range(size):
+                value = x[row, k]
+                x[row, k] /= _ONE + exponential(-_TWICE_ROOT_2_OF_PI * (value + _OF_CUBE * value * value * value))
+        elif kind == _GELU:
+            for k in range(size):
+                value = x[row, k]
+                place = abs(value) * _ROOT_HALF
+                t = _ONE / (_ONE + _ERROR_FUNCTION_SCALE * place)
+                series = _ERROR_FUNCTION[4]
+                series = series * t + _ERROR_FUNCTION[3]
+                series = series * t + _ERROR_FUNCTION[2]
+                series = series * t + _ERROR_FUNCTION[1]
+                series = series * t + _ERROR_FUNCTION[0]
+                beyond = _HALF * series * t * exponential(-place * place)
+                x[row, k] = value * (_ONE - beyond if value > _ZERO else beyond)
+        else:
+            for k in range(size):
+                x[row, k] = _ZERO if x[row, k] < _ZERO else x[row, k]
 
 
-def _angles(starts: Any, num_new: int, frequencies: Any, scaling: Any, is_narrow: bool, cos: Any, sin: Any) -> None:
-    """Cosines and sines of the angles at each place, ``(tokens, angles)``; rounded to bfloat16, if models do."""
-    for token in range(cos.shape[0]):
-        position = np.float32(starts[token // num_new] + token % num_new)
-        for k in range(cos.shape[1]):
-            angle = position * frequencies[k]
-            cos[token, k] = _rounded(np.float32(math.cos(angle)) * scaling, is_narrow)
-            sin[token, k] = _rounded(np.float32(math.sin(angle)) * scaling, is_narrow)
-
-
-@numba.njit  # type: ignore[untyped-decorator]
-def _rounded(number: Any, is_narrow: bool) -> Any:
-    if not is_narrow:
-        return number
-    bits = np.float32(number).view(np.int32)
-    bits += np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))
-    return np.int32(bits & np.int32(-0x10000)).view(np.float32)
-
-
-def _parted(together: Any, is_by_head: bool, size: int, queries: Any, keys: Any, values: Any) -> None:
+def _parted(together: Any, is_by_head: Any, size: int, queries: Any, keys: Any, values: Any) -> None:
     """Queries, keys and values of one product: one after the other, or so for each head of a size."""
     width = size if is_by_head else queries.shape[1]
     for token in range(together.shape[0]):
@@ -422,115 +448,132 @@ def _parted(together: Any, is_by_head: bool, size: int, queries: Any, keys: Any,
             values[token, k] = together[token, begin + 2 * width]
 
 
-def _to_inner(
+def _rounded(number: Any, is_narrow: bool) -> Any:
+    if not is_narrow:
+        return number
+    bits = np.float32(number).view(np.int32)
+    bits += np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))
+    return np.int32(bits & np.int32(-0x10000)).view(np.float32)
+
+
+def _turns(starts: Any, num_new: int, frequencies: Any, scaling: Any, is_narrow: bool, cos: Any, sin: Any) -> None:
+    """Cosines and sines of the angles at each place, ``(tokens, angles)``; rounded to bfloat16, if models do."""
+    for token in range(cos.shape[0]):
+        position = np.float32(starts[token // num_new] + token % num_new)
+        for k in range(cos.shape[1]):
+            angle = position * frequencies[k]
+            cos[token, k] = rounded(np.float32(math.cos(angle)) * scaling, is_narrow)
+            sin[token, k] = rounded(np.float32(math.sin(angle)) * scaling, is_narrow)
+
+
+def _through_all(
     multiply: int,
-    attend: int,
+    layers: Any,
+    products: Any,
     stream: Any,
-    inner: Any,
-    attention_norm: Any,
-    to_queries: Any,
-    to_keys: Any,
-    to_values: Any,
-    is_by_head: bool,
-    query_norm: Any,
-    key_norm: Any,
-    head_eps: Any,
-    cos: Any,
-    sin: Any,
-    all_keys: Any,
-    all_values: Any,
+    frequencies: Any,
+    scaling: Any,
+    is_narrow: bool,
     starts: Any,
     num_new: int,
-    window: int,
-    scale: Any,
-    attention_out: Any,
-    is_parallel: bool,
-    mlp_norm: Any,
-    to_gate: Any,
-    to_up: Any,
+    like_weights: Any,
+    like_stored: Any,
 ) -> None:
-    """A layer up to its activation, or with that, if there is a gate: adds to the stream, and writes what is inside."""
+    """All layers, one after the other; what comes out takes the place of the tokens' embeddings."""
     num_tokens = stream.shape[0]
     states, change = np.empty_like(stream), np.empty_like(stream)
-    normed(stream, attention_norm, states)
-    queries = np.empty((num_tokens, attention_out[0].shape[1]), np.float32)
-    width = all_keys.shape[1] * all_keys.shape[3]
-    keys, values = np.empty((num_tokens, width), np.float32), np.empty((num_tokens, width), np.float32)
-    if to_keys[0].shape[0]:
-        added_product(multiply, states, to_queries, queries)
-        added_product(multiply, states, to_keys, keys)
-        added_product(multiply, states, to_values, values)
-    else:
-        together = np.empty((num_tokens, to_queries[0].shape[0]), np.float32)
-        added_product(multiply, states, to_queries, together)
-        parted(together, is_by_head, all_keys.shape[3], queries, keys, values)
-    arguments = (queries, keys, values, query_norm, key_norm, head_eps, cos, sin, all_keys, all_values)
-    call(attend, (*arguments, starts, num_new, window, scale))
-    added_product(multiply, queries, attention_out, change)
-    if is_parallel:
-        normed(stream, mlp_norm, states)
-    stream += change
-    if not is_parallel:
-        normed(stream, mlp_norm, states)
-    added_product(multiply, states, to_up, inner)
-    if to_gate[0].shape[0]:
-        gate = np.empty_like(inner)
-        added_product(multiply, states, to_gate, gate)
-        gated(gate, inner)
+    cos, sin = (
+        np.empty((num_tokens, len(frequencies)), np.float32),
+        np.empty((num_tokens, len(frequencies)), np.float32),
+    )
+    turns(starts, num_new, frequencies, scaling, is_narrow, cos, sin)
+    for number in range(len(layers)):
+        layer = layers[number]
+        head_dim, num_key_heads = layer.head_dim, layer.num_key_heads
+        queries = np.empty((num_tokens, products[number, _OUT].num_in), np.float32)
+        keys = np.empty((num_tokens, num_key_heads * head_dim), np.float32)
+        values = np.empty_like(keys)
+        normed(stream, layer.attention_norm, states)
+        if products[number, _KEYS].num_out:
+            added_product(multiply, states, products[number, _QUERIES], queries, like_weights)
+            added_product(multiply, states, products[number, _KEYS], keys, like_weights)
+            added_product(multiply, states, products[number, _VALUES], values, like_weights)
+        else:
+            together = np.empty((num_tokens, products[number, _QUERIES].num_out), np.float32)
+            added_product(multiply, states, products[number, _QUERIES], together, like_weights)
+            parted(together, layer.is_by_head, head_dim, queries, keys, values)
+        query_norm = carray(_pointer(layer.query_norm, stream), (head_dim if layer.query_norm else 0,))
+        key_norm = carray(_pointer(layer.key_norm, stream), (head_dim if layer.key_norm else 0,))
+        shape = (len(starts), num_key_heads, layer.num_columns, head_dim)
+        all_keys = carray(_pointer(layer.keys, like_stored), shape)
+        all_values = carray(_pointer(layer.values, like_stored), shape)
+        new = (queries, keys, values, query_norm, key_norm, layer.head_eps, cos, sin)
+        call(layer.attention, (*new, all_keys, all_values, starts, num_new, layer.window, layer.scaling))
+        added_product(multiply, queries, products[number, _OUT], change, like_weights)
+        if layer.is_parallel:
+            normed(stream, layer.mlp_norm, states)
+        stream += change
+        if not layer.is_parallel:
+            normed(stream, layer.mlp_norm, states)
+        inner = np.empty((num_tokens, products[number, _UP].num_out), np.float32)
+        added_product(multiply, states, products[number, _UP], inner, like_weights)
+        if products[number, _GATE].num_out:
+            gate = np.empty_like(inner)
+            added_product(multiply, states, products[number, _GATE], gate, like_weights)
+            activated(layer.activation, gate)
+            inner *= gate
+        else:
+            activated(layer.activation, inner)
+        added_product(multiply, inner, products[number, _DOWN], change, like_weights)
+        stream += change
 
 
-def _from_inner(multiply: int, inner: Any, down: Any, stream: Any) -> None:
-    """The rest of a layer."""
-    change = np.empty_like(stream)
-    added_product(multiply, inner, down, change)
-    stream += change
+def _scored(multiply: int, x: Any, norms: Any, products: Any, found: Any, like: Any) -> None:
+    states = np.empty_like(x)
+    normed(x, norms[0], states)
+    added_product(multiply, states, products[0], found, like)
 
 
-added_product, normed, gated, parted = map(compiled, (_added_product, _normed, _gated, _parted))
+def _of_last_norm(x: Any, norms: Any, out: Any) -> None:
+    normed(x, norms[0], out)
+
+
+added_product, normed, activated, parted, rounded = map(
+    compiled, (_added_product, _normed, _activated, _parted, _rounded)
+)
+turns = compiled(_turns)
+
+_LIKE = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.int16)}
+"""Arrays of what numba is to take numbers for."""
 
 _number, _whole, _truth = types.float32, types.int64, types.boolean
 _rows = types.float32[:, ::1]
-_read, _table_type = (types.Array(types.float32, ndim, "C", readonly=True) for ndim in (1, 2))
-_norm_type = types.Tuple((_read, _read, _number))
-_kinds = {torch.float32: types.float32, torch.bfloat16: types.int16}
+_read, _two = (types.Array(types.float32, ndim, "C", readonly=True) for ndim in (1, 2))
+_layer_type, _product_type, _norm_type = map(numba.from_dtype, (_LAYER, _PRODUCT, _NORM))
 
 
-def _product_type(dtype: torch.dtype) -> Any:
-    weight = types.Array(_kinds[dtype], 2, "C", readonly=True)
-    return types.Tuple((weight, _read, _table_type, _table_type, _number))
-
-
-@functools.cache
-def _halves(dtype: torch.dtype, stored: torch.dtype) -> tuple[Any, Any]:
-    """The compiled halves of a layer, by the types of weights and of keys and values."""
-    product, cache = _product_type(dtype), _kinds[stored][:, :, :, ::1]
-    to_inner = types.void(
-        *(_whole, _whole, _rows, _rows, _norm_type, product, product, product, _truth, _read, _read, _number),
-        *(_table_type, _table_type, cache, cache, _whole[::1], _whole, _whole, _number, product, _truth, _norm_type),
-        *(product, product),
-    )
-    from_inner = types.void(_whole, _rows, product, _rows)
-    name = str(_kinds[dtype])
-    return (
-        compiled(_to_inner, to_inner, variant=f"_{name}_{_kinds[stored]}"),
-        compiled(_from_inner, from_inner, variant=f"_{name}"),
-    )
+def _kind(dtype: torch.dtype) -> Any:
+    return numba.typeof(_LIKE[dtype])
 
 
 @functools.cache
-def _of_product(dtype: torch.dtype) -> Any:
-    """The compiled linear layer, by the type of its weight."""
-    signature = types.void(_whole, _table_type, _product_type(dtype), _rows)
-    return compiled(_added_product, signature, variant=f"_{_kinds[dtype]}")
+def _through(dtype: torch.dtype, stored: torch.dtype) -> Any:
+    """The compiled layers, by what weights, and keys and values are stored in."""
+    signature = types.void(
+        *(_whole, _layer_type[::1], _product_type[:, ::1], _rows, _read, _number, _truth),
+        *(_whole[::1], _whole, _kind(dtype), _kind(stored)),
+    )
+    return compiled(_through_all, signature, variant=f"_{_kind(dtype).dtype}_{_kind(stored).dtype}")
+
+
+@functools.cache
+def _of_head(dtype: torch.dtype) -> Any:
+    """The compiled last norm and head, by what its weight is stored in."""
+    signature = types.void(_whole, _two, _norm_type[::1], _product_type[::1], _rows, _kind(dtype))
+    return compiled(_scored, signature, variant=f"_{_kind(dtype).dtype}")
 
 
 @functools.cache
 def _of_norm() -> Any:
-    """The compiled norm."""
-    return compiled(_normed, types.void(_table_type, _norm_type, _rows), variant="_alone")
-
-
-@functools.cache
-def _of_angles() -> Any:
-    """The compiled angles."""
-    return compiled(_angles, types.void(_whole[::1], _whole, _read, _number, _truth, _rows, _rows))
+    """The compiled last norm."""
+    return compiled(_of_last_norm, types.void(_two, _norm_type[::1], _rows))

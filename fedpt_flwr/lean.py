@@ -46,6 +46,9 @@ _CAUSAL: Final = "causal"
 
 _Mask = Tensor | Literal["causal"] | None
 
+_NO_POSITIONS = torch.empty(0, dtype=torch.int64, device="cpu")
+"""For a model that embeds none, where angles are computed with the layers."""
+
 _MANY_ROWS = 64
 """Rows beyond which torch multiplies plain weights, and what comes out is long."""
 
@@ -82,7 +85,8 @@ class LeanStepper(Stepper):
         self.build = build
         self.fuses = True
         self.is_rough = False
-        self._known: tuple[list[Any], Any] = ([], None)
+        self._blocks: tuple[int, list[Block]] | None = None
+        self._known: tuple[Any, Any, Any] = None, None, None
         self._rough: LeanStepper | None = None
 
     @torch.no_grad()
@@ -97,20 +101,24 @@ class LeanStepper(Stepper):
         """See :meth:`fedpt_flwr.ragged.Stepper.__call__`."""
         device = self.device
         num_rows, num_new = ids.shape
-        blocks = self.build.blocks()
+        blocks = self._current_blocks()
         layers = self._compiled(blocks) if ids.numel() <= _FEW_TOKENS and device.type == "cpu" else None
-        fused = _fused(device.type) if self.fuses and self.build.is_llama else None
         starts = list(cache.lengths)
-        positions = cache.begin(num_new, device)
+        if layers is not None and self.build.rotary is not None:
+            cache.extend(num_new)
+            positions = _NO_POSITIONS
+        else:
+            positions = cache.begin(num_new, device)
         with self.context():
             x = self.build.embed(ids.to(device), positions)
             if layers is not None:
-                states = layers.normed(_kept(layers.run(cache, x, self.build.rotary, starts), keep))
+                stream = _kept(layers.run(cache, x, self.build.rotary, starts), keep)
                 if layers.head is not None:
-                    return torch.from_numpy(layers.scores(states)).to(x.dtype)
-                return _scores(self.build.head(), torch.from_numpy(states).to(x.dtype))
+                    return torch.from_numpy(layers.scores(stream)).to(x.dtype)
+                return _scores(self.build.head(), torch.from_numpy(layers.normed(stream)).to(x.dtype))
             x = x.view(num_rows * num_new, -1)
             angles = _angles(self.build.rotary, positions, x.dtype)
+            fused = _fused(device.type) if self.fuses and self.build.is_llama else None
             if fused is not None and fused.takes(blocks, num_new, x):
                 x = fused.run(blocks, cache, x, angles, positions, _linear)
             else:
@@ -122,8 +130,8 @@ class LeanStepper(Stepper):
     @property
     def device(self) -> torch.device:
         """See :attr:`fedpt_flwr.ragged.Stepper.device`; a model of such a build is on one, and its norm says which."""
-        norm: Any = self.build.norm
-        return torch.device(norm.weight.device)
+        device: torch.device = self.build.norm._parameters["weight"].device  # type: ignore[union-attr]
+        return device
 
     @property
     def is_current(self) -> bool:
@@ -138,7 +146,12 @@ class LeanStepper(Stepper):
         if self._rough is None:
             self._rough = LeanStepper(self.model, self.build, self.context)
             self._rough.is_rough = True
-        return self._rough if self._rough._compiled(self.build.blocks()) is not None else None
+        return self._rough if self._rough._compiled(self._current_blocks()) is not None else None
+
+    def new_cache(self) -> RaggedCache:
+        """See :meth:`fedpt_flwr.ragged.Stepper.new_cache`; before a text it is looked whether a layer is another."""
+        self._blocks = None
+        return super().new_cache()
 
     def read(self, cache: RaggedCache, ids: Tensor) -> None:
         """See :meth:`fedpt_flwr.ragged.Stepper.read`."""
@@ -157,7 +170,7 @@ class LeanStepper(Stepper):
         cache = self.new_cache()
         cache.add_rows(len(prompts))
         cache.begin(max(lengths), self.device)
-        blocks = self.build.blocks()
+        blocks = self._current_blocks()
         with self.context():
             ids = torch.tensor([[token for prompt in prompts for token in prompt[:-1]]])
             positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -167,16 +180,25 @@ class LeanStepper(Stepper):
         cache.cut(lengths)
         return cache
 
+    def _current_blocks(self) -> list[Block]:
+        """The layers as they were when the text was begun, or when some model was last prepared or restored."""
+        number = PackedLinear.num_exchanged
+        if self._blocks is None or self._blocks[0] != number:
+            self._blocks = number, self.build.blocks()
+        return self._blocks[1]
+
     def _compiled(self, blocks: list[Block]) -> Any:
         """The compiled layers of the model as it is now; None if there are none."""
         few_tokens = _few_tokens()
         if few_tokens is None:
             return None
         head = self.build.head()
-        known, layers = self._known
-        if [*blocks, head] != known:  # prepared or restored meanwhile
+        known_blocks, known_head, layers = self._known
+        if blocks is known_blocks and head is known_head:
+            return layers
+        if [*blocks, head] != [*(known_blocks or ()), known_head]:  # prepared or restored meanwhile
             layers = few_tokens.layers_of(blocks, self.build.norm, head, is_rough=self.is_rough)
-            self._known = [*blocks, head], layers
+        self._known = blocks, head, layers
         return layers
 
 

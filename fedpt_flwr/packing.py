@@ -193,6 +193,9 @@ class PackedLinear(nn.Module):
     prepared_for_decoding = True
     """What ``models.check_plain`` looks for."""
 
+    num_exchanged: ClassVar[int] = 0
+    """Layers that were made or undone in this process: cheaper to ask than a model for all its parts."""
+
     def __init__(
         self, layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows, room: Room, *, is_shared: bool = False
     ) -> None:
@@ -212,6 +215,7 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         self._plain = (layer,)  # in a tuple, which hides it from the module's children
         self.train(layer.training)
+        PackedLinear.num_exchanged += 1
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, both in the weight's dtype."""
@@ -250,6 +254,7 @@ class PackedLinear(nn.Module):
             layer.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         del self._packed
         layer.train(self.training)
+        PackedLinear.num_exchanged += 1
         return layer
 
     def extra_repr(self) -> str:

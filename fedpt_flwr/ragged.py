@@ -214,16 +214,26 @@ class RaggedCache(Cache):
         Returns:
             Positions of the new tokens, ``(rows, num_new)``, int64.
         """
+        starts = self.lengths
+        self.extend(num_new)
+        positions = torch.tensor([range(start, start + num_new) for start in starts], device=device)
+        if self._place.start is None:
+            self._place.rows = torch.arange(self.num_rows, device=device)[:, None]
+            self._place.columns = positions
+        return positions
+
+    def extend(self, num_new: int) -> None:
+        """The same, for who needs no positions and writes keys and values himself.
+
+        Args:
+            num_new: Tokens per row.
+        """
         place, starts = self._place, self.lengths
         place.num_rows = self.num_rows
         place.width = max(starts) + num_new
         place.start = starts[0] if min(starts) == max(starts) else None
-        positions = torch.tensor([range(start, start + num_new) for start in starts], device=device)
-        if place.start is None:
-            place.rows = torch.arange(self.num_rows, device=device)[:, None]
-            place.columns = positions
+        place.rows = place.columns = None
         self.lengths = [start + num_new for start in starts]
-        return positions
 
     def mask(self, positions: Tensor, dtype: torch.dtype | None) -> Tensor | dict[str, Tensor] | None:
         """What each new token may look at.
