@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -59,8 +59,14 @@ def exponential(x: Any) -> Any:
 
 
 @functools.cache
-def attention_for(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
-    """The compiled loop for keys and values of a dtype and heads of a size; see :func:`_loop`."""
+def attention_for(dtype: torch.dtype, head_dim: int, in_threads: bool) -> Callable[..., None]:
+    """The compiled loop for keys and values of a dtype and heads of a size; see :func:`_loop`.
+
+    Args:
+        dtype: How keys and values are stored.
+        head_dim: The size.
+        in_threads: Whether heads are for several threads, as many as numba was told to take.
+    """
     stored = {torch.float32: types.float32, torch.bfloat16: types.int16}[dtype]
     rows, cache = types.float32[:, ::1], stored[:, :, :, ::1]
     read, table = (types.Array(types.float32, ndim, "C", readonly=True) for ndim in (1, 2))
@@ -69,7 +75,8 @@ def attention_for(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
         *(rows, rows, rows, read, read, types.float32, table, table, cache, cache),
         *(whole[::1], whole, whole, types.float32),
     )
-    loop: Callable[..., None] = compiled(_loop(head_dim), signature, variant=f"_{head_dim}_{stored}_{LANES}")
+    variant = f"_{head_dim}_{stored}_{LANES}{'_in_threads' if in_threads else ''}"
+    loop: Callable[..., None] = compiled(_loop(head_dim), signature, variant=variant, parallel=in_threads)
     return loop
 
 
@@ -111,24 +118,24 @@ def _loop(head_dim: int) -> Any:
                     key, value = keys[token, head * size + k], values[token, head * size + k]
                     all_keys[row, head, column, k] = as_stored(key, all_keys[row, head, column, k])
                     all_values[row, head, column, k] = as_stored(value, all_values[row, head, column, k])
-        weights = np.empty(min(window, starts.max() + num_new), np.float32)
-        for row in range(starts.shape[0]):
-            for key_head in range(num_key_heads):
-                for token in range(row * num_new, (row + 1) * num_new):
-                    end = starts[row] + token % num_new + 1
-                    begin = max(0, end - window)
-                    for head in range(key_head * shared, (key_head + 1) * shared):
-                        at = head * size
-                        largest = _scores(
-                            queries, token, at, all_keys, row, key_head, begin, end, scale, weights, size, lanes
-                        )
-                        total = _ZERO
-                        for place in range(end - begin):
-                            weight = exponential(weights[place] - largest)
-                            weights[place] = weight
-                            total += weight
-                        factor = _ONE / total
-                        _mean(weights, all_values, row, key_head, begin, end, factor, queries, token, at, size, lanes)
+        for place in prange(len(starts) * num_key_heads):
+            row, key_head = place // num_key_heads, place % num_key_heads
+            weights = np.empty(min(window, starts[row] + num_new), np.float32)
+            for token in range(row * num_new, (row + 1) * num_new):
+                end = starts[row] + token % num_new + 1
+                begin = max(0, end - window)
+                for head in range(key_head * shared, (key_head + 1) * shared):
+                    at = head * size
+                    largest = _scores(
+                        queries, token, at, all_keys, row, key_head, begin, end, scale, weights, size, lanes
+                    )
+                    total = _ZERO
+                    for column in range(end - begin):
+                        weight = exponential(weights[column] - largest)
+                        weights[column] = weight
+                        total += weight
+                    factor = _ONE / total
+                    _mean(weights, all_values, row, key_head, begin, end, factor, queries, token, at, size, lanes)
 
     return loop
 

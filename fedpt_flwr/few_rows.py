@@ -120,7 +120,8 @@ def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 
 def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:
-        x = x.contiguous().view(torch.float32)  # pairs, which are moved as if they were one
+        whole = x.clone() if x.storage_offset() % 2 else x.contiguous()
+        x = whole.view(torch.float32)  # pairs, which are moved as if they were one
     num_rows, num_in = x.shape
     num_lanes = -(-num_rows // LANES) * LANES
     turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
@@ -272,9 +273,14 @@ def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
     return kernel
 
 
+def is_in_threads(loop: Any) -> bool:
+    """Whether a compiled loop takes several threads."""
+    return bool(loop.targetoptions.get("parallel"))
+
+
 def _ready(kernel: Any) -> Any:
     """A compiled loop, which will take as many threads as torch does, if it takes several."""
-    if kernel.targetoptions.get("parallel"):
+    if is_in_threads(kernel):
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     return kernel
 

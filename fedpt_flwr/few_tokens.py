@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block, is_plain_lora
 from fedpt_flwr.few_queries import attention_for, exponential
-from fedpt_flwr.few_rows import Array, address_of, call, compiled, loop_for
+from fedpt_flwr.few_rows import Array, address_of, call, compiled, is_in_threads, loop_for
 from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
@@ -134,16 +134,17 @@ class Layers:
             What comes out of the last layer, ``(rows, new, hidden)``.
         """
         stream = np.array(x.float().numpy())
+        num_tokens = x.shape[0] * x.shape[1]
+        multiply = loop_for(self._dtype, num_tokens)
         layers = self._layers.copy()  # other threads may be here
-        self._enter_cache(layers, cache, x)
+        self._enter_cache(layers, cache, x, is_in_threads(multiply))
         products, _held = self._with_adapters()
         frequencies, scaling = np.empty(0, np.float32), _ONE
         if rotary is not None:
             frequencies, scaling = _array(rotary.inv_freq), np.float32(rotary.attention_scaling)
-        num_tokens = x.shape[0] * x.shape[1]
         stored = cache.layers[0].keys.dtype
         _through(self._dtype, stored)(
-            address_of(loop_for(self._dtype, num_tokens)),
+            address_of(multiply),
             layers,
             products,
             stream.reshape(num_tokens, -1),
@@ -206,7 +207,7 @@ class Layers:
         self._held.append(array)
         return array.ctypes.data
 
-    def _enter_cache(self, layers: Any, cache: RaggedCache, like: Tensor) -> None:
+    def _enter_cache(self, layers: Any, cache: RaggedCache, like: Tensor, in_threads: bool) -> None:
         for block, stored in zip(self._blocks, cache.layers, strict=True):
             stored.hold(block.num_key_heads, block.head_dim, like)
         layers["keys"] = [stored.keys.data_ptr() for stored in cache.layers]
@@ -214,7 +215,8 @@ class Layers:
         layers["num_columns"] = [stored.keys.shape[2] for stored in cache.layers]
         layers["window"] = [window or 2**62 for window in cache.windows]
         dtype = cache.layers[0].keys.dtype
-        layers["attention"] = [address_of(attention_for(dtype, block.head_dim)) for block in self._blocks]
+        loops = [attention_for(dtype, block.head_dim, in_threads) for block in self._blocks]
+        layers["attention"] = list(map(address_of, loops))
 
     def _with_adapters(self) -> tuple[Any, list[Any]]:
         """All products with what adapters are now, which may be switched, exchanged or changed at any time.

@@ -13,13 +13,13 @@ NONE = np.empty(0, np.float32)
 ANYTHING = 2**62
 
 
-def attended(queries, keys, values, stored, starts, *, window=ANYTHING, norms=None, angles=None):
+def attended(queries, keys, values, stored, starts, *, window=ANYTHING, norms=None, angles=None, in_threads=False):
     """What the loop makes of ``(rows, new, heads, size)``, and of keys and values before them; stored is written to."""
     rows, new, heads, size = queries.shape
     flat = [part.reshape(rows * new, -1).clone() for part in (queries, keys, values)]
     query_norm, key_norm = (NONE, NONE) if norms is None else (norm.numpy() for norm in norms)
     cos, sin = angles or (torch.empty(rows * new, 0), torch.empty(rows * new, 0))
-    loop = few_queries.attention_for(stored[0].dtype, size)
+    loop = few_queries.attention_for(stored[0].dtype, size, in_threads)
     bits = (few_rows.bits_of(part) for part in stored)
     eps, scale = np.float32(1e-6), np.float32(size**-0.5)
     taken = (query_norm, key_norm, eps, cos.numpy(), sin.numpy(), *bits, np.array(starts), new, window, scale)
@@ -81,6 +81,19 @@ def test_queries_and_keys_are_normed_and_turned_before():
     torch.testing.assert_close(stored[0][0, :, 20:22], new_keys[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
     right = expected(turned(queries, norms[0]), stored, [20])
     torch.testing.assert_close(found.double(), right, atol=3e-6, rtol=1e-5)
+
+
+def test_threads_change_no_bit():
+    queries, keys, values, stored = case(3, 4, 6, 2, 64, 90)
+    alone = attended(queries, keys, values, [part.clone() for part in stored], [30, 50, 41])
+    try:
+        torch.set_num_threads(2)
+        loop = few_rows.loop_for(torch.float32, 1)
+        if not few_rows.is_in_threads(loop):
+            pytest.skip("numba has no threads here that are safe")
+        assert torch.equal(attended(queries, keys, values, stored, [30, 50, 41], in_threads=True), alone)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("starts", [[3, 9, 1], [30, 50, 41]])

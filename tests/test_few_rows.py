@@ -41,6 +41,13 @@ def test_products_of_bfloat16_are_rounded_once(num_rows, size):
         torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=2**-7)
 
 
+def test_a_row_that_begins_between_two_pairs_is_read():
+    _, weight, _ = case(1, (24, 16))
+    x = torch.randn(1 + 20 * 16).bfloat16()[1:].view(20, 16)
+    found = few_rows.multiply(x, weight.bfloat16(), None)
+    assert torch.equal(found, few_rows.multiply(x.clone(), weight.bfloat16(), None))
+
+
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 12, 20, 40])
 @pytest.mark.parametrize("size", [(130, 257), (31, 2050)])
 def test_the_number_of_threads_changes_no_bit(size, num_rows):
