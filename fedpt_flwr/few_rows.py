@@ -73,11 +73,11 @@ _IN_BLOCK = 32
 _STEPS = 16
 """Numbers of a row of the weight for which the next ones are asked for at once: 64 bytes, a cache line."""
 
-_MOST_SCRATCH_BYTES = 1 << 23
-"""What a thread keeps of each matrix that it needs on the way."""
+_MOST_SCRATCH_BYTES = 1 << 24
+"""What a thread keeps of what it needs on the way."""
 
 _held = threading.local()
-_NOTHING = torch.empty(0, device="cpu")
+_NOTHING = np.empty(0, np.float32)
 
 _AT_MOST = 1024
 """Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
@@ -105,66 +105,45 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         most_rows = min(most_rows, MANY_ROWS - 1)
     if not 1 <= num_rows <= most_rows or x.shape[-1] != num_in or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    rows = x.reshape(num_rows, num_in)
-    product = _lane_by_row(rows, weight) if num_rows >= MANY_ROWS else _row_by_row(rows, weight)
+    rows = x.reshape(num_rows, num_in).float().contiguous()
+    product = torch.empty(num_rows, num_out, dtype=torch.float32, device="cpu")
+    loop_for(weight.dtype, num_rows)(bits_of(weight), rows.numpy(), product.numpy(), scratch(num_rows, num_in, num_out))
     if bias is not None:
         product += bias
     return product.to(x.dtype).view(*x.shape[:-1], num_out)
 
 
-def _row_by_row(x: Tensor, weight: Tensor) -> Tensor:
-    product = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-    loop_for(weight.dtype, len(x))(bits_of(weight), x.float().contiguous().numpy(), product.numpy())
-    return product
+def scratch(num_rows: int, num_in: int, num_out: int) -> Array:
+    """What a loop needs on the way for so many rows of the input and a weight of these sizes, or of smaller ones.
 
-
-def _lane_by_row(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:
-        whole = x.clone() if x.storage_offset() % 2 else x.contiguous()
-        x = whole.view(torch.float32)  # pairs, which are moved as if they were one
-    num_rows, num_in = x.shape
-    num_lanes = -(-num_rows // LANES) * LANES
-    turned, product = _scratch("turned", num_in, num_lanes), _scratch("product", len(weight), num_lanes)
-    found = torch.empty(num_rows, len(weight), dtype=torch.float32, device="cpu")
-    turn = _turner()
-    turn(x.contiguous().numpy(), turned.numpy(), num_rows, num_in)
-    turned[:, num_rows:] = 0
-    loop = _many_rows(_dtype_of_bits(weight.dtype), torch.get_num_threads() > 1)
-    _ready(loop)(bits_of(weight), turned.numpy(), product.numpy())
-    turn(product.numpy(), found.numpy(), len(weight), num_rows)
-    return found
-
-
-def _scratch(place: str, num_rows: int, num_columns: int) -> Tensor:
-    """A matrix of float32 of whatever lies at a place of this thread, its own until it asks for that place again.
-
-    Memory that comes and goes is cleared by the system each time, which can take as long as a product.
+    It is the thread's own until it asks again: memory that comes and goes is cleared by the system each time, which can
+    take as long as a product.
     """
-    size = num_rows * num_columns
+    size = -(-num_rows // LANES) * LANES * (num_in + num_out) + 2 * LANES
     if 4 * size > _MOST_SCRATCH_BYTES:
-        return torch.empty(num_rows, num_columns, dtype=torch.float32, device="cpu")
-    held: Tensor = getattr(_held, place, _NOTHING)
-    if held.numel() < size:
-        with torch.inference_mode(False):  # who asks next may not be in it
-            held = torch.empty(size, dtype=torch.float32, device="cpu")
-        setattr(_held, place, held)
-    return held[:size].view(num_rows, num_columns)
+        return np.empty(size, np.float32)
+    held: Array = getattr(_held, "scratch", _NOTHING)
+    if len(held) < size:
+        held = _held.scratch = np.empty(size, np.float32)
+    return held
 
 
-def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], Array, Array], None]:
-    """The loop for few rows.
+def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], Array, Array, Array], None]:
+    """The loop for a number of rows.
 
     Args:
         dtype: Of the weights.
-        num_rows: Of the input, fewer than :data:`MANY_ROWS`.
+        num_rows: Of the input, at most :data:`MOST_ROWS`; of bfloat16 up to 15 anyway, and more only of an even size.
 
     Returns:
         A function of a weight ``(out_features, in_features)``, float32 or the bits of bfloat16 (:func:`bits_of`); the
-        input ``(rows, in_features)``, which some processors round to bfloat16 if weights are; and the product
-        ``(rows, out_features)``, which it writes. It is for the thread that asked, which has as many as torch has now.
+        input ``(rows, in_features)``, which some processors round to bfloat16 if weights are; the product
+        ``(rows, out_features)``, which it writes; and what :func:`scratch` gives. It is for the thread that asked,
+        which has as many as torch has now.
     """
-    loop: Callable[[npt.NDArray[Any], Array, Array], None]
-    loop = _ready(_kernel(_dtype_of_bits(dtype), num_rows, torch.get_num_threads() > 1))
+    loop: Callable[[npt.NDArray[Any], Array, Array, Array], None]
+    bits = "int16" if dtype == torch.bfloat16 else "float32"
+    loop = _ready(_kernel(bits, min(num_rows, MANY_ROWS), torch.get_num_threads() > 1))
     return loop
 
 
@@ -195,10 +174,6 @@ def call(_context: Any, address: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(address, arguments), emit
-
-
-def _dtype_of_bits(dtype: torch.dtype) -> str:
-    return "int16" if dtype == torch.bfloat16 else "float32"
 
 
 def bits_of(held: Tensor) -> npt.NDArray[Any]:
@@ -238,38 +213,26 @@ def _sources() -> str:
 
 @cache
 def _kernel(dtype: str, num_rows: int, in_threads: bool) -> Any:
-    """The compiled loop for so many rows and weights of a dtype; in as many threads as torch."""
-    return _in_threads(_loop(num_rows, dtype), dtype, np.zeros((num_rows, 1), np.float32), in_threads)
+    """The compiled loop for so many rows, or :data:`MANY_ROWS` and more, and weights of a dtype."""
+    loop = _loop_of_tiles(dtype) if num_rows == MANY_ROWS else _loop(num_rows, dtype)
+    return _in_threads(loop, dtype, num_rows, in_threads)
 
 
-@cache
-def _many_rows(dtype: str, in_threads: bool) -> Any:
-    """The compiled loop for many rows and weights of a dtype; in as many threads as torch."""
-    return _in_threads(_loop_of_tiles(), dtype, np.zeros((1, LANES), np.float32), in_threads)
-
-
-@cache
-def _turner() -> Any:
-    """The compiled loop that turns a matrix."""
-    matrix, whole = types.Array(types.float32, 2, "C", readonly=True), types.int64
-    signature = types.void(matrix, types.float32[:, ::1], whole, whole)
-    return compiled(_loop_of_squares(), signature, variant=f"_{LANES}")
-
-
-def _in_threads(loop: Any, dtype: str, example: Array, in_threads: bool) -> Any:
-    """A loop compiled for weights of a dtype, if wanted and possible for several threads; an input to try it with."""
+def _in_threads(loop: Any, dtype: str, num_rows: int, in_threads: bool) -> Any:
+    """A loop compiled for weights of a dtype; if wanted and possible for as many threads as torch has."""
     weights, matrix = (types.Array(kind, 2, "C", readonly=True) for kind in (getattr(types, dtype), types.float32))
-    signature = types.void(weights, matrix, types.float32[:, ::1])
-    variant = f"_{len(example)}_{dtype}_{LANES}{'_in_threads' if in_threads else ''}"
+    signature = types.void(weights, matrix, types.float32[:, ::1], types.float32[::1])
+    variant = f"_{num_rows}_{dtype}_{LANES}{'_in_threads' if in_threads else ''}"
     kernel = compiled(loop, signature, variant=variant, parallel=in_threads)
     if in_threads:
         numba.config.THREADING_LAYER = (
             "threadsafe"  # the one that is left otherwise ends the process if two threads ask
         )
+        example = np.zeros((num_rows, 2), np.float32)
         try:
-            _ready(kernel)(np.zeros((1, 1), dtype), example, example.copy())
+            _ready(kernel)(np.zeros((2, 2), dtype), example, np.empty_like(example), scratch(num_rows, 2, 2))
         except ValueError:  # there is none here
-            return _in_threads(loop, dtype, example, in_threads=False)
+            return _in_threads(loop, dtype, num_rows, in_threads=False)
     return kernel
 
 
@@ -307,10 +270,10 @@ def _loop(num_rows: int, dtype: str) -> Any:
     short = alone if num_rows <= most_alone else -1
     most_whole = longer if is_widened or are_pairs else piece
 
-    def loop(weight: Any, x: Any, product: Any) -> None:
+    def loop(weight: Any, x: Any, product: Any, scratch: Any) -> None:
         num_out, whole = weight.shape[0], x.shape[1] // wide * wide
-        packed, none = np.empty(num_rows * whole + 2 * lanes, packed_as), np.empty(0, np.float32)
-        packed = packed[_before_line(packed) :]
+        none = scratch[:0]
+        packed = scratch[_before_line(scratch) :].view(packed_as)
         _pack(x, 0, of_group, whole, wide, packed)
         _pack(x, of_group, of_rest, whole, wide, packed)
         if x.size <= short:
@@ -557,33 +520,50 @@ def _emit(context: Any, builder: Any, signature: Any, arguments: Any, *, num_row
 # --- many rows -------------------------------------------------------------------------------------------------------
 
 
-def _loop_of_tiles() -> Any:
-    """The loop for many rows.
+def _loop_of_tiles(dtype: str) -> Any:
+    """The loop for many rows and weights of a dtype.
 
     Its sizes are its own and not this module's: numba looks at what a function encloses when it looks for what it has
     kept, and torch can be told to do without instructions that the processor has.
     """
     num_vectors, num_weights = _TILE
-    lanes, at_most = LANES, _AT_MOST
-    num_rows = num_vectors * lanes
+    lanes, at_most, in_pair = LANES, _AT_MOST, 2 if dtype == "int16" else 1
+    num_rows_of_tile = num_vectors * lanes
 
-    def loop(weight: Any, x: Any, product: Any) -> None:
-        """Writes to ``product``, ``(out_features, rows)``, what ``x``, ``(in_features, rows)``, gives."""
-        num_out, (depth, num_columns) = weight.shape[0], x.shape
-        num_tiles = num_columns // num_rows
-        begin = num_tiles * num_rows
+    def loop(weight: Any, x: Any, product: Any, scratch: Any) -> None:
+        (num_rows, num_in), num_out = x.shape, weight.shape[0]
+        num_columns, depth = -(-num_rows // lanes) * lanes, num_in // in_pair
+        begin_of_turned = num_rows * depth if in_pair == 2 else 0
+        begin_of_found = begin_of_turned + depth * num_columns
+        turned = scratch[begin_of_turned:begin_of_found].reshape(depth, num_columns)
+        found = scratch[begin_of_found : begin_of_found + num_out * num_columns].reshape(num_out, num_columns)
+        if in_pair == 2:
+            bits = scratch[: num_rows * depth].view(np.int16).reshape(num_rows, num_in)
+            for row in range(num_rows):
+                for k in range(num_in):
+                    bits[row, k] = as_stored(x[row, k], bits[row, k])
+            _turn(scratch[: num_rows * depth].reshape(num_rows, depth), turned, num_rows, depth)
+        else:
+            _turn(x, turned, num_rows, depth)
+        for k in range(depth):
+            for column in range(num_rows, num_columns):
+                turned[k, column] = 0.0
+        num_tiles = num_columns // num_rows_of_tile
+        begin = num_tiles * num_rows_of_tile
         num_blocks = num_out // num_weights
         for start in range(0, depth, at_most):
             for block in prange(num_blocks):
                 i = block * num_weights
                 for tile in range(num_tiles):
                     first, last = num_weights * tile // num_tiles, num_weights * (tile + 1) // num_tiles
-                    _sums(weight, i, x, tile * num_rows, product, start, first, last, num_vectors, num_weights)
+                    column = tile * num_rows_of_tile
+                    _sums(weight, i, turned, column, found, start, first, last, num_vectors, num_weights)
                 if begin < num_columns:
-                    _sums(weight, i, x, begin, product, start, 0, num_weights, 1, num_weights)
+                    _sums(weight, i, turned, begin, found, start, 0, num_weights, 1, num_weights)
             for i in range(num_blocks * num_weights, num_out):
                 for column in range(0, num_columns, lanes):
-                    _sums(weight, i, x, column, product, start, 0, 1, 1, 1)
+                    _sums(weight, i, turned, column, found, start, 0, 1, 1, 1)
+        _turn(found, product, num_out, num_rows)
 
     return loop
 
@@ -681,7 +661,7 @@ def _emit_sums(
 
 
 def _loop_of_squares() -> Any:
-    """The loop that turns a matrix, square by square: torch does it number by number. Its sizes are its own, too."""
+    """The loop that turns a matrix, square by square. Its sizes are its own, too."""
     lanes = LANES
 
     def loop(matrix: Any, turned: Any, num_rows: int, num_columns: int) -> None:
@@ -732,3 +712,6 @@ def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> 
     for vector, address in zip(held, places(turned, column, row), strict=True):
         builder.store(vector, address, align=4)
     return context.get_dummy_value()
+
+
+_turn = compiled(_loop_of_squares(), variant=f"_{LANES}")

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from fedpt_flwr.builds import Block, is_plain_lora
 from fedpt_flwr.few_queries import attention_for, exponential
-from fedpt_flwr.few_rows import Array, address_of, call, compiled, is_in_threads, loop_for
+from fedpt_flwr.few_rows import (
+    MANY_ROWS,
+    MOST_ROWS,
+    Array,
+    address_of,
+    call,
+    compiled,
+    is_in_threads,
+    loop_for,
+    scratch,
+)
 from fedpt_flwr.huge_pages import Room, rounded_up
 from fedpt_flwr.packing import PackedLinear
 from fedpt_flwr.ragged import RaggedCache
@@ -101,6 +111,7 @@ class Layers:
 
     Attributes:
         head: This one.
+        most_tokens: Of all rows together, that can be taken at once.
     """
 
     def __init__(self, blocks: Sequence[Block], norm: Any, head: Any, *, is_rough: bool = False) -> None:
@@ -120,15 +131,24 @@ class Layers:
         self._last_norm[0] = self._norm(norm)
         if head is not None:
             self._enter_product((-1, 0), head, room)
+        sizes = [(int(product["num_in"]), int(product["num_out"])) for product in self._products[:-1].flat]
+        self._widest = max(sizes, key=sum)
+        are_even = not any(num_in % 2 for num_in, _ in sizes)
+        most = MOST_ROWS[self._dtype]
+        self.most_tokens = most if are_even or self._dtype == torch.float32 else min(most, MANY_ROWS - 1)
 
-    def run(self, cache: RaggedCache, x: Tensor, rotary: Any, starts: Sequence[int]) -> Array:
+    def run(
+        self, cache: RaggedCache, x: Tensor, rotary: Any, starts: Sequence[int], *, is_only_read: bool = False
+    ) -> Array:
         """Put tokens through all layers.
 
         Args:
             cache: Begun for these tokens; gets their keys and values.
-            x: The tokens' embeddings, ``(rows, new, hidden)``, float32 or bfloat16 on the CPU.
+            x: The tokens' embeddings, ``(rows, new, hidden)``, float32 or bfloat16 on the CPU; at most
+                :attr:`most_tokens`.
             rotary: The model's module that has the angles; None where nothing is turned.
             starts: Tokens that each row had before.
+            is_only_read: Whether nobody looks at what comes out: keys and values of the last layer are the end then.
 
         Returns:
             What comes out of the last layer, ``(rows, new, hidden)``.
@@ -153,6 +173,8 @@ class Layers:
             x.dtype == torch.bfloat16,
             np.array(starts),
             x.shape[1],
+            is_only_read,
+            scratch(num_tokens, *self._widest),
             _LIKE[self._dtype],
             _LIKE[stored],
         )
@@ -172,7 +194,8 @@ class Layers:
         found = np.empty((len(rows), products[-1, 0]["num_out"]), np.float32)
         if len(rows):
             multiply = address_of(loop_for(self._dtype, len(rows)))
-            _of_head(self._dtype)(multiply, rows, self._last_norm, products[-1], found, _LIKE[self._dtype])
+            room = scratch(len(rows), rows.shape[1], found.shape[1])
+            _of_head(self._dtype)(multiply, rows, self._last_norm, products[-1], found, room, _LIKE[self._dtype])
         return found.reshape(*stream.shape[:-1], found.shape[1])
 
     def _enter_layer(self, number: int, block: Block) -> None:
@@ -361,9 +384,9 @@ def _pointer(_context: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(address, like), emit
 
 
-def _added_product(multiply: Any, given: Any, part: Any, found: Any, like: Any) -> None:
+def _added_product(multiply: Any, given: Any, part: Any, found: Any, room: Any, like: Any) -> None:
     """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``, by the loop at an address."""
-    call(multiply, (carray(_pointer(part.weight, like), (part.num_out, part.num_in)), given, found))
+    call(multiply, (carray(_pointer(part.weight, like), (part.num_out, part.num_in)), given, found, room))
     num_rows, rank = given.shape[0], part.rank
     if part.bias:
         bias = carray(_pointer(part.bias, given), (part.num_out,))
@@ -478,6 +501,8 @@ def _through_all(
     is_narrow: bool,
     starts: Any,
     num_new: int,
+    is_only_read: bool,
+    room: Any,
     like_weights: Any,
     like_stored: Any,
 ) -> None:
@@ -497,12 +522,12 @@ def _through_all(
         values = np.empty_like(keys)
         normed(stream, layer.attention_norm, states)
         if products[number, _KEYS].num_out:
-            added_product(multiply, states, products[number, _QUERIES], queries, like_weights)
-            added_product(multiply, states, products[number, _KEYS], keys, like_weights)
-            added_product(multiply, states, products[number, _VALUES], values, like_weights)
+            added_product(multiply, states, products[number, _QUERIES], queries, room, like_weights)
+            added_product(multiply, states, products[number, _KEYS], keys, room, like_weights)
+            added_product(multiply, states, products[number, _VALUES], values, room, like_weights)
         else:
             together = np.empty((num_tokens, products[number, _QUERIES].num_out), np.float32)
-            added_product(multiply, states, products[number, _QUERIES], together, like_weights)
+            added_product(multiply, states, products[number, _QUERIES], together, room, like_weights)
             parted(together, layer.is_by_head, head_dim, queries, keys, values)
         query_norm = carray(_pointer(layer.query_norm, stream), (head_dim if layer.query_norm else 0,))
         key_norm = carray(_pointer(layer.key_norm, stream), (head_dim if layer.key_norm else 0,))
@@ -511,29 +536,31 @@ def _through_all(
         all_values = carray(_pointer(layer.values, like_stored), shape)
         new = (queries, keys, values, query_norm, key_norm, layer.head_eps, cos, sin)
         call(layer.attention, (*new, all_keys, all_values, starts, num_new, layer.window, layer.scaling))
-        added_product(multiply, queries, products[number, _OUT], change, like_weights)
+        if is_only_read and number == len(layers) - 1:
+            return
+        added_product(multiply, queries, products[number, _OUT], change, room, like_weights)
         if layer.is_parallel:
             normed(stream, layer.mlp_norm, states)
         stream += change
         if not layer.is_parallel:
             normed(stream, layer.mlp_norm, states)
         inner = np.empty((num_tokens, products[number, _UP].num_out), np.float32)
-        added_product(multiply, states, products[number, _UP], inner, like_weights)
+        added_product(multiply, states, products[number, _UP], inner, room, like_weights)
         if products[number, _GATE].num_out:
             gate = np.empty_like(inner)
-            added_product(multiply, states, products[number, _GATE], gate, like_weights)
+            added_product(multiply, states, products[number, _GATE], gate, room, like_weights)
             activated(layer.activation, gate)
             inner *= gate
         else:
             activated(layer.activation, inner)
-        added_product(multiply, inner, products[number, _DOWN], change, like_weights)
+        added_product(multiply, inner, products[number, _DOWN], change, room, like_weights)
         stream += change
 
 
-def _scored(multiply: int, x: Any, norms: Any, products: Any, found: Any, like: Any) -> None:
+def _scored(multiply: int, x: Any, norms: Any, products: Any, found: Any, room: Any, like: Any) -> None:
     states = np.empty_like(x)
     normed(x, norms[0], states)
-    added_product(multiply, states, products[0], found, like)
+    added_product(multiply, states, products[0], found, room, like)
 
 
 def _of_last_norm(x: Any, norms: Any, out: Any) -> None:
@@ -549,7 +576,7 @@ _LIKE = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.
 """Arrays of what numba is to take numbers for."""
 
 _number, _whole, _truth = types.float32, types.int64, types.boolean
-_rows = types.float32[:, ::1]
+_rows, _scratch = types.float32[:, ::1], types.float32[::1]
 _read, _two = (types.Array(types.float32, ndim, "C", readonly=True) for ndim in (1, 2))
 _layer_type, _product_type, _norm_type = map(numba.from_dtype, (_LAYER, _PRODUCT, _NORM))
 
@@ -563,7 +590,7 @@ def _through(dtype: torch.dtype, stored: torch.dtype) -> Any:
     """The compiled layers, by what weights, and keys and values are stored in."""
     signature = types.void(
         *(_whole, _layer_type[::1], _product_type[:, ::1], _rows, _read, _number, _truth),
-        *(_whole[::1], _whole, _kind(dtype), _kind(stored)),
+        *(_whole[::1], _whole, _truth, _scratch, _kind(dtype), _kind(stored)),
     )
     return compiled(_through_all, signature, variant=f"_{_kind(dtype).dtype}_{_kind(stored).dtype}")
 
@@ -571,7 +598,7 @@ def _through(dtype: torch.dtype, stored: torch.dtype) -> Any:
 @functools.cache
 def _of_head(dtype: torch.dtype) -> Any:
     """The compiled last norm and head, by what its weight is stored in."""
-    signature = types.void(_whole, _two, _norm_type[::1], _product_type[::1], _rows, _kind(dtype))
+    signature = types.void(_whole, _two, _norm_type[::1], _product_type[::1], _rows, _scratch, _kind(dtype))
     return compiled(_scored, signature, variant=f"_{_kind(dtype).dtype}")
 
 

@@ -38,9 +38,6 @@ _log = logging.getLogger(__name__)
 _FOLD_UP_TO = 16
 """New tokens per row up to which the heads that share keys are put side by side as if they were tokens."""
 
-_FEW_TOKENS = 8
-"""Tokens beyond which it need not be asked whether there are compiled layers."""
-
 _CAUSAL: Final = "causal"
 """In place of a mask: each token sees those before it and itself, and there are no others."""
 
@@ -102,7 +99,10 @@ class LeanStepper(Stepper):
         device = self.device
         num_rows, num_new = ids.shape
         blocks = self._current_blocks()
-        layers = self._compiled(blocks) if ids.numel() <= _FEW_TOKENS and device.type == "cpu" else None
+        layers = self._compiled(blocks) if device.type == "cpu" else None
+        if layers is not None and ids.numel() > layers.most_tokens:
+            layers = None
+        is_only_read = isinstance(keep, Tensor) and not keep.numel()
         starts = list(cache.lengths)
         if layers is not None and self.build.rotary is not None:
             cache.extend(num_new)
@@ -112,7 +112,8 @@ class LeanStepper(Stepper):
         with self.context():
             x = self.build.embed(ids.to(device), positions)
             if layers is not None:
-                stream = _kept(layers.run(cache, x, self.build.rotary, starts), keep)
+                stream = layers.run(cache, x, self.build.rotary, starts, is_only_read=is_only_read)
+                stream = _kept(stream, keep)
                 if layers.head is not None:
                     return torch.from_numpy(layers.scores(stream)).to(x.dtype)
                 return _scores(self.build.head(), torch.from_numpy(layers.normed(stream)).to(x.dtype))
@@ -122,7 +123,6 @@ class LeanStepper(Stepper):
             if fused is not None and fused.takes(blocks, num_new, x):
                 x = fused.run(blocks, cache, x, angles, positions, _linear)
             else:
-                is_only_read = isinstance(keep, Tensor) and not keep.numel()
                 attention = _Appended(blocks, cache, positions, x.dtype, is_only_read)
                 x = _through(blocks, x, angles, (num_rows, num_new), attention)
             return _scores(self.build.head(), _normed(self.build.norm, _kept(x.view(num_rows, num_new, -1), keep)))
@@ -460,7 +460,7 @@ def _normed(norm: Any, x: Tensor, reused: _Reused | None = None) -> Tensor:
     if type(norm) is nn.LayerNorm:
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     is_float = x.dtype == norm.weight.dtype == torch.float32 and x.device.type == "cpu"
-    if reused is not None and len(x) > _FEW_TOKENS and is_float:
+    if reused is not None and len(x) > _FEW_ROWS and is_float:
         normed = torch.mul(x, x, out=reused.like("normed", x.shape, x))
         factors = normed.mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
         return torch.mul(x, factors, out=normed).mul_(norm.weight)

@@ -16,6 +16,7 @@ from fedpt_flwr.lean import step_function
 from fedpt_flwr.packing import prepare, restore
 from fedpt_flwr.proxy import ProxyModel
 
+few_rows = pytest.importorskip("fedpt_flwr.few_rows", reason="compiled loops need the extra fast")
 few_tokens = pytest.importorskip("fedpt_flwr.few_tokens", reason="compiled loops need the extra fast")
 
 
@@ -32,9 +33,9 @@ def calls(monkeypatch):
     seen = []
     run = few_tokens.Layers.run
 
-    def watched(layers, cache, x, *rest):
+    def watched(layers, cache, x, *rest, **named):
         seen.append(x.shape[0] * x.shape[1])
-        return run(layers, cache, x, *rest)
+        return run(layers, cache, x, *rest, **named)
 
     monkeypatch.setattr(few_tokens.Layers, "run", watched)
     return seen
@@ -52,9 +53,15 @@ def steps(stepper, shapes, *, kept=()):
     return found
 
 
+def taken(shapes, dtype=torch.float32):
+    """How many tokens go through compiled layers, of passes that are asked for."""
+    return [rows * new for rows, new in shapes if rows * new <= few_rows.MOST_ROWS[dtype]]
+
+
 SHAPES = {
     "one row": [(1, 12), (1, 1), (1, 4), (1, 3), (1, 8), (1, 2), (1, 7), (1, 1)],
     "rows": [(2, 12), (2, 1), (2, 4), (2, 3), (2, 2), (2, 1)],
+    "many": [(4, 9), (4, 4), (4, 16), (4, 1), (4, 5), (4, 3)],
 }
 
 
@@ -66,9 +73,9 @@ def test_the_scores_are_those_of_torch(name, shapes, calls, monkeypatch):
     prepare(model)
     stepper = step_function(model)
     calls.clear()
-    kept = [(3, [10, 7][: shapes[0][0]]), (5, [11, 11][: shapes[0][0]])]
+    kept = [(3, [10, 7, 9, 8][: shapes[0][0]]), (5, [11] * shapes[0][0])]
     found = steps(stepper, shapes, kept=kept)
-    assert calls == [rows * new for rows, new in shapes if rows * new <= 8]
+    assert calls == taken(shapes)
     monkeypatch.setattr(lean, "_few_tokens", lambda: None)
     for ours, expected in zip(found, steps(stepper, shapes, kept=kept), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -83,7 +90,7 @@ def test_bfloat16_is_rounded_no_more_than_by_torch(family, shapes, calls, monkey
     stepper = step_function(model)
     calls.clear()
     found = steps(stepper, shapes)
-    assert calls == [rows * new for rows, new in shapes if rows * new <= 8]
+    assert calls == taken(shapes, torch.bfloat16)
     assert all(scores.dtype == torch.bfloat16 for scores in found)
     monkeypatch.setattr(lean, "_few_tokens", lambda: None)
     right, by_torch = steps(step_function(exact), shapes), steps(stepper, shapes)
@@ -201,7 +208,7 @@ def test_an_adapter_is_added_switched_and_changed_as_by_torch(family, shapes, ca
     def check():
         calls.clear()
         found = [steps(steppers[name], shapes) for name in ("tuned", "untuned")]
-        assert calls == [rows * new for rows, new in shapes if rows * new <= 8] * 2
+        assert calls == taken(shapes) * 2
         with monkeypatch.context() as patched:
             patched.setattr(lean, "_few_tokens", lambda: None)
             expected = [steps(steppers[name], shapes) for name in ("tuned", "untuned")]
@@ -248,7 +255,7 @@ def test_an_adapter_of_any_dtype_is_as_near_as_torchs(dtype, adapter_dtype, call
     stepper = step_function(model)
     calls.clear()
     found = steps(stepper, SHAPES["one row"])
-    assert len(calls) == len(SHAPES["one row"]) - 1
+    assert calls == taken(SHAPES["one row"], dtype)
     monkeypatch.setattr(lean, "_few_tokens", lambda: None)
     right, by_torch = steps(step_function(exact), SHAPES["one row"]), steps(stepper, SHAPES["one row"])
 
