@@ -58,8 +58,17 @@ _HAS_PAIRS = _HAS_AVX512 and bool(binding.get_host_cpu_features().get("avx512bf1
 _HAS_TILES = bool(binding.get_host_cpu_features().get("amx-bf16"))
 """Whether the processor multiplies whole tiles of bfloat16, for which torch's libraries have loops."""
 
-MOST_ROWS = {torch.float32: 64, torch.bfloat16: 64 if _HAS_PAIRS and not _HAS_TILES else 8}
-"""More rows are left to torch, whose libraries are made for that."""
+_MOST_AT_ONCE = 64
+
+MOST_ROWS = {
+    torch.float32: _MOST_AT_ONCE,
+    torch.bfloat16: _MOST_AT_ONCE if _HAS_PAIRS and not _HAS_TILES else 8,
+}
+"""What is multiplied at once. More rows are left to torch, whose libraries are made for that."""
+
+_TAKES_ALL = _HAS_AVX512 and binding.get_host_cpu_name().startswith("znver")
+"""Whether more rows of float32 are multiplied part by part, on AMD's Zen: the library for them, which is Intel's,
+leaves AVX512 idle there."""
 
 _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
@@ -84,13 +93,14 @@ _AT_MOST = 1024
 long sums of float32 would lose digits."""
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """What ``torch.nn.functional.linear`` gives, up to the rounding of sums.
 
     Args:
         x: ``(..., in_features)`` on the CPU.
         weight: ``(out_features, in_features)``, the same, with rows one behind the other in memory.
         bias: ``(out_features,)`` or None.
+        out: Where it is to be written, if both are matrices, with rows one behind the other; None: in new memory.
 
     Returns:
         ``(..., out_features)``, of the dtype of both.
@@ -100,17 +110,30 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     num_out, num_in = weight.shape
     num_rows = x.numel() // num_in if num_in else 0
-    most_rows = MOST_ROWS.get(x.dtype, 0)
-    if x.dtype == torch.bfloat16 and num_in % 2:  # many rows are multiplied pair by pair
-        most_rows = min(most_rows, MANY_ROWS - 1)
-    if not 1 <= num_rows <= most_rows or x.shape[-1] != num_in or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
-    rows = x.reshape(num_rows, num_in).float().contiguous()
-    product = torch.empty(num_rows, num_out, dtype=torch.float32, device="cpu")
-    loop_for(weight.dtype, num_rows)(bits_of(weight), rows.numpy(), product.numpy(), scratch(num_rows, num_in, num_out))
-    if bias is not None:
-        product += bias
-    return product.to(x.dtype).view(*x.shape[:-1], num_out)
+    if not num_rows or x.shape[-1] != num_in or x.dtype != weight.dtype or not _takes(num_rows, num_in, x.dtype):
+        if out is None:
+            return F.linear(x, weight, bias)
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    found = x.new_empty((*x.shape[:-1], num_out)) if out is None else out
+    rows, written, bits = x.reshape(num_rows, num_in), found.view(num_rows, num_out), bits_of(weight)
+    for begin in range(0, num_rows, _MOST_AT_ONCE):
+        given, kept = (part[begin : begin + _MOST_AT_ONCE] for part in (rows, written))
+        product = kept if x.dtype == torch.float32 else torch.empty(kept.shape, dtype=torch.float32, device="cpu")
+        loop = loop_for(weight.dtype, len(given))
+        loop(bits, given.float().contiguous().numpy(), product.numpy(), scratch(len(given), num_in, num_out))
+        if bias is not None:
+            product += bias
+        if product is not kept:
+            kept.copy_(product)
+    return found
+
+
+def _takes(num_rows: int, num_in: int, dtype: torch.dtype) -> bool:
+    """Whether the loops are for so many rows of numbers of a dtype."""
+    most = MOST_ROWS.get(dtype, 0)
+    if dtype == torch.bfloat16 and num_in % 2:  # many rows are multiplied pair by pair
+        most = min(most, MANY_ROWS - 1)
+    return num_rows <= most or (_TAKES_ALL and dtype == torch.float32)
 
 
 def scratch(num_rows: int, num_in: int, num_out: int) -> Array:

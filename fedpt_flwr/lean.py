@@ -47,7 +47,7 @@ _NO_POSITIONS = torch.empty(0, dtype=torch.int64, device="cpu")
 """For a model that embeds none, where angles are computed with the layers."""
 
 _MANY_ROWS = 64
-"""Rows beyond which torch multiplies plain weights, and what comes out is long."""
+"""Rows of which a product is so long that memory for it is kept."""
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
@@ -336,10 +336,8 @@ class _Reused:
         is_plain = type(layer) is PackedLinear and layer.is_plain and x.dtype == layer.weight.dtype == torch.float32
         if not is_plain or len(x) <= _MANY_ROWS:
             return _linear(layer, x)
-        product = self.like(name, (len(x), layer.out_features), x)
-        if layer.bias is None:
-            return torch.mm(x, layer.plain_weight().t(), out=product)
-        return torch.addmm(layer.bias, x, layer.plain_weight().t(), out=product)
+        written: Tensor = layer.write(x, self.like(name, (len(x), layer.out_features), x))
+        return written
 
 
 def _kept(states: Any, keep: int | Tensor) -> Any:

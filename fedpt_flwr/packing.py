@@ -226,6 +226,11 @@ class PackedLinear(nn.Module):
             product = self._product.multiply(x, self._packed, self.bias)
         return product
 
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """What :meth:`forward` gives, in memory that is there; only where :attr:`is_plain`."""
+        product: Tensor = self._product.multiply(x, self._packed, self.bias, out)  # type: ignore[call-arg]
+        return product
+
     def dense_weight(self) -> Tensor:
         """The weight as the plain layer has it; a copy where it lies otherwise."""
         dense = self._product.unpack(self._packed)

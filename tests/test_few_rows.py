@@ -30,6 +30,19 @@ def test_products_are_those_of_torch(num_rows, size):
         torch.testing.assert_close(few_rows.multiply(x, weight, added).double(), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("all_by_loops", [False, True])
+@pytest.mark.parametrize("num_rows", [3, 64, 65, 70, 150, 200])
+def test_products_are_written_where_they_are_to_be(num_rows, all_by_loops, monkeypatch):
+    monkeypatch.setattr(few_rows, "_TAKES_ALL", all_by_loops)
+    x, weight, bias = case(num_rows, (130, 257))
+    for added in (bias, None):
+        out = torch.full((num_rows, 130), torch.nan)
+        assert few_rows.multiply(x, weight, added, out) is out
+        expected = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(few_rows.multiply(x, weight, added), out, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_rows", [*range(1, 10), 15, 16, 17, 32, 33, 48, 64, 65])
 def test_products_of_bfloat16_are_rounded_once(num_rows, size):
