@@ -1,9 +1,8 @@
 """Attention of a few tokens over the keys and values of a text, in loops that numba compiles.
 
-The queries of one token and head look at the columns that they may see, one query after the other: scores of as many
-columns at once as a register has lanes, then the softmax, then the mean of the values. What is read for one query stays
-in a cache for the next one that shares it. As in ``few_rows.py`` what is done with a block of columns is written as
-instructions of LLVM.
+For the queries that share keys, one after the other: scores of as many columns at once as a register has lanes, then
+the softmax, then the values, each times its weight. Long texts are taken in parts that stay in a cache until all these
+queries have seen them. As in ``few_rows.py`` what is done with some columns is written as instructions of LLVM.
 
 Scores, sums and means are of float32; keys and values may be stored as bfloat16. What comes out for a query depends
 neither on how many others there are nor on what they are.
@@ -24,13 +23,14 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fedpt_flwr.few_rows import LANES, as_stored, compiled, widened
+from fedpt_flwr.few_rows import LANES, as_stored, compiled, exchanged, in_all_lanes, widened
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
-_LOG2_E = np.float32(math.log2(math.e))
-_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
-"""Of the first one so few digits that times a small whole number it is exact."""
+_LOG2_E, _LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+
+_IN_CACHE = 32768
+"""Numbers of a head's keys, or values, that stay in the second cache, 128 KB, while one query after the other comes."""
 
 _LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 """Powers of e beyond these have no normal float32."""
@@ -40,13 +40,12 @@ _LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 def exponential(x: Any) -> Any:
     """Euler's number to the power of a float32, in arithmetic of which a compiler can do a vector at once.
 
-    Two to a whole number times a series for what is left, within 3 units of the last digit. Powers beyond those that
+    Two to a whole number times a series for what is left, within 5 units of the last digit. Powers beyond those that
     are normal numbers are taken for the nearest of these; NaN stays.
     """
     x = min(max(x, _LEAST), _MOST)
     whole = np.float32(math.floor(x * _LOG2_E + np.float32(0.5)))
-    rest = x - whole * _LN_2_HIGH
-    rest = rest - whole * _LN_2_LOW
+    rest = x - whole * _LN_2
     series = np.float32(1 / 5040)
     series = series * rest + np.float32(1 / 720)
     series = series * rest + np.float32(1 / 120)
@@ -82,7 +81,7 @@ def attention_for(dtype: torch.dtype, head_dim: int, in_threads: bool) -> Callab
 
 def _loop(head_dim: int) -> Any:
     """The loop for heads of a size, which is its own, so that a compiler knows it."""
-    size, lanes = head_dim, math.gcd(head_dim, LANES)
+    size, lanes, at_once = head_dim, math.gcd(head_dim, LANES), max(LANES, _IN_CACHE // head_dim)
 
     def loop(
         queries: Any,
@@ -111,37 +110,59 @@ def _loop(head_dim: int) -> Any:
         for token in range(starts.shape[0] * num_new):
             row, column = token // num_new, starts[token // num_new] + token % num_new
             for head in range(num_heads):
-                _turned(queries, token, head, size, query_norm, eps, cos, sin)
+                _rotated(queries, token, head, size, query_norm, eps, cos, sin)
             for head in range(num_key_heads):
-                _turned(keys, token, head, size, key_norm, eps, cos, sin)
+                _rotated(keys, token, head, size, key_norm, eps, cos, sin)
                 for k in range(size):
                     key, value = keys[token, head * size + k], values[token, head * size + k]
                     all_keys[row, head, column, k] = as_stored(key, all_keys[row, head, column, k])
                     all_values[row, head, column, k] = as_stored(value, all_values[row, head, column, k])
         for place in prange(len(starts) * num_key_heads):
             row, key_head = place // num_key_heads, place % num_key_heads
-            weights = np.empty(min(window, starts[row] + num_new), np.float32)
-            for token in range(row * num_new, (row + 1) * num_new):
-                end = starts[row] + token % num_new + 1
-                begin = max(0, end - window)
-                for head in range(key_head * shared, (key_head + 1) * shared):
-                    at = head * size
-                    largest = _scores(
-                        queries, token, at, all_keys, row, key_head, begin, end, scale, weights, size, lanes
-                    )
-                    total = _ZERO
-                    for column in range(end - begin):
-                        weight = exponential(weights[column] - largest)
-                        weights[column] = weight
-                        total += weight
-                    factor = _ONE / total
-                    _mean(weights, all_values, row, key_head, begin, end, factor, queries, token, at, size, lanes)
+            start, end = starts[row], starts[row] + num_new
+            oldest = max(0, start + 1 - window)
+            weights = np.empty((num_new * shared, end - oldest), np.float32)
+            largest = np.full(num_new * shared, -np.inf, np.float32)
+            blocks = range(oldest // at_once * at_once, end, at_once)
+            for block in blocks:
+                for new in range(num_new):
+                    begin, stop = max(0, start + new + 1 - window, block), min(start + new + 1, block + at_once)
+                    for head in range(shared if begin < stop else 0):
+                        token, at, query = row * num_new + new, (key_head * shared + head) * size, new * shared + head
+                        out = weights[query, begin - oldest :]
+                        found = _scores(
+                            queries, token, at, all_keys, row, key_head, begin, stop, scale, out, size, lanes
+                        )
+                        largest[query] = max(largest[query], found)
+            for query in range(num_new * shared):
+                stop = start + query // shared + 1
+                seen = weights[query, max(0, stop - window) - oldest : stop - oldest]
+                total = _ZERO
+                for column in range(len(seen)):
+                    weight = exponential(seen[column] - largest[query])
+                    seen[column] = weight
+                    total += weight
+                largest[query] = total
+                token, at = row * num_new + query // shared, (key_head * shared + query % shared) * size
+                for k in range(at, at + size):
+                    queries[token, k] = _ZERO
+            for block in blocks:
+                for new in range(num_new):
+                    begin, stop = max(0, start + new + 1 - window, block), min(start + new + 1, block + at_once)
+                    for head in range(shared if begin < stop else 0):
+                        token, at, query = row * num_new + new, (key_head * shared + head) * size, new * shared + head
+                        given = weights[query, begin - oldest :]
+                        _add_values(given, all_values, row, key_head, begin, stop, queries, token, at, size, lanes)
+            for query in range(num_new * shared):
+                token, at = row * num_new + query // shared, (key_head * shared + query % shared) * size
+                for k in range(at, at + size):
+                    queries[token, k] /= largest[query]
 
     return loop
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _turned(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
+def _rotated(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
     """One head of one token normed, if there is a weight, and rotated as far as there are angles, in place."""
     begin, half = head * size, cos.shape[1]
     if weight.shape[0]:
@@ -207,11 +228,7 @@ def _emit_scores(context: Any, builder: Any, signature: Any, arguments: Any, *, 
             return dots(column)
         digit = count // 2
         pair = summed(column, digit), summed(builder.add(column, whole(digit)), digit)
-        # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
-        upper = [lane if not lane & digit else lanes + lane - digit for lane in range(lanes)]
-        lower = [lane + digit if not lane & digit else lanes + lane for lane in range(lanes)]
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen) for chosen in (upper, lower)]
-        return builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks))
+        return builder.fadd(*exchanged(builder, *pair, digit))
 
     least = ir.Constant(ir.FloatType(), float("-inf"))
     largest = cgutils.alloca_once_value(builder, least)
@@ -226,7 +243,7 @@ def _emit_scores(context: Any, builder: Any, signature: Any, arguments: Any, *, 
             latest = builder.sub(end, whole(lanes))
             with cgutils.for_range_slice(builder, begin, end, whole(lanes), whole) as (column, _):
                 first = builder.select(builder.icmp_signed("<", column, latest), column, latest)
-                found = builder.fmul(summed(first, lanes), _in_all_lanes(builder, scale, lanes))
+                found = builder.fmul(summed(first, lanes), in_all_lanes(builder, scale, lanes))
                 address = builder.gep(scores.data, [builder.sub(first, begin)])
                 builder.store(found, builder.bitcast(address, vector.as_pointer()), align=4)
                 builder.store(_larger(builder, found, builder.load(largest_in_lanes)), largest_in_lanes)
@@ -237,7 +254,7 @@ def _emit_scores(context: Any, builder: Any, signature: Any, arguments: Any, *, 
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _mean(
+def _add_values(
     _context: Any,
     weights: Any,
     values: Any,
@@ -245,41 +262,38 @@ def _mean(
     head: Any,
     begin: Any,
     end: Any,
-    factor: Any,
     out: Any,
     token: Any,
     at: Any,
     size: Any,
     lanes: Any,
 ) -> Any:
-    """Machine code that adds up the values of some columns, each times its weight, and writes that times a factor."""
-    taken = (weights, values, row, head, begin, end, factor, out, token, at, size, lanes)
-    return types.void(*taken), functools.partial(_emit_mean, size=size.literal_value, lanes=lanes.literal_value)
+    """Machine code that adds the values of some columns, each times its weight, to what is there."""
+    taken = (weights, values, row, head, begin, end, out, token, at, size, lanes)
+    return types.void(*taken), functools.partial(_emit_add_values, size=size.literal_value, lanes=lanes.literal_value)
 
 
-def _emit_mean(context: Any, builder: Any, signature: Any, arguments: Any, *, size: int, lanes: int) -> Any:
-    """The instructions of :func:`_mean`: a weight in all lanes times a value's numbers in each."""
+def _emit_add_values(context: Any, builder: Any, signature: Any, arguments: Any, *, size: int, lanes: int) -> Any:
+    """The instructions of :func:`_add_values`: a weight in all lanes times a value's numbers in each."""
     weights, values, out = (
-        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 1, 7)
+        context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 1, 6)
     )
-    row, head, begin, end, token, at = _wholes(context, builder, signature, arguments, (2, 3, 4, 5, 8, 9))
+    row, head, begin, end, token, at = _wholes(context, builder, signature, arguments, (2, 3, 4, 5, 7, 8))
     whole, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
     first_value = _of_head(builder, values, row, head, size)
-    sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(0, size, lanes)]
-    for total in sums:  # it is made once for all queries
-        builder.store(ir.Constant(vector, None), total)
+    written = builder.gep(out.data, [builder.add(builder.mul(token, _last(builder, out)), at)])
+    before = [_load(builder, written, whole(place), lanes) for place in range(0, size, lanes)]
+    sums = [cgutils.alloca_once_value(builder, part) for part in before]
     with cgutils.for_range_slice(builder, begin, end, whole(1), whole) as (column, _):
         alone = builder.load(builder.gep(weights.data, [builder.sub(column, begin)]))
-        weight = _in_all_lanes(builder, alone, lanes)
+        weight = in_all_lanes(builder, alone, lanes)
         value = builder.gep(first_value, [builder.mul(column, whole(size))])
         for number, total in enumerate(sums):
             part = _load(builder, value, whole(number * lanes), lanes)
             builder.store(_fma(builder, part, weight, builder.load(total)), total)
-    written = builder.gep(out.data, [builder.add(builder.mul(token, _last(builder, out)), at)])
     for number, total in enumerate(sums):
-        found = builder.fmul(builder.load(total), _in_all_lanes(builder, arguments[6], lanes))
         address = builder.gep(written, [whole(number * lanes)])
-        builder.store(found, builder.bitcast(address, vector.as_pointer()), align=4)
+        builder.store(builder.load(total), builder.bitcast(address, vector.as_pointer()), align=4)
     return context.get_dummy_value()
 
 
@@ -324,10 +338,3 @@ def _added_up(builder: Any, lanes: Any) -> Any:
     kind, name = ir.FunctionType(number, [number, lanes.type]), f"llvm.vector.reduce.fadd.v{lanes.type.count}f32"
     add_up = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(add_up, [ir.Constant(number, 0.0), lanes], fastmath=("reassoc",))
-
-
-def _in_all_lanes(builder: Any, number: Any, lanes: int) -> Any:
-    kind = ir.VectorType(number.type, lanes)
-    alone = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-    return builder.shuffle_vector(alone, ir.Constant(kind, ir.Undefined), everywhere)

@@ -11,14 +11,16 @@ There are two ways. Few rows are multiplied number by number along a row of the 
 at the end. From :data:`MANY_ROWS` on, lanes are rows of the input: nothing is left to add up, but lanes that no row
 fills are wasted.
 
-A weight of bfloat16 is read as it is, and becomes float32 in a register: sums are of float32, and the result is
-rounded once. Every sum is added up in an order that depends on nothing but its length, the processor and the way, so
-results depend neither on the number of threads nor on what the other rows are.
+A weight of bfloat16 is read as it is, and becomes float32 in a register; or it stays what it is where a processor
+multiplies pairs of bfloat16, and the input is rounded to that. Sums are of float32 always. Every sum is added up in an
+order that depends on nothing but its length, the processor and the way, so results depend neither on the number of
+threads nor on what the other rows are.
 """
 
 from __future__ import annotations
 
 import functools
+import glob
 import threading
 import zlib
 from collections.abc import Callable
@@ -47,15 +49,20 @@ _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
 
 _FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
-binding.initialize_native_asmparser()
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
 
-_HAS_PAIRS = _HAS_AVX512 and bool(binding.get_host_cpu_features().get("avx512bf16"))
+_FEATURES = binding.get_host_cpu_features()
+_IS_FOR_HOST = numba.config.CPU_NAME in (None, "host") and not numba.config.CPU_FEATURES and numba.config.ENABLE_AVX
+"""Whether numba compiles for this processor and not, as its settings can say, for another one."""
+
+_HAS_PAIRS = _HAS_AVX512 and bool(_FEATURES.get("avx512bf16")) and bool(_IS_FOR_HOST)
 """Whether the processor multiplies pairs of bfloat16 and adds both products to a float32."""
 
-_HAS_TILES = bool(binding.get_host_cpu_features().get("amx-bf16"))
+binding.initialize_native_asmparser()  # the instruction for pairs is written in assembly
+
+_HAS_TILES = bool(_FEATURES.get("amx-bf16"))
 """Whether the processor multiplies whole tiles of bfloat16, for which torch's libraries have loops."""
 
 _MOST_AT_ONCE = 64
@@ -64,11 +71,19 @@ MOST_ROWS = {
     torch.float32: _MOST_AT_ONCE,
     torch.bfloat16: _MOST_AT_ONCE if _HAS_PAIRS and not _HAS_TILES else 8,
 }
-"""What is multiplied at once. More rows are left to torch, whose libraries are made for that."""
+"""What is multiplied at once. More rows are left to torch, whose libraries are made for that, but for these:"""
 
-_TAKES_ALL = _HAS_AVX512 and binding.get_host_cpu_name().startswith("znver")
-"""Whether more rows of float32 are multiplied part by part, on AMD's Zen: the library for them, which is Intel's,
-leaves AVX512 idle there."""
+_TAKES_ALL = (
+    _HAS_AVX512
+    and torch.backends.mkl.is_available()
+    and binding.get_host_cpu_name() not in ("znver4", "")
+    and binding.get_host_cpu_name().startswith("znver")
+)
+"""Whether more rows of float32 are multiplied part by part, on AMD's processors from Zen 5 on: the library for them,
+which is Intel's, leaves half of their AVX512 idle. (Zen 4 has but half of it.)"""
+
+_MOST_THREADS_FOR_ALL = 8
+"""More threads leave too little for each of a part."""
 
 _TILE = 2, 12 if _HAS_AVX512 else 6
 """Of many rows: vectors of the input times rows of the weight that are multiplied at once, each with a register."""
@@ -89,8 +104,8 @@ _held = threading.local()
 _NOTHING = np.empty(0, np.float32)
 
 _AT_MOST = 1024
-"""Numbers of all rows that are multiplied before the next ones: what is read of the input then stays in a cache, and
-long sums of float32 would lose digits."""
+"""Numbers of all rows, or pairs of them, that are multiplied before the next ones: what is read of the input then stays
+in a cache, and long sums of float32 would lose digits."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -116,13 +131,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None 
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     found = x.new_empty((*x.shape[:-1], num_out)) if out is None else out
     rows, written, bits = x.reshape(num_rows, num_in), found.view(num_rows, num_out), bits_of(weight)
-    for begin in range(0, num_rows, _MOST_AT_ONCE):
-        given, kept = (part[begin : begin + _MOST_AT_ONCE] for part in (rows, written))
+    num_parts = -(-num_rows // _MOST_AT_ONCE)  # alike, so that none is of few rows
+    for given, kept in zip(rows.tensor_split(num_parts), written.tensor_split(num_parts), strict=True):
         product = kept if x.dtype == torch.float32 else torch.empty(kept.shape, dtype=torch.float32, device="cpu")
         loop = loop_for(weight.dtype, len(given))
         loop(bits, given.float().contiguous().numpy(), product.numpy(), scratch(len(given), num_in, num_out))
         if bias is not None:
-            product += bias
+            product += bias.detach()
         if product is not kept:
             kept.copy_(product)
     return found
@@ -133,7 +148,8 @@ def _takes(num_rows: int, num_in: int, dtype: torch.dtype) -> bool:
     most = MOST_ROWS.get(dtype, 0)
     if dtype == torch.bfloat16 and num_in % 2:  # many rows are multiplied pair by pair
         most = min(most, MANY_ROWS - 1)
-    return num_rows <= most or (_TAKES_ALL and dtype == torch.float32)
+    takes_all = _TAKES_ALL and dtype == torch.float32 and torch.get_num_threads() <= _MOST_THREADS_FOR_ALL
+    return num_rows <= most or takes_all
 
 
 def scratch(num_rows: int, num_in: int, num_out: int) -> Array:
@@ -161,8 +177,8 @@ def loop_for(dtype: torch.dtype, num_rows: int) -> Callable[[npt.NDArray[Any], A
     Returns:
         A function of a weight ``(out_features, in_features)``, float32 or the bits of bfloat16 (:func:`bits_of`); the
         input ``(rows, in_features)``, which some processors round to bfloat16 if weights are; the product
-        ``(rows, out_features)``, which it writes; and what :func:`scratch` gives. It is for the thread that asked,
-        which has as many as torch has now.
+        ``(rows, out_features)``, which it writes; and what :func:`scratch` gives. It must be called by the thread
+        that asked, before that asks for another: numba has been told how many threads this one takes.
     """
     loop: Callable[[npt.NDArray[Any], Array, Array, Array], None]
     bits = "int16" if dtype == torch.bfloat16 else "float32"
@@ -175,9 +191,14 @@ def address_of(loop: Any) -> int:
     """Where a compiled loop lies in memory, for other loops to call (:func:`call`).
 
     It can be handed to them, too; but that takes longer than some of them.
+
+    Raises:
+        RuntimeError: numba does not say it.
     """
     (code,) = loop.overloads.values()
     address: int = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+    if not address:
+        raise RuntimeError(f"numba has no code of {loop.__name__}")
     return address
 
 
@@ -223,9 +244,15 @@ def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: 
     signatures = None if signature is None else [signature]
     options |= {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(signatures, cache=True, **options)(twin)
+        made = numba.njit(signatures, cache=True, **options)(twin)
     except RuntimeError:  # neither beside this file nor in the user's cache
         return numba.njit(signatures, **options)(twin)
+    if made.stats.cache_misses:  # so those of earlier states of the files are of no use
+        name = f"{loop.__module__.rpartition('.')[2]}.{loop.__qualname__}{variant}".translate({60: None, 62: None})
+        for file in Path(made.stats.cache_path).glob(f"{glob.escape(name)}_????????-*.nb[ic]"):
+            if not file.name.startswith(f"{name}_{_sources()}-"):
+                file.unlink(missing_ok=True)
+    return made
 
 
 @cache
@@ -429,6 +456,28 @@ def _in_order(builder: Any) -> None:
     builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
+def in_all_lanes(builder: Any, number: Any, lanes: int) -> Any:
+    """A number in each lane of a vector."""
+    undefined = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    alone = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    return builder.shuffle_vector(alone, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), None))
+
+
+def exchanged(builder: Any, first: Any, second: Any, digit: int) -> tuple[Any, Any]:
+    """Two vectors after what they have across the diagonal of a square has changed places.
+
+    Lanes are numbered in binary; those of the first vector that have this digit change places with those of the second
+    one that lack it.
+    """
+    count = first.type.count
+    # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
+    upper = [lane if not lane & digit else count + lane - digit for lane in range(count)]
+    lower = [lane + digit if not lane & digit else count + lane for lane in range(count)]
+    masks = [ir.Constant(ir.VectorType(ir.IntType(32), count), chosen) for chosen in (upper, lower)]
+    one, other = (builder.shuffle_vector(first, second, mask) for mask in masks)
+    return one, other
+
+
 def _dots_of_pairs(builder: Any, sums: Any, one: Any, other: Any) -> Any:
     """Adds to each lane of float32 the products of two pairs of bfloat16, which lie in a lane of each factor."""
     kind = ir.FunctionType(sums.type, [sums.type, one.type, other.type])
@@ -438,7 +487,8 @@ def _dots_of_pairs(builder: Any, sums: Any, one: Any, other: Any) -> Any:
 def _dots_with_one_pair(builder: Any, sums: Any, pairs: Any, address: Any) -> Any:
     """The same with the one pair that lies at an address, which the processor spreads over all lanes as it reads it.
 
-    Spread by an instruction before it, for each pair another one, there are too few of those.
+    Spread by an instruction before it, for each pair another one, there are too few of those. The compiler is not told
+    that memory is read: nothing that is compiled with this writes to weights.
     """
     kind = ir.FunctionType(sums.type, [sums.type, pairs.type, address.type])
     return builder.asm(kind, "vdpbf16ps ($3){1to16}, $2, $0", "=v,0,v,r", [sums, pairs, address], side_effect=False)
@@ -636,7 +686,6 @@ def _emit_sums(
     weights = [builder.gep(begin, [builder.mul(length, place)]) for place in places]
     first = builder.gep(x.data, [column])
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{LANES}f32")
-    undefined, everywhere = ir.Constant(of_factors, ir.Undefined), ir.Constant(ir.VectorType(whole, LANES), None)
     sums = [[cgutils.alloca_once(builder, lanes) for _ in range(num_vectors)] for _ in places]
 
     def vector(begin: Any, number: int, kind: Any = lanes) -> Any:
@@ -650,8 +699,7 @@ def _emit_sums(
             if are_pairs and num_vectors == 1:
                 builder.store(_dots_with_one_pair(builder, builder.load(held[0]), values[0], address), held[0])
                 continue
-            alone = builder.insert_element(undefined, builder.load(address, align=2 if are_pairs else 4), whole(0))
-            factor = builder.shuffle_vector(alone, undefined, everywhere)
+            factor = in_all_lanes(builder, builder.load(address, align=2 if are_pairs else 4), LANES)
             for value, place in zip(values, held, strict=True):
                 total = builder.load(place)
                 dots = _dots_of_pairs(builder, total, value, factor) if are_pairs else None
@@ -711,7 +759,7 @@ def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> 
 
     First neighbours do, then pairs of them, and so on: lanes are numbered in binary, and each step is a digit.
     """
-    lanes, whole = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
+    lanes = ir.VectorType(ir.FloatType(), LANES)
     matrix, turned = (context.make_array(signature.args[place])(context, builder, arguments[place]) for place in (0, 2))
     row, column = arguments[1], arguments[3]
 
@@ -724,13 +772,8 @@ def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> 
     held = [builder.load(address, align=4) for address in places(matrix, row, column)]
     digit = 1
     while digit < LANES:
-        # Lanes of two vectors are counted through: those of the second one follow upon those of the first.
-        upper = [lane if not lane & digit else LANES + lane - digit for lane in range(LANES)]
-        lower = [lane + digit if not lane & digit else LANES + lane for lane in range(LANES)]
-        masks = [ir.Constant(ir.VectorType(whole, LANES), chosen) for chosen in (upper, lower)]
         for first in (number for number in range(LANES) if not number & digit):
-            pair = held[first], held[first + digit]
-            held[first], held[first + digit] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+            held[first], held[first + digit] = exchanged(builder, held[first], held[first + digit], digit)
         digit *= 2
     for vector, address in zip(held, places(turned, column, row), strict=True):
         builder.store(vector, address, align=4)

@@ -31,6 +31,7 @@ from fedpt_flwr.few_rows import (
     MOST_ROWS,
     Array,
     address_of,
+    as_stored,
     call,
     compiled,
     is_in_threads,
@@ -82,6 +83,9 @@ _LAYER = np.dtype(
 _QUERIES, _KEYS, _VALUES, _OUT, _GATE, _UP, _DOWN = range(7)
 """Places of a layer's products. Without keys and values: queries, keys and values are one product."""
 
+_HEAD = -1, 0
+"""Its place in the table of products, behind all layers."""
+
 _SILU, _GELU, _GELU_BY_TANH, _RELU = range(4)
 _ACTIVATIONS = {
     "silu": _SILU,
@@ -130,7 +134,7 @@ class Layers:
                 self._enter_product((number, place), part, room)
         self._last_norm[0] = self._norm(norm)
         if head is not None:
-            self._enter_product((-1, 0), head, room)
+            self._enter_product(_HEAD, head, room)
         sizes = [(int(product["num_in"]), int(product["num_out"])) for product in self._products[:-1].flat]
         self._widest = max(sizes, key=sum)
         are_even = not any(num_in % 2 for num_in, _ in sizes)
@@ -145,20 +149,25 @@ class Layers:
         Args:
             cache: Begun for these tokens; gets their keys and values.
             x: The tokens' embeddings, ``(rows, new, hidden)``, float32 or bfloat16 on the CPU; at most
-                :attr:`most_tokens`.
+                :attr:`most_tokens`. They may be written over.
             rotary: The model's module that has the angles; None where nothing is turned.
             starts: Tokens that each row had before.
             is_only_read: Whether nobody looks at what comes out: keys and values of the last layer are the end then.
 
         Returns:
             What comes out of the last layer, ``(rows, new, hidden)``.
+
+        Raises:
+            ValueError: There are not as many rows as in the cache.
         """
-        stream = np.array(x.float().numpy())
+        if x.shape[0] != len(starts):
+            raise ValueError(f"{x.shape[0]} rows of tokens are given for a cache of {len(starts)}")
+        stream: Array = x.float().contiguous().numpy()  # which nobody else has
         num_tokens = x.shape[0] * x.shape[1]
         multiply = loop_for(self._dtype, num_tokens)
         layers = self._layers.copy()  # other threads may be here
         self._enter_cache(layers, cache, x, is_in_threads(multiply))
-        products, _held = self._with_adapters()
+        products, _held = self._with_adapters(of_head=False)
         frequencies, scaling = np.empty(0, np.float32), _ONE
         if rotary is not None:
             frequencies, scaling = _array(rotary.inv_freq), np.float32(rotary.attention_scaling)
@@ -171,7 +180,7 @@ class Layers:
             frequencies,
             scaling,
             x.dtype == torch.bfloat16,
-            np.array(starts),
+            np.array(starts, dtype=np.int64),
             x.shape[1],
             is_only_read,
             scratch(num_tokens, *self._widest),
@@ -188,9 +197,9 @@ class Layers:
         return states.reshape(stream.shape)
 
     def scores(self, stream: Array) -> Array:
-        """What the head, which must be known, says of it then: ``(…, hidden)`` to ``(…, vocab)``."""
+        """What the head, which must be known, says of that: ``(…, hidden)`` to ``(…, vocab)``."""
         rows = np.ascontiguousarray(stream).reshape(-1, stream.shape[-1])
-        products, _held = self._with_adapters()
+        products, _held = self._with_adapters(of_head=True)
         found = np.empty((len(rows), products[-1, 0]["num_out"]), np.float32)
         if len(rows):
             multiply = address_of(loop_for(self._dtype, len(rows)))
@@ -241,17 +250,21 @@ class Layers:
         loops = [attention_for(dtype, block.head_dim, in_threads) for block in self._blocks]
         layers["attention"] = list(map(address_of, loops))
 
-    def _with_adapters(self) -> tuple[Any, list[Any]]:
+    def _with_adapters(self, *, of_head: bool) -> tuple[Any, list[Any]]:
         """All products with what adapters are now, which may be switched, exchanged or changed at any time.
+
+        Args:
+            of_head: Whether the head's are wanted, and else all others.
 
         Returns:
             The table, and what must be kept while it is used.
         """
-        if not self._adapted:
+        adapted = [(at, part) for at, part in self._adapted if (at == _HEAD) == of_head]
+        if not adapted:
             return self._products, []
         products = self._products.copy()
         held: list[Any] = []
-        for at, part in self._adapted:
+        for at, part in adapted:
             if (adapter := _adapter(part)) is not None:
                 down, up, scaling, bias = adapter
                 held += adapter
@@ -345,7 +358,7 @@ def _adapter(part: Any) -> tuple[Array, Array, np.float32, Array | None] | None:
     names = [name for name in part.active_adapters if name in all_down]
     if not names:
         return None
-    downs, ups = ([_table(held[name]) for name in names] for held in (all_down, all_up))
+    downs, ups = ([_array(held[name]._parameters["weight"]) for name in names] for held in (all_down, all_up))
     scalings = [np.float32(part.scaling[name]) for name in names]
     bias = None if part.base_layer.bias is None else _array(part.base_layer.bias)
     for name, scaling in zip(names, scalings, strict=True):
@@ -355,11 +368,6 @@ def _adapter(part: Any) -> tuple[Array, Array, np.float32, Array | None] | None:
         return downs[0], ups[0], scalings[0], bias
     scaled = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
     return np.concatenate(downs), np.ascontiguousarray(np.concatenate(scaled, 1)), _ONE, bias
-
-
-def _table(layer: Any) -> Array:
-    table: Array = layer._parameters["weight"].detach().float().contiguous().numpy()
-    return table
 
 
 def _dtype(part: Any) -> torch.dtype:
@@ -476,9 +484,8 @@ def _parted(together: Any, is_by_head: Any, size: int, queries: Any, keys: Any, 
 def _rounded(number: Any, is_narrow: bool) -> Any:
     if not is_narrow:
         return number
-    bits = np.float32(number).view(np.int32)
-    bits += np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))
-    return np.int32(bits & np.int32(-0x10000)).view(np.float32)
+    bits = np.int32(as_stored(np.float32(number), np.int16(0)))
+    return np.int32(bits << np.int32(16)).view(np.float32)
 
 
 def _turns(starts: Any, num_new: int, frequencies: Any, scaling: Any, is_narrow: bool, cos: Any, sin: Any) -> None:

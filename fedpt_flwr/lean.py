@@ -44,10 +44,10 @@ _CAUSAL: Final = "causal"
 _Mask = Tensor | Literal["causal"] | None
 
 _NO_POSITIONS = torch.empty(0, dtype=torch.int64, device="cpu")
-"""For a model that embeds none, where angles are computed with the layers."""
+"""Of scores that are wanted, if none are; and for compiled layers, which compute angles themselves."""
 
 _MANY_ROWS = 64
-"""Rows of which a product is so long that memory for it is kept."""
+"""Of more rows a product is so long that memory for it is kept."""
 
 _FEW_ROWS = 8
 """Rows up to which a plain weight is multiplied from the left: in down to half of the time of ``F.linear``."""
@@ -133,6 +133,10 @@ class LeanStepper(Stepper):
         device: torch.device = self.build.norm._parameters["weight"].device  # type: ignore[union-attr]
         return device
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: nothing that shows memory of these very modules."""
+        return self.__dict__ | {"_blocks": None, "_known": (None, None, None), "_rough": None}
+
     @property
     def is_current(self) -> bool:
         """See :attr:`fedpt_flwr.ragged.Stepper.is_current`."""
@@ -146,16 +150,21 @@ class LeanStepper(Stepper):
         if self._rough is None:
             self._rough = LeanStepper(self.model, self.build, self.context)
             self._rough.is_rough = True
-        return self._rough if self._rough._compiled(self._current_blocks()) is not None else None
+        blocks = self._current_blocks()
+        self._rough._blocks = self._blocks
+        return self._rough if self._rough._compiled(blocks) is not None else None
 
     def new_cache(self) -> RaggedCache:
-        """See :meth:`fedpt_flwr.ragged.Stepper.new_cache`; before a text it is looked whether a layer is another."""
+        """See :meth:`fedpt_flwr.ragged.Stepper.new_cache`.
+
+        The layers are looked up anew: modules that somebody exchanged are found by the next text at the latest.
+        """
         self._blocks = None
         return super().new_cache()
 
     def read(self, cache: RaggedCache, ids: Tensor) -> None:
         """See :meth:`fedpt_flwr.ragged.Stepper.read`."""
-        self(cache, ids, keep=torch.empty(0, dtype=torch.int64))
+        self(cache, ids, keep=_NO_POSITIONS)
 
     @torch.no_grad()
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
@@ -182,10 +191,10 @@ class LeanStepper(Stepper):
 
     def _current_blocks(self) -> list[Block]:
         """The layers as they were when the text was begun, or when some model was last prepared or restored."""
-        number = PackedLinear.num_exchanged
-        if self._blocks is None or self._blocks[0] != number:
-            self._blocks = number, self.build.blocks()
-        return self._blocks[1]
+        number, known = PackedLinear.num_exchanged, self._blocks  # once: other threads begin texts meanwhile
+        if known is None or known[0] != number:
+            known = self._blocks = number, self.build.blocks()
+        return known[1]
 
     def _compiled(self, blocks: list[Block]) -> Any:
         """The compiled layers of the model as it is now; None if there are none."""
@@ -344,7 +353,7 @@ def _kept(states: Any, keep: int | Tensor) -> Any:
     """Of what comes out of the last layer, ``(rows, new, hidden)``, the places at which scores are wanted."""
     if isinstance(keep, int):
         return states[:, -keep:]
-    return states[:, keep.to(states.device) if isinstance(states, Tensor) else keep.numpy()]
+    return states[:, keep.to(states.device) if isinstance(states, Tensor) else keep.cpu().numpy()]
 
 
 def _heads(block: Block, products: list[Tensor], num_rows: int, num_new: int) -> tuple[Tensor, ...]:

@@ -194,7 +194,7 @@ class PackedLinear(nn.Module):
     """What ``models.check_plain`` looks for."""
 
     num_exchanged: ClassVar[int] = 0
-    """Layers that were made or undone in this process: cheaper to ask than a model for all its parts."""
+    """How often models of this process were prepared or restored: cheaper to ask than a model for all its parts."""
 
     def __init__(
         self, layer: nn.Linear | Conv1D, product: _OneDnn | _FewRows, room: Room, *, is_shared: bool = False
@@ -215,7 +215,6 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         self._plain = (layer,)  # in a tuple, which hides it from the module's children
         self.train(layer.training)
-        PackedLinear.num_exchanged += 1
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, both in the weight's dtype."""
@@ -259,7 +258,6 @@ class PackedLinear(nn.Module):
             layer.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         del self._packed
         layer.train(self.training)
-        PackedLinear.num_exchanged += 1
         return layer
 
     def extra_repr(self) -> str:
@@ -369,6 +367,7 @@ def prepare(model: nn.Module, *, for_loops: bool = False) -> int:
                 trim()
                 num_bytes = 0
     trim()
+    PackedLinear.num_exchanged += 1
     return len(chosen)
 
 
@@ -469,6 +468,7 @@ def restore(model: nn.Module) -> None:
     """Undo :func:`prepare` and :func:`join`, in place: the layers and the bits of their weights are what they were."""
     for parent, name, layer in _layers(model, (PackedLinear,)):
         setattr(parent, name, layer.unpack())
+    PackedLinear.num_exchanged += 1
     for parent, parts in _shared_inputs(model):
         if parent.__dict__.pop("prepared_for_decoding", False):
             for parameter in (parameter for part in parts for parameter in part.parameters()):

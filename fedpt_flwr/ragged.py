@@ -216,7 +216,8 @@ class RaggedCache(Cache):
         """
         starts = self.lengths
         self.extend(num_new)
-        positions = torch.tensor([range(start, start + num_new) for start in starts], device=device)
+        steps = torch.arange(num_new, device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + steps
         if self._place.start is None:
             self._place.rows = torch.arange(self.num_rows, device=device)[:, None]
             self._place.columns = positions

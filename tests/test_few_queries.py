@@ -64,6 +64,21 @@ def test_it_is_attention(dtype, size, new, starts):
         torch.testing.assert_close(found.double(), right, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [ANYTHING, 100])
+def test_a_long_text_is_taken_in_parts(window, monkeypatch):
+    monkeypatch.setattr(few_queries, "_IN_CACHE", 512)  # 32 columns at once
+    few_queries.attention_for.cache_clear()
+    monkeypatch.setattr(few_queries, "compiled", lambda loop, signature, **_: few_queries.numba.njit(signature)(loop))
+    try:
+        queries, keys, values, stored = case(2, 5, 4, 2, 16, 400)
+        for starts in ([300, 29], [395, 63], [0, 27]):
+            found = attended(queries, keys, values, stored, starts, window=window)
+            right = expected(queries, stored, starts, window)
+            torch.testing.assert_close(found.double(), right, atol=3e-6, rtol=1e-5)
+    finally:
+        few_queries.attention_for.cache_clear()
+
+
 def test_queries_and_keys_are_normed_and_turned_before():
     queries, keys, values, stored = case(1, 2, 4, 2, 16, 40)
     norms = torch.rand(16) + 0.5, torch.rand(16) + 0.5
@@ -121,7 +136,7 @@ def test_columns_that_are_not_seen_are_not_read(start):
 
 
 def test_the_exponential_is_right_to_a_few_units_of_the_last_digit():
-    @few_queries.numba.njit(error_model="numpy")
+    @few_rows.compiled  # with the flags with which it is used
     def all_of(given, out):
         for place in range(len(given)):
             out[place] = few_queries.exponential(given[place])
@@ -130,7 +145,7 @@ def test_the_exponential_is_right_to_a_few_units_of_the_last_digit():
     found = np.empty_like(x)
     all_of(x, found)
     right = np.exp(x.astype(np.float64))
-    assert np.abs(found / right - 1).max() < 3 * 2**-23
+    assert np.abs(found / right - 1).max() < 5 * 2**-23
     beyond = np.array([-np.inf, -1000, 0, 1000, np.inf, np.nan], np.float32)
     found = np.empty_like(beyond)
     all_of(beyond, found)

@@ -61,6 +61,7 @@ def taken(shapes, dtype=torch.float32):
 SHAPES = {
     "one row": [(1, 12), (1, 1), (1, 4), (1, 3), (1, 8), (1, 2), (1, 7), (1, 1)],
     "rows": [(2, 12), (2, 1), (2, 4), (2, 3), (2, 2), (2, 1)],
+    "beyond the loops": [(4, 4), (4, 20), (4, 3), (4, 17), (4, 2), (4, 1)],
     "many": [(4, 9), (4, 4), (4, 16), (4, 1), (4, 5), (4, 3)],
 }
 
@@ -274,7 +275,42 @@ def test_norms_of_another_dtype_go_through_torch():
     assert few_tokens.layers_of(build.blocks(), build.norm, build.head()) is None
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4, 8])
+def test_a_head_that_is_not_prepared_is_torchs(calls, monkeypatch):
+    model = make("llama")
+    prepare(model)
+    model.lm_head = model.lm_head.unpack()
+    found = steps(step_function(model), SHAPES["rows"])
+    assert calls
+    monkeypatch.setattr(lean, "_few_tokens", lambda: None)
+    for ours, expected in zip(found, steps(step_function(model), SHAPES["rows"]), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_are_not_those_of_the_cache_are_refused():
+    model = make("llama")
+    prepare(model)
+    stepper = step_function(model)
+    cache = stepper.new_cache()
+    cache.add_rows(2)
+    with pytest.raises(ValueError, match="1 rows of tokens are given for a cache of 2"):
+        stepper(cache, random_ids(1, 3))
+
+
+def test_a_layer_that_was_exchanged_is_found_by_the_next_text(calls):
+    model, other = make("llama"), make("llama")
+    for weight in other.model.layers[0].mlp.parameters():
+        weight.mul_(-1)
+    for one in (model, other):
+        prepare(one)
+    stepper = step_function(model)
+    before = steps(stepper, [(1, 4)])[0]
+    model.model.layers[0].mlp = other.model.layers[0].mlp
+    calls.clear()
+    assert (steps(stepper, [(1, 4)])[0] - before).norm() > 0.01 * before.norm()
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 8, 20])
 def test_the_number_of_threads_changes_no_bit(num_tokens, calls):
     model = make("llama")
     prepare(model)
