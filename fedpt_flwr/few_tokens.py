@@ -126,7 +126,7 @@ class Layers:
         self._layers = np.zeros(len(blocks), _LAYER)
         self._products = np.zeros((len(blocks) + 1, 7), _PRODUCT)
         self._last_norm = np.zeros(1, _NORM)
-        self._adapted: list[tuple[tuple[int, int], Any]] = []
+        self._adapted: list[tuple[tuple[int, int], Any, tuple[int, ...]]] = []
         room = _room(blocks, head) if is_rough else None
         for number, block in enumerate(blocks):
             self._enter_layer(number, block)
@@ -233,7 +233,7 @@ class Layers:
         if base.bias is not None:
             product["bias"] = self._address(_array(base.bias))
         if part is not base:
-            self._adapted.append((at, part))
+            self._adapted.append((at, part, tuple(map(int, product.tolist()[:4]))))
 
     def _address(self, array: Array) -> int:
         self._held.append(array)
@@ -259,20 +259,17 @@ class Layers:
         Returns:
             The table, and what must be kept while it is used.
         """
-        adapted = [(at, part) for at, part in self._adapted if (at == _HEAD) == of_head]
+        adapted = [held for held in self._adapted if (held[0] == _HEAD) == of_head]
         if not adapted:
             return self._products, []
         products = self._products.copy()
         held: list[Any] = []
-        for at, part in adapted:
+        for at, part, (weight, num_out, num_in, own_bias) in adapted:
             if (adapter := _adapter(part)) is not None:
                 down, up, scaling, bias = adapter
-                held += adapter
-                product = products[at]
-                product["down"], product["rank"], product["up"] = down.ctypes.data, len(down), up.ctypes.data
-                product["scaling"] = scaling
-                if bias is not None:
-                    product["bias"] = bias.ctypes.data
+                held.append(adapter)
+                added = own_bias if bias is None else bias.data_ptr()
+                products[at] = weight, num_out, num_in, added, down.data_ptr(), len(down), up.data_ptr(), scaling
         return products, held
 
 
@@ -347,27 +344,38 @@ def _is_known_norm(norm: nn.Module) -> bool:
     return len(weights) == needed and all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
 
 
-def _adapter(part: Any) -> tuple[Array, Array, np.float32, Array | None] | None:
-    """What an adapted layer adds now: ``(rank, in)``, ``(out, rank)``, the scaling, and the bias that results.
+def _adapter(part: Any) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
+    """What an adapted layer adds now: ``(rank, in)``, ``(out, rank)``, the scaling, and the bias if it changes that.
 
     Several adapters are one of all their ranks.
     """
-    if part.disable_adapters:
+    if part._disable_adapters:
         return None
     all_down, all_up = part._modules["lora_A"]._modules, part._modules["lora_B"]._modules  # torch's way takes longer
     names = [name for name in part.active_adapters if name in all_down]
     if not names:
         return None
-    downs, ups = ([_array(held[name]._parameters["weight"]) for name in names] for held in (all_down, all_up))
-    scalings = [np.float32(part.scaling[name]) for name in names]
-    bias = None if part.base_layer.bias is None else _array(part.base_layer.bias)
-    for name, scaling in zip(names, scalings, strict=True):
-        if (added := all_up[name]._parameters["bias"]) is not None:
-            bias = scaling * _array(added) + (_ZERO if bias is None else bias)
+    downs, ups = ([_plain(held[name]._parameters["weight"]) for name in names] for held in (all_down, all_up))
+    scalings = [part.scaling[name] for name in names]
+    added = [
+        _plain(bias) * scaling
+        for name, scaling in zip(names, scalings, strict=True)
+        if (bias := all_up[name]._parameters["bias"]) is not None
+    ]
+    bias = None
+    if added:
+        bias = sum(added) if part.base_layer.bias is None else sum(added, _plain(part.base_layer.bias))
     if len(names) == 1:
         return downs[0], ups[0], scalings[0], bias
     scaled = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
-    return np.concatenate(downs), np.ascontiguousarray(np.concatenate(scaled, 1)), _ONE, bias
+    return torch.cat(downs), torch.cat(scaled, 1), 1.0, bias
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """A weight as float32, one row behind the other: itself, if it is so."""
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        return weight
+    return weight.detach().float().contiguous()
 
 
 def _dtype(part: Any) -> torch.dtype:
