@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -23,7 +22,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fedpt_flwr.few_rows import LANES, as_stored, compiled, exchanged, in_all_lanes, widened
+from fedpt_flwr.few_rows import LANES, as_stored, compiled, exchanged, in_all_lanes, part_of_loops, widened
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -36,7 +35,7 @@ _LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 """Powers of e beyond these have no normal float32."""
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+@functools.partial(part_of_loops, inline="always")
 def exponential(x: Any) -> Any:
     """Euler's number to the power of a float32, in arithmetic of which a compiler can do a vector at once.
 
@@ -161,7 +160,7 @@ def _loop(head_dim: int) -> Any:
     return loop
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@part_of_loops
 def _rotated(x: Any, token: int, head: int, size: int, weight: Any, eps: Any, cos: Any, sin: Any) -> None:
     """One head of one token normed, if there is a weight, and rotated as far as there are angles, in place."""
     begin, half = head * size, cos.shape[1]

@@ -48,7 +48,11 @@ MANY_ROWS = 16
 _GROUP = 8
 """Rows of the input that are multiplied with a weight at once."""
 
-_FLAGS = {"reassoc", "contract", "nsz"}  # sums may be vectorised; NaN and infinities stay what they are
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz"},  # sums may be vectorised; NaN and infinities stay what they are
+    "error_model": "numpy",  # so may quotients, that no one asks whether they are of zero
+    "nogil": True,
+}
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 LANES = 16 if _HAS_AVX512 else 8
 _REGISTERS = 32 if _HAS_AVX512 else 16
@@ -226,7 +230,17 @@ def bits_of(held: Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: Any) -> Any:
+def part_of_loops(function: Any, **options: Any) -> Any:
+    """A function that is compiled with every loop that calls it, and kept on disk as part of these only.
+
+    Args:
+        function: The function.
+        options: For ``numba.njit``.
+    """
+    return numba.njit(function, **_OPTIONS, **options)
+
+
+def compiled(loop: Any, signature: Any, *, variant: str = "", **options: Any) -> Any:
     """A loop for machine code, kept on disk for the next process if there is a place where it may be written.
 
     What numba keeps of one name, for other types and enclosed values, is one list, which lacks the options; and of two
@@ -235,18 +249,16 @@ def compiled(loop: Any, signature: Any = None, *, variant: str = "", **options: 
 
     Args:
         loop: The function.
-        signature: Of what it is for; None: whoever calls it says it.
+        signature: Of what it is for.
         variant: What tells it from others of that name.
         options: For ``numba.njit``.
     """
     twin = FunctionType(loop.__code__, loop.__globals__, loop.__name__, loop.__defaults__, loop.__closure__)
     twin.__module__, twin.__qualname__ = loop.__module__, f"{loop.__qualname__}{variant}_{_sources()}"
-    signatures = None if signature is None else [signature]
-    options |= {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
     try:
-        made = numba.njit(signatures, cache=True, **options)(twin)
+        made = numba.njit([signature], cache=True, **_OPTIONS, **options)(twin)
     except RuntimeError:  # neither beside this file nor in the user's cache
-        return numba.njit(signatures, **options)(twin)
+        return numba.njit([signature], **_OPTIONS, **options)(twin)
     if made.stats.cache_misses:  # so those of earlier states of the files are of no use
         name = f"{loop.__module__.rpartition('.')[2]}.{loop.__qualname__}{variant}".translate({60: None, 62: None})
         for file in Path(made.stats.cache_path).glob(f"{glob.escape(name)}_????????-*.nb[ic]"):
@@ -357,7 +369,7 @@ def _loop(num_rows: int, dtype: str) -> Any:
     return loop
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@part_of_loops
 def _pack(x: Any, first: int, num_rows: int, whole: int, wide: int, packed: Any) -> None:
     """Copies some rows: the first numbers of each, as many as are taken at once, then the next ones, and so on."""
     place = first * whole
@@ -780,4 +792,4 @@ def _emit_square(context: Any, builder: Any, signature: Any, arguments: Any) -> 
     return context.get_dummy_value()
 
 
-_turn = compiled(_loop_of_squares(), variant=f"_{LANES}")
+_turn = part_of_loops(_loop_of_squares())

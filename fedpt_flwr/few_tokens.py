@@ -36,6 +36,7 @@ from fedpt_flwr.few_rows import (
     compiled,
     is_in_threads,
     loop_for,
+    part_of_loops,
     scratch,
 )
 from fedpt_flwr.huge_pages import Room, rounded_up
@@ -400,6 +401,7 @@ def _pointer(_context: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(address, like), emit
 
 
+@part_of_loops
 def _added_product(multiply: Any, given: Any, part: Any, found: Any, room: Any, like: Any) -> None:
     """A linear layer, ``(tokens, in_features)`` to ``(tokens, out_features)``, by the loop at an address."""
     call(multiply, (carray(_pointer(part.weight, like), (part.num_out, part.num_in)), given, found, room))
@@ -429,6 +431,7 @@ def _added_product(multiply: Any, given: Any, part: Any, found: Any, room: Any, 
             found[row, k] += total
 
 
+@part_of_loops
 def _normed(x: Any, norm: Any, out: Any) -> None:
     """Every row over its root mean square; or less its mean, over its deviation, if there is a bias."""
     num_rows, size = x.shape
@@ -450,6 +453,7 @@ def _normed(x: Any, norm: Any, out: Any) -> None:
                 out[row, k] += bias[k]
 
 
+@part_of_loops
 def _activated(kind: int, x: Any) -> None:
     """An activation, in place."""
     num_rows, size = x.shape
@@ -478,6 +482,7 @@ def _activated(kind: int, x: Any) -> None:
                 x[row, k] = _ZERO if x[row, k] < _ZERO else x[row, k]
 
 
+@part_of_loops
 def _parted(together: Any, is_by_head: Any, size: int, queries: Any, keys: Any, values: Any) -> None:
     """Queries, keys and values of one product: one after the other, or so for each head of a size."""
     width = size if is_by_head else queries.shape[1]
@@ -489,6 +494,7 @@ def _parted(together: Any, is_by_head: Any, size: int, queries: Any, keys: Any, 
             values[token, k] = together[token, begin + 2 * width]
 
 
+@part_of_loops
 def _rounded(number: Any, is_narrow: bool) -> Any:
     if not is_narrow:
         return number
@@ -496,14 +502,15 @@ def _rounded(number: Any, is_narrow: bool) -> Any:
     return np.int32(bits << np.int32(16)).view(np.float32)
 
 
+@part_of_loops
 def _turns(starts: Any, num_new: int, frequencies: Any, scaling: Any, is_narrow: bool, cos: Any, sin: Any) -> None:
     """Cosines and sines of the angles at each place, ``(tokens, angles)``; rounded to bfloat16, if models do."""
     for token in range(cos.shape[0]):
         position = np.float32(starts[token // num_new] + token % num_new)
         for k in range(cos.shape[1]):
             angle = position * frequencies[k]
-            cos[token, k] = rounded(np.float32(math.cos(angle)) * scaling, is_narrow)
-            sin[token, k] = rounded(np.float32(math.sin(angle)) * scaling, is_narrow)
+            cos[token, k] = _rounded(np.float32(math.cos(angle)) * scaling, is_narrow)
+            sin[token, k] = _rounded(np.float32(math.sin(angle)) * scaling, is_narrow)
 
 
 def _through_all(
@@ -528,22 +535,22 @@ def _through_all(
         np.empty((num_tokens, len(frequencies)), np.float32),
         np.empty((num_tokens, len(frequencies)), np.float32),
     )
-    turns(starts, num_new, frequencies, scaling, is_narrow, cos, sin)
+    _turns(starts, num_new, frequencies, scaling, is_narrow, cos, sin)
     for number in range(len(layers)):
         layer = layers[number]
         head_dim, num_key_heads = layer.head_dim, layer.num_key_heads
         queries = np.empty((num_tokens, products[number, _OUT].num_in), np.float32)
         keys = np.empty((num_tokens, num_key_heads * head_dim), np.float32)
         values = np.empty_like(keys)
-        normed(stream, layer.attention_norm, states)
+        _normed(stream, layer.attention_norm, states)
         if products[number, _KEYS].num_out:
-            added_product(multiply, states, products[number, _QUERIES], queries, room, like_weights)
-            added_product(multiply, states, products[number, _KEYS], keys, room, like_weights)
-            added_product(multiply, states, products[number, _VALUES], values, room, like_weights)
+            _added_product(multiply, states, products[number, _QUERIES], queries, room, like_weights)
+            _added_product(multiply, states, products[number, _KEYS], keys, room, like_weights)
+            _added_product(multiply, states, products[number, _VALUES], values, room, like_weights)
         else:
             together = np.empty((num_tokens, products[number, _QUERIES].num_out), np.float32)
-            added_product(multiply, states, products[number, _QUERIES], together, room, like_weights)
-            parted(together, layer.is_by_head, head_dim, queries, keys, values)
+            _added_product(multiply, states, products[number, _QUERIES], together, room, like_weights)
+            _parted(together, layer.is_by_head, head_dim, queries, keys, values)
         query_norm = carray(_pointer(layer.query_norm, stream), (head_dim if layer.query_norm else 0,))
         key_norm = carray(_pointer(layer.key_norm, stream), (head_dim if layer.key_norm else 0,))
         shape = (len(starts), num_key_heads, layer.num_columns, head_dim)
@@ -553,39 +560,34 @@ def _through_all(
         call(layer.attention, (*new, all_keys, all_values, starts, num_new, layer.window, layer.scaling))
         if is_only_read and number == len(layers) - 1:
             return
-        added_product(multiply, queries, products[number, _OUT], change, room, like_weights)
+        _added_product(multiply, queries, products[number, _OUT], change, room, like_weights)
         if layer.is_parallel:
-            normed(stream, layer.mlp_norm, states)
+            _normed(stream, layer.mlp_norm, states)
         stream += change
         if not layer.is_parallel:
-            normed(stream, layer.mlp_norm, states)
+            _normed(stream, layer.mlp_norm, states)
         inner = np.empty((num_tokens, products[number, _UP].num_out), np.float32)
-        added_product(multiply, states, products[number, _UP], inner, room, like_weights)
+        _added_product(multiply, states, products[number, _UP], inner, room, like_weights)
         if products[number, _GATE].num_out:
             gate = np.empty_like(inner)
-            added_product(multiply, states, products[number, _GATE], gate, room, like_weights)
-            activated(layer.activation, gate)
+            _added_product(multiply, states, products[number, _GATE], gate, room, like_weights)
+            _activated(layer.activation, gate)
             inner *= gate
         else:
-            activated(layer.activation, inner)
-        added_product(multiply, inner, products[number, _DOWN], change, room, like_weights)
+            _activated(layer.activation, inner)
+        _added_product(multiply, inner, products[number, _DOWN], change, room, like_weights)
         stream += change
 
 
 def _scored(multiply: int, x: Any, norms: Any, products: Any, found: Any, room: Any, like: Any) -> None:
     states = np.empty_like(x)
-    normed(x, norms[0], states)
-    added_product(multiply, states, products[0], found, room, like)
+    _normed(x, norms[0], states)
+    _added_product(multiply, states, products[0], found, room, like)
 
 
 def _of_last_norm(x: Any, norms: Any, out: Any) -> None:
-    normed(x, norms[0], out)
+    _normed(x, norms[0], out)
 
-
-added_product, normed, activated, parted, rounded = map(
-    compiled, (_added_product, _normed, _activated, _parted, _rounded)
-)
-turns = compiled(_turns)
 
 _LIKE = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.int16)}
 """Arrays of what numba is to take numbers for."""

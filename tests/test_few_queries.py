@@ -68,7 +68,7 @@ def test_it_is_attention(dtype, size, new, starts):
 def test_a_long_text_is_taken_in_parts(window, monkeypatch):
     monkeypatch.setattr(few_queries, "_IN_CACHE", 512)  # 32 columns at once
     few_queries.attention_for.cache_clear()
-    monkeypatch.setattr(few_queries, "compiled", lambda loop, signature, **_: few_queries.numba.njit(signature)(loop))
+    monkeypatch.setattr(few_queries, "compiled", lambda loop, signature, **_: few_rows.numba.njit(signature)(loop))
     try:
         queries, keys, values, stored = case(2, 5, 4, 2, 16, 400)
         for starts in ([300, 29], [395, 63], [0, 27]):
@@ -136,7 +136,7 @@ def test_columns_that_are_not_seen_are_not_read(start):
 
 
 def test_the_exponential_is_right_to_a_few_units_of_the_last_digit():
-    @few_rows.compiled  # with the flags with which it is used
+    @few_rows.part_of_loops  # with the flags with which it is used
     def all_of(given, out):
         for place in range(len(given)):
             out[place] = few_queries.exponential(given[place])
