@@ -67,7 +67,8 @@ def test_a_row_that_begins_between_two_pairs_is_read():
 @pytest.mark.parametrize("size", [(130, 257), (31, 2050), (40, 256)])
 def test_the_number_of_threads_changes_no_bit(size, num_rows):
     x, weight, bias = case(num_rows, size)
-    even = x[:, : size[1] // 2 * 2], weight[:, : size[1] // 2 * 2]  # of many rows of bfloat16 others are torch's
+    whole, most = size[1] // 2 * 2, few_rows.MOST_ROWS[torch.bfloat16]
+    even = x[:most, :whole], weight[:, :whole]  # all others of bfloat16 are torch's
     alone = [few_rows.multiply(x, weight, bias), sums_of_bfloat16(*even)]
     try:
         torch.set_num_threads(2)
